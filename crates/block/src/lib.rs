@@ -1,0 +1,24 @@
+//! The nouns of VirtMan and the two seams that everything else meets at.
+//!
+//! - [`ChunkHash`], [`Chunk`], [`ImageId`], [`ChunkIndex`], [`Geometry`]: what an image is made of.
+//! - [`NodeName`], [`VmName`], [`ImageName`]: names that came from outside and passed the allow-list.
+//! - [`ChunkSource`]: verified, immutable chunks. [`Disk`]: a byte-addressed virtual disk.
+//! - [`limits`]: every bound that more than one crate must agree on.
+//!
+//! Invariants:
+//! - A [`Chunk`] exists only if its bytes hash to its name. Holding one *is* the proof of verification.
+//! - Nothing here knows sockets, files, clocks or an async runtime.
+
+mod chunk;
+mod disk;
+mod geometry;
+pub mod limits;
+mod name;
+mod source;
+
+pub use chunk::{Chunk, ChunkHash, ImageId, ParseHashError, WrongChunk};
+pub use disk::{Access, Disk, DiskError, Extent, ExtentKind, Now};
+pub use futures_util::future::BoxFuture;
+pub use geometry::{ChunkIndex, Geometry};
+pub use name::{ImageName, NameError, NodeName, VmName};
+pub use source::{ChunkSource, FetchError, Priority, SlotHint};
