@@ -13,14 +13,24 @@
 //!   the peer's name proven.
 
 mod child;
+mod fetcher;
 pub mod limits;
 pub mod pack;
 mod parent;
+pub mod policy;
+mod serve;
 mod session;
 mod stats;
+mod stream;
+mod uplink;
+mod uplinks;
 pub mod wire;
 
 pub use child::{Child, ChildEvent, Refused};
+pub use fetcher::Fetcher;
 pub use parent::{Parent, ParentEvent, Reply};
+pub use serve::{ServeError, Sources, serve};
 pub use session::{Closed, Outgoing};
 pub use stats::{Stats, Tally};
+pub use stream::Stream;
+pub use uplinks::{Dial, ParentAddr, Report, UplinkStatus, Uplinks};

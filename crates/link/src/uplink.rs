@@ -1,0 +1,373 @@
+//! The connection to one parent, kept up by a task of its own.
+//!
+//! The task is the only owner of the stream and of the [`Child`] on it. Requests reach it through a shared
+//! desk and are answered through a oneshot each; a oneshot that is dropped says that the link failed.
+//!
+//! Retries: the task dials when first asked, and again with growing waits as long as it lives, so that a
+//! better parent comes back into use by itself. Requests are never repeated here; that is the
+//! [`Fetcher`](crate::Fetcher)'s. Cancellation: dropping an [`Asked`] withdraws the request wherever it
+//! is. While the link is down the desk takes no requests.
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
+
+use block::{Chunk, ChunkHash, ImageId, Priority};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep_until, timeout_at};
+
+use crate::child::{Child, ChildEvent};
+use crate::limits::{DIAL_MAX, DIAL_PATIENCE, QUEUED_MAX};
+use crate::policy::{Circuit, Standing};
+use crate::session::Closed;
+use crate::stats::Tally;
+use crate::stream::{self, Clock, Exchanged, Stream};
+use crate::uplinks::{Dial, ParentAddr, Report, UplinkStatus, Uplinks};
+use crate::wire::{LackReason, RequestId};
+
+/// What a parent answered.
+pub(crate) type Answer = Result<Chunk, LackReason>;
+
+/// The connection to one parent. See the module's documentation.
+pub(crate) struct Uplink {
+    parent: ParentAddr,
+    tally: Tally,
+    desk: Arc<Desk>,
+    task: AbortHandle,
+}
+
+impl Drop for Uplink {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Uplink {
+    pub(crate) fn spawn(uplinks: &Arc<Uplinks>, parent: ParentAddr, circuit: Circuit) -> Uplink {
+        let desk = Arc::new(Desk::new(circuit));
+        let tally = Tally::under(&uplinks.total);
+        let task = Task {
+            // Weak, because the table that owns this uplink must be able to end while it lives.
+            uplinks: Arc::downgrade(uplinks),
+            clock: uplinks.clock,
+            parent: parent.clone(),
+            tally: tally.clone(),
+            desk: desk.clone(),
+            lost: Reported::No,
+        };
+        Uplink { parent, tally, desk, task: tokio::spawn(task.run()).abort_handle() }
+    }
+
+    pub(crate) fn parent(&self) -> &ParentAddr {
+        &self.parent
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        self.desk.state().circuit.standing()
+    }
+
+    pub(crate) fn status(&self) -> UplinkStatus {
+        UplinkStatus {
+            parent: self.parent.clone(),
+            standing: self.standing(),
+            stats: self.tally.link.clone(),
+        }
+    }
+
+    /// A request goes on to another parent.
+    pub(crate) fn failed_over(&self) {
+        self.tally.add(|s| &s.failovers, 1);
+    }
+
+    /// Dials now rather than at the first request.
+    pub(crate) fn warm(&self) {
+        self.desk.state().needed = Needed::Yes;
+        self.desk.changed.notify_one();
+    }
+
+    /// Asks for a chunk; [`None`] comes if the link is down, fails meanwhile or takes no more requests.
+    pub(crate) fn ask(&self, image: ImageId, chunk: ChunkHash, priority: Priority) -> Asked {
+        let (reply, answer) = oneshot::channel();
+        let mut state = self.desk.state();
+        state.last_id = RequestId(state.last_id.0.wrapping_add(1));
+        let id = state.last_id;
+        if state.circuit.standing() == Standing::Usable && state.wants.len() < QUEUED_MAX {
+            state.wants.push_back(Want { id, image, chunk, priority, reply });
+            state.needed = Needed::Yes;
+            drop(state);
+            self.desk.changed.notify_one();
+        }
+        Asked { desk: self.desk.clone(), id, answer, answered: Answered::No }
+    }
+}
+
+/// A request that is on its way. Resolves to [`None`] if the link failed; dropping it withdraws the request.
+pub(crate) struct Asked {
+    desk: Arc<Desk>,
+    id: RequestId,
+    answer: oneshot::Receiver<Answer>,
+    answered: Answered,
+}
+
+#[derive(PartialEq, Eq)]
+enum Answered {
+    No,
+    Yes,
+}
+
+impl Future for Asked {
+    type Output = Option<Answer>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Answer>> {
+        let answer = std::task::ready!(Pin::new(&mut self.answer).poll(context));
+        self.answered = Answered::Yes;
+        Poll::Ready(answer.ok())
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if self.answered == Answered::No {
+            self.desk.withdraw(self.id);
+        }
+    }
+}
+
+struct Want {
+    id: RequestId,
+    image: ImageId,
+    chunk: ChunkHash,
+    priority: Priority,
+    reply: oneshot::Sender<Answer>,
+}
+
+/// Where requests are left for the task.
+struct Desk {
+    state: Mutex<DeskState>,
+    changed: Notify,
+}
+
+struct DeskState {
+    circuit: Circuit,
+    needed: Needed,
+    last_id: RequestId,
+    /// At most [`QUEUED_MAX`].
+    wants: VecDeque<Want>,
+    /// Requests that the task took and nobody wants any more: no more than it took.
+    withdrawn: Vec<RequestId>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Needed {
+    No,
+    Yes,
+}
+
+impl Desk {
+    fn new(circuit: Circuit) -> Desk {
+        let state = DeskState {
+            circuit,
+            needed: Needed::No,
+            last_id: RequestId(0),
+            wants: VecDeque::new(),
+            withdrawn: Vec::new(),
+        };
+        Desk { state: Mutex::new(state), changed: Notify::new() }
+    }
+
+    /// The state stays whole whatever a holder of the lock does: each change is one call.
+    fn state(&self) -> MutexGuard<'_, DeskState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn withdraw(&self, id: RequestId) {
+        let mut state = self.state();
+        if let Some(at) = state.wants.iter().position(|want| want.id == id) {
+            state.wants.remove(at);
+        } else if state.circuit.standing() == Standing::Usable {
+            state.withdrawn.push(id);
+            drop(state);
+            self.changed.notify_one();
+        }
+    }
+
+    /// Changes the circuit. If no request may go there any more, those on the desk fail.
+    fn update<T>(&self, change: impl FnOnce(&mut Circuit) -> T) -> T {
+        let mut state = self.state();
+        let result = change(&mut state.circuit);
+        if state.circuit.standing() == Standing::Down {
+            state.wants.clear();
+            state.withdrawn.clear();
+        }
+        result
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Reported {
+    No,
+    Yes,
+}
+
+/// Keeps the connection up.
+struct Task {
+    uplinks: Weak<Uplinks>,
+    clock: Clock,
+    parent: ParentAddr,
+    tally: Tally,
+    desk: Arc<Desk>,
+    /// Whether the coordinator was told that the parent is lost.
+    lost: Reported,
+}
+
+impl Task {
+    /// Ends only by being aborted, or with the table that it belongs to.
+    async fn run(mut self) {
+        while self.desk.state().needed == Needed::No {
+            self.desk.changed.notified().await;
+        }
+        loop {
+            let dial_at = self.desk.state().circuit.dial_at();
+            sleep_until(self.clock.at(dial_at)).await;
+            let Some(uplinks) = self.uplinks.upgrade() else { return };
+            let dial = uplinks.dial.clone();
+            drop(uplinks);
+            self.tally.add(|s| &s.dials, 1);
+            match self.dial(&*dial).await {
+                Ok(stream) => self.drive(stream).await,
+                Err(error) => self.fail(&error),
+            }
+        }
+    }
+
+    /// Dials, and lets the requests go elsewhere if that takes long.
+    async fn dial(&self, dial: &dyn Dial) -> io::Result<Box<dyn Stream>> {
+        let begin = self.clock.now();
+        let mut dialing = dial.dial(&self.parent);
+        if let Ok(result) = timeout_at(self.clock.at(begin + DIAL_PATIENCE), &mut dialing).await {
+            return result;
+        }
+        let now = self.clock.now();
+        self.desk.update(|circuit| circuit.late(now));
+        timeout_at(self.clock.at(begin + DIAL_MAX), dialing).await?
+    }
+
+    fn fail(&mut self, why: &dyn std::fmt::Display) {
+        let now = self.clock.now();
+        self.desk.update(|circuit| circuit.failed(now));
+        let Some(uplinks) = self.uplinks.upgrade() else { return };
+        if self.lost == Reported::No {
+            self.lost = Reported::Yes;
+            tracing::info!(parent = %self.parent.node, %why, "the parent is lost");
+            uplinks.report(Report::Lost { node: self.parent.node.clone() });
+        } else {
+            tracing::debug!(parent = %self.parent.node, %why, "the parent is still lost");
+        }
+    }
+
+    fn blame(&mut self, chunk: ChunkHash) {
+        let now = self.clock.now();
+        let until = self.desk.update(|circuit| circuit.lied(now));
+        tracing::warn!(parent = %self.parent.node, %chunk, "the parent sent a wrong chunk and is banned");
+        let Some(uplinks) = self.uplinks.upgrade() else { return };
+        uplinks.ban(&self.parent.node, until);
+        uplinks.report(Report::Lied { node: self.parent.node.clone(), chunk });
+    }
+
+    fn greeted(&mut self) {
+        self.desk.update(Circuit::up);
+        let Some(uplinks) = self.uplinks.upgrade() else { return };
+        tracing::info!(parent = %self.parent.node, "the parent is up");
+        if self.lost == Reported::Yes {
+            self.lost = Reported::No;
+            uplinks.report(Report::Back { node: self.parent.node.clone() });
+        }
+        uplinks.came_up();
+    }
+
+    /// Runs the protocol until the link ends. Every reply that is still open is dropped then, which tells
+    /// those who wait.
+    async fn drive(&mut self, stream: Box<dyn Stream>) {
+        let Some(node) = self.uplinks.upgrade().map(|uplinks| uplinks.node.clone()) else {
+            return;
+        };
+        let mut child = Child::new(&node, self.parent.node.clone(), self.tally.clone(), self.clock.now());
+        let mut replies = HashMap::new();
+        let (mut reading, mut writing) = stream::halves(stream);
+        let mut lie = None;
+        loop {
+            self.take_in(&mut child, &mut replies);
+            while let Some(event) = child.poll_event() {
+                match event {
+                    ChildEvent::Ready => self.greeted(),
+                    ChildEvent::Arrived { id, chunk } => {
+                        self.desk.update(Circuit::delivered);
+                        reply(&mut replies, id, Ok(chunk));
+                    }
+                    ChildEvent::Lacking { id, reason } => reply(&mut replies, id, Err(reason)),
+                    ChildEvent::Liar { chunk } => lie = Some(chunk),
+                    ChildEvent::Closed(closed) => {
+                        match lie {
+                            Some(chunk) => self.blame(chunk),
+                            None => self.fail(&closed),
+                        }
+                        self.tally.add(|s| &s.losses, 1);
+                        // Those who wait ask another now; the last words can wait.
+                        drop(replies);
+                        if closed != Closed::Ended {
+                            writing.farewell(child.poll_transmit(self.clock.now())).await;
+                        }
+                        return;
+                    }
+                }
+            }
+            let now = self.clock.now();
+            writing.refill(|| child.poll_transmit(now));
+            let deadline = self.clock.at(child.deadline());
+            // The stream first: what has come counts as a sign of life even if we were late to look.
+            tokio::select! {
+                biased;
+                done = stream::exchange(&mut reading, child.inbox(), &mut writing) => match done {
+                    Ok(Exchanged { read: Some(0), .. }) => child.ended(),
+                    Ok(Exchanged { read: Some(_), .. }) => child.heard(self.clock.now()),
+                    Ok(Exchanged { read: None, .. }) => {}
+                    Err(error) => {
+                        tracing::debug!(parent = %self.parent.node, %error, "the link broke");
+                        child.ended();
+                    }
+                },
+                () = self.desk.changed.notified() => {}
+                () = sleep_until(deadline) => child.tick(self.clock.now()),
+            }
+        }
+    }
+
+    /// Takes what is on the desk.
+    fn take_in(&self, child: &mut Child, replies: &mut HashMap<RequestId, oneshot::Sender<Answer>>) {
+        let (wants, withdrawn) = {
+            let mut state = self.desk.state();
+            (std::mem::take(&mut state.wants), std::mem::take(&mut state.withdrawn))
+        };
+        for want in wants {
+            // A refused request drops its reply, which tells whoever waits to ask another.
+            if child.want(want.id, want.image, want.chunk, want.priority).is_ok() {
+                replies.insert(want.id, want.reply);
+            }
+        }
+        for id in withdrawn {
+            child.cancel(id);
+            replies.remove(&id);
+        }
+    }
+}
+
+fn reply(replies: &mut HashMap<RequestId, oneshot::Sender<Answer>>, id: RequestId, answer: Answer) {
+    if let Some(reply) = replies.remove(&id) {
+        // Whoever asked may have gone meanwhile.
+        let _ = reply.send(answer);
+    }
+}
