@@ -12,7 +12,6 @@ use std::io;
 use block::{ExtentKind, Now};
 
 pub use file::FileMedia;
-#[expect(unused_imports)]
 pub(crate) use file::InUse;
 pub use memory::MemoryMedia;
 pub(crate) use memory::SparseBytes;

@@ -1,10 +1,50 @@
-//! One VM's private, durable layer.
+//! One VM's private, durable layer over a read-only base.
+//!
+//! A sparse data file holds block *i* at byte *i* x 4096; the map says which blocks are the overlay's
+//! own. All others are the base's, and zero beyond the base's end. A zeroed or discarded block is an own
+//! block with a hole in the data file.
+//!
+//! Consistency: every change holds a [claim](claims) on the blocks it touches; the map's bit is set after
+//! the block's bytes are in the data file. A block is only ever written as a whole, with the rest of a
+//! partly covered one read from where it was before, so a read sees each block old or new.
+//! Durability: [`flush`]. Nothing else syncs.
+//! Cancellation: what runs on the blocking pool owns its buffers and its claim, so a dropped future has
+//! either not begun a step or the step runs to its end before anybody else may change these blocks.
+//! Crash: the map never names a block whose bytes are not durable, and [`log`] finds its own torn tail.
+//! Retries: none. [`DiskError::NoSpace`] leaves everything as it was, and the guest may try again.
+
+mod claims;
+mod cut;
+mod files;
+mod flush;
+mod log;
+mod map;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::{BoxFuture, Disk, DiskError};
+use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, Now};
+use futures_util::FutureExt;
+
+use self::claims::{Claim, Claims};
+use self::cut::{Cut, Edge, touched};
+use self::flush::Flusher;
+use self::log::{LogError, MapLog};
+use self::map::{BlockMap, Place};
+use crate::{Media, asyncio};
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// Most bytes written on the spot before other tasks get their turn: about 20 us of copying into the
+/// page cache, little more than what handing the write to the blocking pool would cost.
+const WRITE_PIECE_BYTES: usize = 64 * 1024;
+
+/// Most extents in one answer; a caller that wants more asks again from where the answer ended.
+const EXTENTS_MAX: usize = 512;
+
+type Block = [u8; BLOCK_BYTES];
 
 /// Why an overlay cannot be created, opened or removed.
 #[derive(Debug, thiserror::Error)]
@@ -55,69 +95,392 @@ pub struct OverlayStats {
 }
 
 /// A VM's writable disk over a read-only base.
+///
+/// Dropping it flushes nothing: what was not flushed is lost or kept, as in a crash.
 pub struct Overlay {
+    geometry: Geometry,
     base: Arc<dyn Disk>,
+    data: Arc<dyn Media>,
+    map: Arc<BlockMap>,
+    claims: Arc<Claims>,
+    flusher: Arc<Flusher>,
+}
+
+fn check_size(size_bytes: u64) -> Result<(), OverlayError> {
+    if size_bytes == 0 || size_bytes > DISK_BYTES_MAX {
+        return Err(OverlayError::Size(size_bytes));
+    }
+    Ok(())
 }
 
 impl Overlay {
-    /// Creates an empty overlay in `dir`, which is created too. Blocks.
+    /// Creates an empty overlay of `size_bytes` in `dir`, which is created too. Blocks the thread.
     pub fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
-        let _ = (dir, size_bytes);
-        Ok(Overlay { base })
+        files::create(dir, size_bytes, base)
     }
 
-    /// Opens the overlay in `dir`. Blocks.
+    /// Opens the overlay in `dir`. Blocks the thread.
     pub fn open(dir: &Path, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
-        let _ = dir;
-        Ok(Overlay { base })
+        files::open(dir, base)
     }
 
-    /// Removes the overlay in `dir` and the directory. Refused while it is open. Blocks.
+    /// Removes the overlay in `dir` and the directory. Refused while it is open. Blocks the thread.
     pub fn remove(dir: &Path) -> Result<(), OverlayError> {
-        Err(OverlayError::Missing(dir.to_owned()))
+        files::remove(dir)
+    }
+
+    /// Creates an empty overlay of `size_bytes` on two empty media.
+    pub fn create_on(
+        data: Arc<dyn Media>,
+        map: Arc<dyn Media>,
+        size_bytes: u64,
+        base: Arc<dyn Disk>,
+    ) -> Result<Overlay, OverlayError> {
+        check_size(size_bytes)?;
+        let named = |name: &str| {
+            let path = PathBuf::from(name);
+            move |source| OverlayError::Io { path, source }
+        };
+        data.set_len(size_bytes.next_multiple_of(BLOCK)).and_then(|()| data.sync()).map_err(named("data"))?;
+        let log = MapLog::create(map, size_bytes).map_err(named("map"))?;
+        Ok(Overlay::new(data, log, Overlay::empty_map(size_bytes), base))
+    }
+
+    /// Opens the overlay on two media.
+    pub fn open_on(
+        data: Arc<dyn Media>,
+        map: Arc<dyn Media>,
+        base: Arc<dyn Disk>,
+    ) -> Result<Overlay, OverlayError> {
+        Overlay::open_named(data, Path::new("data"), map, Path::new("map"), base)
+    }
+
+    fn open_named(
+        data: Arc<dyn Media>,
+        data_path: &Path,
+        map: Arc<dyn Media>,
+        map_path: &Path,
+        base: Arc<dyn Disk>,
+    ) -> Result<Overlay, OverlayError> {
+        let damaged = |path: &Path, what| OverlayError::Damaged { path: path.to_owned(), what };
+        let io = |path: &Path, source| OverlayError::Io { path: path.to_owned(), source };
+        let mut blocks = None;
+        let log = MapLog::open(map, |log, word| {
+            blocks.get_or_insert_with(|| Overlay::empty_map(log.size_bytes())).restore(word)
+        })
+        .map_err(|error| match error {
+            LogError::Damaged(what) => damaged(map_path, what),
+            LogError::Io(error) => io(map_path, error),
+        })?;
+        let size_bytes = log.size_bytes();
+        let len = data.len_bytes().map_err(|error| io(data_path, error))?;
+        if len < size_bytes.next_multiple_of(BLOCK) {
+            return Err(damaged(data_path, format!("it has {len} bytes, its disk has {size_bytes}")));
+        }
+        let blocks = blocks.unwrap_or_else(|| Overlay::empty_map(size_bytes));
+        Ok(Overlay::new(data, log, blocks, base))
+    }
+
+    fn empty_map(size_bytes: u64) -> BlockMap {
+        BlockMap::new(size_bytes.div_ceil(BLOCK))
+    }
+
+    fn new(data: Arc<dyn Media>, log: MapLog, map: BlockMap, base: Arc<dyn Disk>) -> Overlay {
+        let geometry = Geometry::new(log.size_bytes());
+        let map = Arc::new(map);
+        let flusher = Arc::new(Flusher::new(Arc::clone(&data), Arc::clone(&map), log));
+        Overlay { geometry, base, data, map, claims: Arc::default(), flusher }
     }
 
     /// What it holds and did.
     pub fn stats(&self) -> OverlayStats {
-        OverlayStats { size_bytes: self.base.size_bytes(), ..OverlayStats::default() }
+        OverlayStats {
+            size_bytes: self.geometry.size_bytes(),
+            allocated_bytes: self.allocated_bytes(),
+            map_bytes: self.flusher.map_bytes(),
+            flushes: self.flusher.rounds_done(),
+            compactions: self.flusher.compactions(),
+        }
     }
 
     /// Bytes that no longer come from the base, holes included.
     pub fn allocated_bytes(&self) -> u64 {
-        self.stats().allocated_bytes
+        self.map.allocated_blocks() * BLOCK
     }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        let size_bytes = self.geometry.size_bytes();
+        if self.geometry.contains(offset, len) {
+            Ok(())
+        } else {
+            Err(DiskError::OutOfRange { offset, len, size_bytes })
+        }
+    }
+
+    /// The place of the byte at `offset`, and for how many of `len` bytes it holds.
+    fn run(&self, offset: u64, len: u64) -> (Place, u64) {
+        let (place, blocks) = self.map.run(touched(offset, len));
+        let end = (offset / BLOCK + blocks) * BLOCK;
+        (place, len.min(end - offset))
+    }
+
+    /// How many of `len` bytes from `offset` lie on the base.
+    fn base_bytes(&self, offset: u64, len: usize) -> usize {
+        (len as u64).min(self.base.size_bytes().saturating_sub(offset)) as usize
+    }
+
+    fn read_run_now(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+        match place {
+            Place::Own => Ok(self.data.read_at_now(offset, buf)?),
+            Place::Base => {
+                let (below, beyond) = buf.split_at_mut(self.base_bytes(offset, buf.len()));
+                beyond.fill(0);
+                if below.is_empty() { Ok(Now::Done) } else { self.base.read_now(offset, below) }
+            }
+        }
+    }
+
+    async fn read_run(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        match place {
+            Place::Own => Ok(asyncio::read(&self.data, offset, buf).await?),
+            Place::Base => {
+                let (below, beyond) = buf.split_at_mut(self.base_bytes(offset, buf.len()));
+                beyond.fill(0);
+                if below.is_empty() || self.base.read_now(offset, below)? == Now::Done {
+                    return Ok(());
+                }
+                self.base.read(offset, below).await
+            }
+        }
+    }
+
+    async fn read_all(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (place, len) = self.run(at, (buf.len() - done) as u64);
+            self.read_run(place, at, &mut buf[done..done + len as usize]).await?;
+            done += len as usize;
+        }
+        Ok(())
+    }
+
+    fn place(&self, block: u64) -> Place {
+        if self.map.is_own(block) { Place::Own } else { Place::Base }
+    }
+
+    /// The bytes of a partly covered block as they are before the change.
+    async fn edge_block(&self, edge: &Edge) -> Result<Box<Block>, DiskError> {
+        let mut block = Box::new([0; BLOCK_BYTES]);
+        self.read_run(self.place(edge.block), edge.block * BLOCK, &mut block[..]).await?;
+        Ok(block)
+    }
+
+    /// Writes whole blocks from block `first`. Needs the claim on them. Never waits for another task.
+    fn put(&self, _claim: &Claim, first: u64, data: &[u8]) -> Result<(), DiskError> {
+        self.data.write_at(first * BLOCK, data)?;
+        self.map.allocate(first..first + (data.len() as u64).div_ceil(BLOCK));
+        self.flusher.mark_dirty();
+        Ok(())
+    }
+
+    async fn write_all(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
+        self.check(offset, data.len() as u64)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let claim = self.claims.claim(touched(offset, data.len() as u64)).await;
+        let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
+        for edge in cut.edges.iter().flatten() {
+            let mut block = self.edge_block(edge).await?;
+            let bytes = &data[edge.at..edge.at + edge.within.len()];
+            block[edge.within.clone()].copy_from_slice(bytes);
+            self.put(&claim, edge.block, &block[..])?;
+        }
+        let whole = whole_of(data, &cut, offset);
+        let mut first = cut.whole.start;
+        for (index, piece) in whole.chunks(WRITE_PIECE_BYTES).enumerate() {
+            if index > 0 {
+                tokio::task::yield_now().await;
+            }
+            self.put(&claim, first, piece)?;
+            first += (WRITE_PIECE_BYTES / BLOCK_BYTES) as u64;
+        }
+        Ok(())
+    }
+
+    /// Punches holes for whole blocks and makes them the overlay's own, as far as the base reaches:
+    /// beyond it, a block that nobody wrote is zero anyway.
+    async fn punch(&self, claim: Claim, whole: std::ops::Range<u64>) -> Result<(), DiskError> {
+        if whole.is_empty() {
+            return Ok(());
+        }
+        let (data, map) = (Arc::clone(&self.data), Arc::clone(&self.map));
+        let flusher = Arc::clone(&self.flusher);
+        let base_blocks = self.base.size_bytes().div_ceil(BLOCK);
+        asyncio::blocking(move || {
+            data.punch_hole(whole.start * BLOCK, (whole.end - whole.start) * BLOCK)?;
+            map.allocate(whole.start..whole.end.min(base_blocks));
+            flusher.mark_dirty();
+            drop(claim);
+            Ok(())
+        })
+        .await
+        .map_err(DiskError::from)
+    }
+
+    async fn zero_all(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.check(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let claim = self.claims.claim(touched(offset, len)).await;
+        let cut = Cut::new(offset, len, self.geometry.size_bytes());
+        for edge in cut.edges.iter().flatten() {
+            let mut block = self.edge_block(edge).await?;
+            block[edge.within.clone()].fill(0);
+            self.put(&claim, edge.block, &block[..])?;
+        }
+        self.punch(claim, cut.whole).await
+    }
+
+    async fn discard_all(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.check(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let whole = Cut::new(offset, len, self.geometry.size_bytes()).whole;
+        let claim = self.claims.claim(whole.clone()).await;
+        self.punch(claim, whole).await
+    }
+
+    async fn list_extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, DiskError> {
+        self.check(offset, len)?;
+        let mut extents: Vec<Extent> = Vec::new();
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            for extent in self.run_extents(at, end - at).await? {
+                at += extent.len;
+                let is_full = extents.len() == EXTENTS_MAX;
+                match extents.last_mut() {
+                    Some(last) if last.kind == extent.kind => last.len += extent.len,
+                    _ if is_full => return Ok(extents),
+                    _ => extents.push(extent),
+                }
+            }
+        }
+        Ok(extents)
+    }
+
+    /// The extents at `offset`: at least one, none beyond `len` bytes.
+    async fn run_extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, DiskError> {
+        let (place, len) = self.run(offset, len);
+        let below = len.min(self.base.size_bytes().saturating_sub(offset));
+        match place {
+            Place::Own => {
+                let data = Arc::clone(&self.data);
+                let (kind, len) = asyncio::blocking(move || data.extent_at(offset, len)).await?;
+                Ok(vec![Extent { len, kind }])
+            }
+            Place::Base if below == 0 => Ok(vec![Extent { len, kind: ExtentKind::Hole }]),
+            Place::Base => match self.base.extents(offset, below).await? {
+                // A base that knows nothing has data there, as far as is known.
+                none if none.is_empty() => Ok(vec![Extent { len: below, kind: ExtentKind::Data }]),
+                some => Ok(some),
+            },
+        }
+    }
+}
+
+/// The part of a write that covers whole blocks.
+fn whole_of<'a>(data: &'a [u8], cut: &Cut, offset: u64) -> &'a [u8] {
+    if cut.whole.is_empty() {
+        return &[];
+    }
+    let from = cut.whole_at(offset);
+    let len = ((cut.whole.end - cut.whole.start) * BLOCK) as usize;
+    &data[from..data.len().min(from + len)]
 }
 
 impl Disk for Overlay {
     fn size_bytes(&self) -> u64 {
-        self.base.size_bytes()
+        self.geometry.size_bytes()
     }
 
-    fn access(&self) -> block::Access {
-        self.base.access()
+    fn access(&self) -> Access {
+        Access::ReadWrite
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (place, len) = self.run(at, (buf.len() - done) as u64);
+            if self.read_run_now(place, at, &mut buf[done..done + len as usize])? == Now::Wait {
+                return Ok(Now::Wait);
+            }
+            done += len as usize;
+        }
+        Ok(Now::Done)
+    }
+
+    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+        self.check(offset, data.len() as u64)?;
+        if data.is_empty() {
+            return Ok(Now::Done);
+        }
+        if data.len() > WRITE_PIECE_BYTES {
+            return Ok(Now::Wait);
+        }
+        let Some(claim) = self.claims.try_claim(touched(offset, data.len() as u64)) else {
+            return Ok(Now::Wait);
+        };
+        let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
+        // Both edges are read before anything is written: waiting must leave everything as it was.
+        let mut blocks = [[0; BLOCK_BYTES]; 2];
+        for (edge, block) in cut.edges.iter().zip(&mut blocks) {
+            let Some(edge) = edge else { continue };
+            if self.read_run_now(self.place(edge.block), edge.block * BLOCK, block)? == Now::Wait {
+                return Ok(Now::Wait);
+            }
+            block[edge.within.clone()].copy_from_slice(&data[edge.at..edge.at + edge.within.len()]);
+        }
+        for (edge, block) in cut.edges.iter().zip(&blocks) {
+            if let Some(edge) = edge {
+                self.put(&claim, edge.block, block)?;
+            }
+        }
+        let whole = whole_of(data, &cut, offset);
+        if !whole.is_empty() {
+            self.put(&claim, cut.whole.start, whole)?;
+        }
+        Ok(Now::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        self.base.read(offset, buf)
+        self.read_all(offset, buf).boxed()
     }
 
     fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        self.base.write(offset, data)
+        self.write_all(offset, data).boxed()
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        self.base.write_zeroes(offset, len)
+        self.zero_all(offset, len).boxed()
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        self.base.discard(offset, len)
+        self.discard_all(offset, len).boxed()
     }
 
     fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
-        self.base.flush()
+        async { self.flusher.flush().await }.boxed()
     }
 
-    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<block::Extent>, DiskError>> {
-        self.base.extents(offset, len)
+    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
+        self.list_extents(offset, len).boxed()
     }
 }

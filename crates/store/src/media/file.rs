@@ -62,6 +62,11 @@ impl FileMedia {
         }
     }
 
+    /// What the file system says of the open file, which may have lost its name.
+    pub(crate) fn metadata(&self) -> io::Result<std::fs::Metadata> {
+        self.file.metadata()
+    }
+
     /// Whether this is a block device, whose size is given.
     pub(crate) fn is_device(&self) -> bool {
         self.is_device

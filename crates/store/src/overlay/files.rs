@@ -1,0 +1,119 @@
+//! An overlay as a directory: `data` and `map`.
+//!
+//! An overlay exists once `map` has its name, which it gets by a rename after everything in it is
+//! durable; it is gone once `map` is. What a crash leaves before or after is only rubbish that the next
+//! `create` or `remove` clears. The lock is on `data`, which keeps its inode as long as the overlay lives.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block::Disk;
+use block::limits::BLOCK_BYTES;
+
+use super::{MapLog, Overlay, OverlayError, check_size};
+use crate::Media;
+use crate::media::{FileMedia, InUse};
+
+fn data_path(dir: &Path) -> PathBuf {
+    dir.join("data")
+}
+
+fn map_path(dir: &Path) -> PathBuf {
+    dir.join("map")
+}
+
+/// The map before it is complete.
+fn new_map_path(dir: &Path) -> PathBuf {
+    dir.join("map.new")
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
+    move |source| OverlayError::Io { path: path.to_owned(), source }
+}
+
+fn sync_dir(dir: &Path) -> Result<(), OverlayError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
+}
+
+fn remove_if_there(path: &Path) -> Result<(), OverlayError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Takes the overlay in `dir` for ourselves: its data file, locked.
+fn lock_data(dir: &Path, data: FileMedia) -> Result<FileMedia, OverlayError> {
+    let path = data_path(dir);
+    if let Err(InUse) = data.lock().map_err(io_error(&path))? {
+        return Err(OverlayError::InUse(dir.to_owned()));
+    }
+    // Between opening and locking, another may have removed the file and even created the next.
+    let ours = data.metadata().map_err(io_error(&path))?;
+    match fs::metadata(&path) {
+        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok(data),
+        _ => Err(OverlayError::InUse(dir.to_owned())),
+    }
+}
+
+fn open_data(dir: &Path) -> Result<FileMedia, OverlayError> {
+    let path = data_path(dir);
+    match FileMedia::open(&path) {
+        Ok(data) => lock_data(dir, data),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(OverlayError::Missing(dir.to_owned())),
+        Err(error) => Err(io_error(&path)(error)),
+    }
+}
+
+pub(super) fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
+    check_size(size_bytes)?;
+    fs::create_dir_all(dir).map_err(io_error(dir))?;
+    let path = data_path(dir);
+    let data = lock_data(dir, FileMedia::open_or_create(&path).map_err(io_error(&path))?)?;
+    if map_path(dir).try_exists().map_err(io_error(dir))? {
+        return Err(OverlayError::Exists(dir.to_owned()));
+    }
+    let fresh = || {
+        data.set_len(0)?;
+        data.set_len(size_bytes.next_multiple_of(BLOCK_BYTES as u64))?;
+        data.sync()
+    };
+    fresh().map_err(io_error(&path))?;
+
+    let new_map = new_map_path(dir);
+    remove_if_there(&new_map)?;
+    let map = FileMedia::open_or_create(&new_map).map_err(io_error(&new_map))?;
+    let log = MapLog::create(Arc::new(map), size_bytes).map_err(io_error(&new_map))?;
+    fs::rename(&new_map, map_path(dir)).map_err(io_error(&new_map))?;
+    sync_dir(dir)?;
+    if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        sync_dir(parent)?;
+    }
+    Ok(Overlay::new(Arc::new(data), log, Overlay::empty_map(size_bytes), base))
+}
+
+pub(super) fn open(dir: &Path, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
+    let data = open_data(dir)?;
+    let path = map_path(dir);
+    let map = match FileMedia::open(&path) {
+        Ok(map) => map,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(OverlayError::Missing(dir.to_owned()));
+        }
+        Err(error) => return Err(io_error(&path)(error)),
+    };
+    Overlay::open_named(Arc::new(data), &data_path(dir), Arc::new(map), &path, base)
+}
+
+pub(super) fn remove(dir: &Path) -> Result<(), OverlayError> {
+    // The lock is held until the end, so that nobody opens what is going away.
+    let _data = open_data(dir)?;
+    remove_if_there(&map_path(dir))?;
+    sync_dir(dir)?;
+    remove_if_there(&new_map_path(dir))?;
+    remove_if_there(&data_path(dir))?;
+    fs::remove_dir(dir).map_err(io_error(dir))
+}
