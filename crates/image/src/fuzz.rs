@@ -8,3 +8,8 @@ pub fn root_page(bytes: &[u8]) {
         assert_eq!(root.encode(), bytes, "a root page has one form only");
     }
 }
+
+/// Parses the header of a qcow2 image.
+pub fn qcow2_header(bytes: &[u8]) {
+    crate::source::parse_any_qcow2(bytes);
+}

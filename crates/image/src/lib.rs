@@ -11,10 +11,24 @@
 //! - Nothing that a file, a peer or a header says is followed out of the directories that the caller allows.
 //! - This crate knows no network and no coordinator.
 
+mod error;
 pub mod fuzz;
+mod import;
+mod index;
+mod layout;
 mod manifest;
+mod origin;
 mod page_cache;
+mod pages;
+mod source;
+mod verify;
 mod volume;
 
+pub use error::ImportError;
+pub use import::{ImportProgress, ImportRequest, Imported, import};
+pub use layout::{Keep, Novelty, list, remove, sweep};
 pub use manifest::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};
+pub use origin::{Description, OpenError, OriginImage};
+pub use source::{FilePart, Format, ParseFormatError};
+pub use verify::{VerifyError, VerifyReport};
 pub use volume::ImageVolume;

@@ -7,7 +7,7 @@ mod shape;
 
 pub(crate) use root::hashes_in;
 pub use root::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};
-pub(crate) use shape::PageId;
+pub(crate) use shape::{HASH_BYTES, PageId, Shape};
 
 #[cfg(test)]
 mod tests;

@@ -82,7 +82,6 @@ impl Shape {
         self.pages[level]
     }
 
-    #[cfg(test)]
     /// How many pages there are in all.
     pub(crate) fn pages_total(&self) -> u64 {
         self.pages.iter().sum()
@@ -109,13 +108,11 @@ impl Shape {
         span.min(self.geometry.chunk_count().saturating_sub(page.index.saturating_mul(span)))
     }
 
-    #[cfg(test)]
     /// The place of the page when all pages stand one after the other, level by level from 0.
     pub(crate) fn ordinal(&self, page: PageId) -> u64 {
         self.pages[..page.level].iter().sum::<u64>() + page.index
     }
 
-    #[cfg(test)]
     /// The page at a place, the inverse of [`Shape::ordinal`]; `None` beyond the last.
     pub(crate) fn page_at(&self, ordinal: u64) -> Option<PageId> {
         let mut index = ordinal;

@@ -1,0 +1,312 @@
+//! An imported image as a source of chunks: the root of its hierarchy.
+//!
+//! Pages come from the image's directory, data from the image file through the reader of its format. Whatever
+//! was read becomes a [`Chunk`] only by verification, so a file that was changed after the import gives errors,
+//! never wrong bytes.
+//!
+//! - Consistency: an opened image keeps to the source that it was opened with.
+//! - Retries: none; but after an error the source is opened anew, so that a file that was put back serves again.
+//! - Cancellation: a dropped fetch lets its read finish on the blocking pool, still counted against the bound.
+//! - Crash: nothing is written.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block::limits::CHUNK_BYTES;
+use block::{BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, FetchError, ImageId, Priority};
+use bytes::{Bytes, BytesMut};
+use serde::Serialize;
+use tokio::sync::Semaphore;
+
+use crate::index::Index;
+use crate::layout::{self, Keep, SourceRecord};
+use crate::pages::{Node, Pages};
+use crate::source::{AllowedDirs, Reader, Source};
+use crate::{FilePart, Format, ImportError, ManifestError, RootPage};
+
+/// Reads that one image has on the blocking pool at a time: enough to keep a disk's queue filled, few enough
+/// that images do not starve each other of the pool's threads.
+const READS_MAX: usize = 16;
+
+/// An imported image, opened to be served.
+pub struct OriginImage {
+    shared: Arc<Shared>,
+    reads: Arc<Semaphore>,
+}
+
+/// Why an image's directory cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such image.
+    #[error("there is no image in '{}'", .0.display())]
+    Missing(PathBuf),
+    /// One of the directory's files is not what it should be.
+    #[error("'{}' is damaged: {reason}; add the image again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The operating system does not let us read.
+    #[error("cannot read '{}': {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        reason: String,
+    },
+}
+
+/// What there is to say of an image at its origin.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Description {
+    /// The image's name.
+    pub id: ImageId,
+    /// Size of the disk in bytes.
+    pub size_bytes: u64,
+    /// Chunks that cover the disk, zero ones included.
+    pub data_chunks: u64,
+    /// Chunks that are all zero.
+    pub zero_chunks: u64,
+    /// The format that the image file had when it was added.
+    pub format: Format,
+    /// Where the bytes are read from.
+    pub keep: Keep,
+    /// The file that the bytes are read from.
+    pub path: PathBuf,
+    /// The files that the image was added from: the image file, then those that it builds upon.
+    pub files: Vec<FilePart>,
+}
+
+impl OriginImage {
+    /// Opens the directory of an imported image. The image file itself is opened when it is first read.
+    pub fn open(dir: &Path) -> Result<OriginImage, OpenError> {
+        let shared = Arc::new(Shared::open(dir)?);
+        Ok(OriginImage { shared, reads: Arc::new(Semaphore::new(READS_MAX)) })
+    }
+
+    /// The image's name.
+    pub fn id(&self) -> ImageId {
+        self.shared.id
+    }
+
+    /// The image's root page.
+    pub fn root(&self) -> &RootPage {
+        &self.shared.root
+    }
+
+    /// What there is to say of the image.
+    pub fn describe(&self) -> Description {
+        let shared = &self.shared;
+        Description {
+            id: shared.id,
+            size_bytes: shared.root.size_bytes(),
+            data_chunks: shared.root.data_chunks(),
+            zero_chunks: shared.root.zero_chunks(),
+            format: shared.record.format,
+            keep: shared.record.keep,
+            path: shared.data_path(),
+            files: shared.record.files.clone(),
+        }
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl ChunkSource for OriginImage {
+    fn fetch(&self, chunk: ChunkHash, _priority: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        if chunk.is_zero() {
+            return Box::pin(std::future::ready(Ok(Chunk::zero())));
+        }
+        Box::pin(async move {
+            let unreachable = |reason: &str| FetchError::Unreachable(reason.to_owned());
+            let permit = Arc::clone(&self.reads).acquire_owned().await;
+            let permit = permit.map_err(|_| unreachable("the image is being closed"))?;
+            let shared = Arc::clone(&self.shared);
+            let read = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                shared.read(chunk)
+            });
+            read.await.map_err(|_| unreachable("this node is shutting down"))?
+        })
+    }
+}
+
+/// What fetches and verification use.
+pub(crate) struct Shared {
+    dir: PathBuf,
+    id: ImageId,
+    pub(crate) root: RootPage,
+    pub(crate) pages: Pages,
+    index: Index,
+    record: SourceRecord,
+    readers: Mutex<Readers>,
+    /// Whether somebody was told that the source is not what it was.
+    complained: AtomicBool,
+}
+
+/// The opened source and the readers of it that nobody uses just now, at most as many as there ever were users.
+#[derive(Default)]
+struct Readers {
+    source: Option<Arc<Source>>,
+    idle: Vec<Reader>,
+}
+
+impl Shared {
+    fn open(dir: &Path) -> Result<Shared, OpenError> {
+        let damaged = |name: &str, reason: String| OpenError::Damaged { path: dir.join(name), reason };
+        let failed = |name: &str, error: &io::Error| match error.kind() {
+            io::ErrorKind::InvalidData | io::ErrorKind::NotFound => damaged(name, error.to_string()),
+            _ => OpenError::Unreadable { path: dir.join(name), reason: error.to_string() },
+        };
+        if !dir.is_dir() {
+            return Err(OpenError::Missing(dir.to_owned()));
+        }
+        let bytes = fs::read(dir.join(layout::ROOT)).map_err(|e| failed(layout::ROOT, &e))?;
+        let root = RootPage::decode(&bytes)
+            .map_err(|error: ManifestError| damaged(layout::ROOT, error.to_string()))?;
+        let id = root.id();
+        if dir.file_name().and_then(|name| name.to_str()) != Some(&id.to_string()) {
+            return Err(damaged(layout::ROOT, format!("it is the root page of image {id}")));
+        }
+        let open = |name: &str| File::open(dir.join(name)).map_err(|e| failed(name, &e));
+        let pages = Pages::open(open(layout::PAGES)?, root.shape()).map_err(|e| failed(layout::PAGES, &e))?;
+        let index = Index::open(open(layout::INDEX)?, root.shape()).map_err(|e| failed(layout::INDEX, &e))?;
+        let record = SourceRecord::read(&dir.join(layout::SOURCE)).map_err(|e| failed(layout::SOURCE, &e))?;
+        Ok(Shared {
+            dir: dir.to_owned(),
+            id,
+            root,
+            pages,
+            index,
+            record,
+            readers: Mutex::default(),
+            complained: AtomicBool::new(false),
+        })
+    }
+
+    fn data_path(&self) -> PathBuf {
+        match self.record.keep {
+            Keep::Copy => self.dir.join(layout::DATA),
+            Keep::InPlace => self.record.files[0].path.clone(),
+        }
+    }
+
+    /// Where the chunk is, if it belongs to this image.
+    pub(crate) fn locate(&self, chunk: ChunkHash) -> io::Result<Option<Node>> {
+        for node in self.index.candidates(chunk)? {
+            if self.pages.name(&self.root, node)? == chunk {
+                return Ok(Some(node));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, chunk: ChunkHash) -> Result<Chunk, FetchError> {
+        let storage = |reason: String| FetchError::Storage { chunk, reason };
+        let node = self.locate(chunk).map_err(|error| {
+            self.complain(&error);
+            storage(format!("the index of image {} cannot be read: {error}", self.id.short()))
+        })?;
+        let bytes = match node {
+            None => return Err(FetchError::NotHere(chunk)),
+            Some(Node::Page(page)) => self.pages.read(page).map(Bytes::from).map_err(|e| e.to_string()),
+            Some(Node::Data(index)) => {
+                self.with_reader(|reader| self.read_data(reader, index)).map_err(|e| e.to_string())
+            }
+        };
+        let bytes = bytes.map_err(|reason| {
+            self.complain(&reason);
+            storage(reason)
+        })?;
+        Chunk::verify(chunk, bytes).map_err(|wrong| {
+            self.complain(&wrong);
+            self.readers().take();
+            FetchError::Wrong(wrong)
+        })
+    }
+
+    /// The bytes of a data chunk as the source has them now, padded; not verified.
+    pub(crate) fn read_data(&self, reader: &mut Reader, index: ChunkIndex) -> Result<Bytes, ImportError> {
+        let offset = index.0 * CHUNK_BYTES as u64;
+        let len = (self.root.size_bytes() - offset).min(CHUNK_BYTES as u64) as usize;
+        let mut bytes = BytesMut::zeroed(CHUNK_BYTES);
+        let read = reader.read_at(offset, &mut bytes[..len]);
+        read.map_err(|e| ImportError::reading(&self.data_path(), &e))?;
+        Ok(bytes.freeze())
+    }
+
+    /// Runs `work` with a reader of the source. After an error the source will be opened anew.
+    pub(crate) fn with_reader<T>(
+        &self,
+        work: impl FnOnce(&mut Reader) -> Result<T, ImportError>,
+    ) -> Result<T, ImportError> {
+        let mut reader = self.take_reader()?;
+        let worked = work(&mut reader);
+        match worked {
+            Ok(_) => self.readers().idle.push(reader),
+            Err(_) => self.readers().take(),
+        }
+        worked
+    }
+
+    fn take_reader(&self) -> Result<Reader, ImportError> {
+        let source = {
+            let mut readers = self.readers();
+            if let Some(reader) = readers.idle.pop() {
+                return Ok(reader);
+            }
+            match &readers.source {
+                Some(source) => Arc::clone(source),
+                None => Arc::clone(readers.source.insert(Arc::new(self.open_source()?))),
+            }
+        };
+        source.reader()
+    }
+
+    fn open_source(&self) -> Result<Source, ImportError> {
+        let (path, format, dirs) = match self.record.keep {
+            Keep::Copy => (self.data_path(), Format::Raw, vec![self.dir.clone()]),
+            Keep::InPlace => (self.data_path(), self.record.format, self.record.allowed_dirs.clone()),
+        };
+        let source = Source::open(&path, Some(format), &AllowedDirs::new(&dirs, &path)?)?;
+        let (expected, actual) = (self.root.size_bytes(), source.size_bytes());
+        if actual < expected {
+            let reason = format!("it holds a disk of {actual} bytes instead of {expected}");
+            return Err(ImportError::truncated(&path, reason));
+        }
+        Ok(source)
+    }
+
+    fn readers(&self) -> MutexGuard<'_, Readers> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells a person, once, that the source does not give the image any more.
+    fn complain(&self, reason: &dyn std::fmt::Display) {
+        let path = self.data_path();
+        if self.complained.swap(true, Ordering::Relaxed) {
+            tracing::debug!(image = %self.id.short(), file = %path.display(), %reason, "chunk not served");
+            return;
+        }
+        tracing::error!(
+            image = %self.id.short(),
+            file = %path.display(),
+            %reason,
+            "the image file no longer gives what was imported from it: put the old file back, or add it as a new image"
+        );
+    }
+}
+
+impl Readers {
+    /// Forgets the source and its readers.
+    fn take(&mut self) {
+        *self = Readers::default();
+    }
+}
