@@ -1,9 +1,23 @@
 //! The hierarchy planner: who fetches which image from whom.
 //!
-//! A pure function of events: time is an argument, and the same events give the same actions.
+//! A pure function of events. Time is an argument, nothing is random, and the same events give the same
+//! actions, so that the simulator and the daemon run the same code. `docs/design/0001-hierarchy.md` says
+//! why it plans as it does.
+//!
+//! - [`Planner`]: events in, actions out; leases, learning after a restart.
+//! - `roster`: who is there, and whom one may ask.
+//! - `hierarchy`: one image; where a node hangs and what it is told.
+//! - `forest`: one stripe of it; the trees, and which place is the best.
+//!
+//! Not here: sockets, files, clocks, durability, and what makes a node's event authentic.
 
+mod forest;
+mod hierarchy;
 mod location;
 mod planner;
+mod roster;
+#[cfg(test)]
+mod tests;
 mod view;
 mod words;
 

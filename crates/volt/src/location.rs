@@ -22,7 +22,6 @@ pub struct Location(String);
 )]
 pub struct ParseLocationError(String);
 
-#[cfg_attr(not(test), expect(dead_code))]
 /// A place that a location lies in: everywhere, a zone, a rack or a host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Scope(Arc<str>);
@@ -33,7 +32,6 @@ impl Location {
         &self.0
     }
 
-    #[cfg_attr(not(test), expect(dead_code))]
     /// The scopes that the location lies in, narrowest first; the last one is everywhere.
     pub(crate) fn scopes(&self) -> Vec<Scope> {
         let mut scopes = vec![Scope("".into())];

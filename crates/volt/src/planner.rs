@@ -1,8 +1,18 @@
-//! The planner itself: applies events and collects actions.
+//! The planner itself: takes events, keeps the roster and the hierarchies in step, collects actions.
+//!
+//! Consistency: between two events every hierarchy is settled, and what each node was told is what the
+//! plan says, or, for a lease after the first event, what the node itself reported. Crash: nothing here is
+//! durable but for quarantines, which the caller records. A new planner *learns* for one lease: nodes
+//! register and attach with the placement that they have, and those places are kept.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use block::{ImageId, NodeName};
 
-use crate::{Action, Event, Millis, NodeView, Placement, Settings, Tree};
+use crate::forest::Key;
+use crate::hierarchy::{Hierarchy, Missing};
+use crate::roster::{ACCUSERS_MIN, Roster};
+use crate::{Action, Event, Location, Millis, NodeView, Placement, Role, Settings, Shape, Tree};
 
 /// Nodes that one planner takes. Ten times what a cluster is planned for; bounds its memory.
 pub const NODES_MAX: usize = 100_000;
@@ -10,43 +20,294 @@ pub const NODES_MAX: usize = 100_000;
 /// Plans the hierarchies of all images.
 #[derive(Debug)]
 pub struct Planner {
-    _settings: Settings,
+    settings: Settings,
+    now: Millis,
+    learning: Learning,
+    roster: Roster,
+    hierarchies: BTreeMap<ImageId, Hierarchy>,
+    shapes: BTreeMap<ImageId, Shape>,
+    /// Images whose hierarchy the event at hand has touched.
+    touched: BTreeSet<ImageId>,
+    actions: Vec<Action>,
+}
+
+/// Whether nodes still report where they were under an earlier planner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Learning {
+    NotBegun,
+    Until(Millis),
+    Done,
 }
 
 impl Planner {
     /// A planner that knows nobody.
     pub fn new(settings: Settings) -> Planner {
-        Planner { _settings: settings }
+        Planner {
+            settings,
+            now: Millis(0),
+            learning: Learning::NotBegun,
+            roster: Roster::default(),
+            hierarchies: BTreeMap::new(),
+            shapes: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            actions: Vec::new(),
+        }
     }
 
     /// Takes note of what happened at `now` and says what to do, in order. Time never goes back: an
     /// earlier `now` than the last one counts as the last one.
-    pub fn apply(&mut self, _now: Millis, _event: Event) -> Vec<Action> {
-        Vec::new()
+    pub fn apply(&mut self, now: Millis, event: Event) -> Vec<Action> {
+        self.now = self.now.max(now);
+        self.learn();
+        match event {
+            Event::NodeUp { node, address, location } => self.node_up(node, address, location),
+            Event::Heartbeat { node } => self.heartbeat(&node),
+            Event::NodeDown { node } => self.roster.key(&node).into_iter().for_each(|key| self.bury(key)),
+            Event::Attach { node, image, role, current } => self.attach(&node, image, role, current),
+            Event::Detach { node, image } => {
+                self.roster.key(&node).into_iter().for_each(|key| self.detach(key, image));
+            }
+            Event::Lost { by, parent } => self.lost(&by, &parent),
+            Event::Blame { by, liar, image, chunk: _ } => self.blame(&by, &liar, image),
+            Event::Quarantine { node } => self.quarantine(&node),
+            Event::Pardon { node } => {
+                self.roster.pardon(&node);
+                self.reassess(&node);
+            }
+            Event::Tune { image, shape } => self.tune(image, shape),
+            Event::Tick => self.tick(),
+        }
+        self.settle();
+        std::mem::take(&mut self.actions)
     }
 
     /// Whom `node` was last told to fetch `image` from.
-    pub fn placement(&self, _node: &NodeName, _image: &ImageId) -> Option<&Placement> {
-        None
+    pub fn placement(&self, node: &NodeName, image: &ImageId) -> Option<&Placement> {
+        self.hierarchies.get(image)?.told(self.roster.key(node)?)
     }
 
     /// The live nodes by name.
     pub fn nodes(&self) -> impl Iterator<Item = NodeView> {
-        std::iter::empty()
+        self.roster.by_name().map(|key| self.roster.view(key))
     }
 
     /// One live node.
-    pub fn node(&self, _name: &NodeName) -> Option<NodeView> {
-        None
+    pub fn node(&self, name: &NodeName) -> Option<NodeView> {
+        self.roster.key(name).map(|key| self.roster.view(key))
     }
 
     /// The images that some node has attached, by id.
     pub fn images(&self) -> impl Iterator<Item = ImageId> {
-        std::iter::empty()
+        self.hierarchies.keys().copied()
     }
 
     /// The hierarchy of `image`; none if nobody has it attached.
-    pub fn tree(&self, _image: &ImageId) -> Option<Tree> {
-        None
+    pub fn tree(&self, image: &ImageId) -> Option<Tree> {
+        self.hierarchies.get(image).map(|hierarchy| hierarchy.view(&self.roster))
+    }
+}
+
+/// The events, one by one.
+impl Planner {
+    fn node_up(&mut self, name: NodeName, address: String, location: Location) {
+        let lease_until = self.now + self.settings.lease;
+        let Some(key) = self.roster.key(&name) else {
+            if self.roster.len() == NODES_MAX {
+                self.actions.push(Action::Refuse { node: name });
+            } else {
+                self.roster.add(name, address, location, lease_until);
+            }
+            return;
+        };
+        let node = self.roster.get_mut(key);
+        node.lease_until = lease_until;
+        node.address = address;
+        node.scopes = location.scopes().into();
+        node.location = location;
+        for image in self.images_of(key) {
+            self.change(image, |hierarchy, roster| hierarchy.returned(roster, key, lease_until));
+        }
+    }
+
+    fn heartbeat(&mut self, name: &NodeName) {
+        match self.roster.key(name) {
+            Some(key) => self.roster.get_mut(key).lease_until = self.now + self.settings.lease,
+            None => self.actions.push(Action::Unknown { node: name.clone() }),
+        }
+    }
+
+    fn attach(&mut self, name: &NodeName, image: ImageId, role: Role, current: Option<Placement>) {
+        let Some(key) = self.roster.key(name) else {
+            self.actions.push(Action::Unknown { node: name.clone() });
+            return;
+        };
+        let shape = self.shapes.get(&image).copied().unwrap_or(self.settings.shape);
+        let missing = if self.learning == Learning::Done { Missing::GiveUp } else { Missing::Await };
+        self.roster.get_mut(key).images.insert(image);
+        self.hierarchies.entry(image).or_insert_with(|| Hierarchy::new(image, shape));
+        self.change(image, |hierarchy, roster| hierarchy.attach(roster, key, role, current, missing));
+    }
+
+    fn detach(&mut self, key: Key, image: ImageId) {
+        if self.roster.get_mut(key).images.remove(&image) {
+            self.change(image, |hierarchy, roster| hierarchy.detach(roster, key));
+        }
+    }
+
+    fn lost(&mut self, by: &NodeName, parent: &NodeName) {
+        let Some((by, parent_key)) = self.pair(by, parent) else { return };
+        let images = self.images_of(by);
+        if !images.iter().any(|image| self.hierarchies[image].lists(by, parent)) {
+            return;
+        }
+        let until = self.now + self.settings.lease;
+        self.roster.note_lost(by, parent_key, until);
+        for image in images {
+            self.change(image, |hierarchy, _| hierarchy.part(by, parent_key));
+        }
+        if self.roster.is_deserted(parent_key, &self.children_of(parent_key))
+            && self.roster.suspect(parent_key, until)
+        {
+            self.actions.push(Action::Suspect { node: parent.clone() });
+            self.reassess(parent);
+        }
+    }
+
+    fn blame(&mut self, by: &NodeName, liar: &NodeName, image: ImageId) {
+        let Some((by, liar_key)) = self.pair(by, liar) else { return };
+        let is_listed = |hierarchy: &Hierarchy| hierarchy.lists(by, liar);
+        // The accuser may have lost the liar first and been moved.
+        if !self.hierarchies.get(&image).is_some_and(is_listed) && !self.roster.avoids(by, liar_key) {
+            return;
+        }
+        let accusers = self.roster.note_blame(by, liar_key);
+        let only_child = self.children_of(liar_key) == BTreeSet::from([by]);
+        for image in self.images_of(by) {
+            self.change(image, |hierarchy, _| hierarchy.part(by, liar_key));
+        }
+        let images = self.images_of(liar_key);
+        let needed = images.iter().any(|image| self.hierarchies[image].depends_on(liar_key));
+        if (accusers >= ACCUSERS_MIN || only_child) && !needed {
+            self.quarantine(liar);
+        }
+    }
+
+    fn quarantine(&mut self, name: &NodeName) {
+        if self.roster.quarantine(name) {
+            self.actions.push(Action::Quarantine { node: name.clone() });
+            self.reassess(name);
+        }
+    }
+
+    fn tune(&mut self, image: ImageId, shape: Shape) {
+        self.shapes.insert(image, shape);
+        if self.hierarchies.contains_key(&image) {
+            self.change(image, |hierarchy, roster| hierarchy.reshape(roster, shape));
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.now;
+        self.roster.lapsed(now).into_iter().for_each(|key| self.bury(key));
+        let late = |(&image, hierarchy): (&ImageId, &Hierarchy)| {
+            hierarchy.unconfirmed(now).into_iter().map(move |key| (key, image)).collect::<Vec<_>>()
+        };
+        let unconfirmed: Vec<_> = self.hierarchies.iter().flat_map(late).collect();
+        unconfirmed.into_iter().for_each(|(key, image)| self.detach(key, image));
+        for key in self.roster.expire(now) {
+            let name = self.roster.get(key).name.clone();
+            self.reassess(&name);
+        }
+        self.settle();
+        if self.learning == Learning::Done {
+            for image in self.images().collect::<Vec<_>>() {
+                self.change(image, Hierarchy::rise);
+            }
+        }
+    }
+}
+
+/// What several events have in common.
+impl Planner {
+    /// The first event begins the time to learn; the first one after it ends it.
+    fn learn(&mut self) {
+        match self.learning {
+            Learning::NotBegun => self.learning = Learning::Until(self.now + self.settings.lease),
+            Learning::Until(end) if end <= self.now => {
+                self.learning = Learning::Done;
+                for image in self.images().collect::<Vec<_>>() {
+                    self.change(image, |hierarchy, _| hierarchy.stop_waiting());
+                }
+            }
+            Learning::Until(_) | Learning::Done => {}
+        }
+    }
+
+    fn bury(&mut self, key: Key) {
+        self.actions.push(Action::Dead { node: self.roster.get(key).name.clone() });
+        for image in self.images_of(key) {
+            self.detach(key, image);
+        }
+        self.roster.remove(key);
+    }
+
+    /// Applies a change of the node's standing, and of whom it avoids.
+    fn reassess(&mut self, name: &NodeName) {
+        let Some(key) = self.roster.key(name) else { return };
+        for image in self.images_of(key) {
+            self.change(image, |hierarchy, roster| {
+                hierarchy.reassess(roster, key);
+                hierarchy.review(key);
+            });
+        }
+    }
+
+    fn change(&mut self, image: ImageId, change: impl FnOnce(&mut Hierarchy, &Roster)) {
+        if let Some(hierarchy) = self.hierarchies.get_mut(&image) {
+            change(hierarchy, &self.roster);
+            self.touched.insert(image);
+        }
+    }
+
+    /// Brings the hierarchies that were touched in order, and tells the nodes.
+    fn settle(&mut self) {
+        for image in std::mem::take(&mut self.touched) {
+            let Some(hierarchy) = self.hierarchies.get_mut(&image) else { continue };
+            hierarchy.settle(&self.roster);
+            hierarchy.flush(&self.roster, &mut self.actions);
+            if hierarchy.is_empty() {
+                self.hierarchies.remove(&image);
+            }
+        }
+    }
+
+    fn images_of(&self, key: Key) -> Vec<ImageId> {
+        self.roster.get(key).images.iter().copied().collect()
+    }
+
+    fn children_of(&self, key: Key) -> BTreeSet<Key> {
+        self.images_of(key).iter().flat_map(|image| self.hierarchies[image].children(key)).collect()
+    }
+
+    /// Two different live nodes.
+    fn pair(&self, one: &NodeName, other: &NodeName) -> Option<(Key, Key)> {
+        let pair = (self.roster.key(one)?, self.roster.key(other)?);
+        (pair.0 != pair.1).then_some(pair)
+    }
+}
+
+#[cfg(test)]
+impl Planner {
+    /// Panics unless every invariant of this crate holds.
+    pub(crate) fn check(&self) {
+        for (image, hierarchy) in &self.hierarchies {
+            assert!(!hierarchy.is_empty(), "{image} is kept for nobody");
+            hierarchy.check(&self.roster);
+        }
+        for key in self.roster.by_name() {
+            for image in self.images_of(key) {
+                assert!(self.hierarchies[&image].told(key).is_some(), "a node has a seat per image");
+            }
+        }
     }
 }
