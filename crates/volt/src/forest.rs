@@ -7,7 +7,7 @@
 //! Invariants:
 //! - `depth` of a child is that of its parent plus one; hence there are no cycles.
 //! - `origins`, `orphans` and `waiting` partition the nodes without parent.
-//! - `open`, `leaves`, `spares` and `free` say of every node what follows from its own [`Spot`]:
+//! - `open`, `leaves`, `spares`, `idle` and `free` say of every node what follows from its own [`Spot`]:
 //!   whoever changes a spot takes it out of the indexes first and puts it back afterwards.
 //! - Every node whose list of peers may have changed is in `changed` until it is taken.
 //!
@@ -62,6 +62,8 @@ pub(crate) struct Forest {
     leaves: BTreeSet<(u32, Key)>,
     /// Leaves that could take children.
     spares: BTreeSet<(u32, Key)>,
+    /// Leaves that take none.
+    idle: BTreeSet<(u32, Key)>,
     free: usize,
     changed: BTreeSet<Key>,
 }
@@ -187,6 +189,12 @@ impl Forest {
         self.spot(key).depth % ADRIFT
     }
 
+    /// Steps down from the node to the deepest below it. Costs the size of the subtree.
+    pub(crate) fn height(&self, key: Key) -> u32 {
+        let deepest = self.subtree(key).into_iter().map(|below| self.rank(below)).max();
+        deepest.unwrap_or_default().saturating_sub(self.rank(key))
+    }
+
     /// Whether the root above the node is an origin.
     pub(crate) fn is_rooted(&self, key: Key) -> bool {
         self.spot(key).depth < ADRIFT
@@ -256,6 +264,11 @@ impl Forest {
         let range =
             if self.is_rooted(like) { self.spares.range(..adrift) } else { self.spares.range(adrift..) };
         range.rev().map(|entry| entry.1)
+    }
+
+    /// The rooted nodes that neither have children nor take any, shallowest first.
+    pub(crate) fn idle_downwards(&self) -> impl Iterator<Item = Key> {
+        self.idle.range(..(ADRIFT, Key(0))).map(|entry| entry.1)
     }
 
     /// The nodes whose lists of peers may have changed since the last call.
@@ -344,9 +357,8 @@ impl Forest {
         }
         if children == 0 {
             self.leaves.insert((spot.depth, key));
-            if room > 0 {
-                self.spares.insert((spot.depth, key));
-            }
+            let kind = if room > 0 { &mut self.spares } else { &mut self.idle };
+            kind.insert((spot.depth, key));
         }
     }
 
@@ -362,6 +374,7 @@ impl Forest {
         }
         self.leaves.remove(&(spot.depth, key));
         self.spares.remove(&(spot.depth, key));
+        self.idle.remove(&(spot.depth, key));
     }
 }
 
@@ -392,7 +405,10 @@ impl Forest {
             (&self.origins, &self.orphans, &self.waiting),
             (&fresh.origins, &fresh.orphans, &fresh.waiting)
         );
-        assert_eq!((&self.open, &self.leaves, &self.spares), (&fresh.open, &fresh.leaves, &fresh.spares));
+        assert_eq!(
+            (&self.open, &self.leaves, &self.spares, &self.idle),
+            (&fresh.open, &fresh.leaves, &fresh.spares, &fresh.idle)
+        );
         assert_eq!(self.free, fresh.free);
     }
 }

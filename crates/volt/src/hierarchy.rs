@@ -32,16 +32,20 @@ const RISES_PER_TICK_MAX: usize = 8;
 /// are rare, and giving up only costs depth.
 const CANDIDATES_MAX: usize = 16;
 
+/// Levels that a graft must win: less is not worth moving two others.
+const GRAFT_GAIN_MIN: u32 = 2;
+
 /// Peers per stripe in a report that can be one of our own placements.
 const PEERS_MAX: usize = 8;
 
-/// What to make of a parent that a node names but nobody has heard of yet.
+/// How much what nodes report weighs against the plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Missing {
-    /// It will report soon: keep the place.
-    Await,
-    /// It is gone.
-    GiveUp,
+pub(crate) enum Stage {
+    /// Nodes report where they hang. A parent that nobody has heard of yet will report soon, and what
+    /// looks like room is not.
+    Learning,
+    /// All that are there have reported.
+    Planning,
 }
 
 #[derive(Debug)]
@@ -94,7 +98,7 @@ impl Hierarchy {
         key: Key,
         role: Role,
         current: Option<Placement>,
-        missing: Missing,
+        stage: Stage,
     ) {
         let current = current.filter(|placement| {
             placement.stripes.len() == self.forests.len()
@@ -117,7 +121,7 @@ impl Hierarchy {
         self.seats.insert(key, seat);
         self.plant(roster, key);
         if let (Role::Relay, Some(current)) = (role, current) {
-            self.adopt(roster, key, &current, missing);
+            self.adopt(roster, key, &current, stage);
         }
         self.welcome(roster, key);
     }
@@ -217,18 +221,26 @@ impl Hierarchy {
 
     /// Gives every node a place that lacks one and can have one, and takes children from overloaded
     /// origins where there is room elsewhere.
-    pub(crate) fn settle(&mut self, roster: &Roster) {
+    pub(crate) fn settle(&mut self, roster: &Roster, stage: Stage) {
         for stripe in 0..self.forests.len() {
             // The youngest first, so that without an origin the newcomer joins those that hold chunks.
-            let orphans: Vec<Key> = self.forests[stripe].orphans().iter().rev().copied().collect();
-            for orphan in orphans {
-                if let Some(parent) = self.place_for(roster, stripe, orphan) {
-                    self.hang(stripe, orphan, parent);
+            let mut orphans: Vec<Key> = self.forests[stripe].orphans().iter().copied().collect();
+            while let Some(orphan) = orphans.pop() {
+                let place = self.place_for(roster, stripe, orphan);
+                if let Some(idle) = self.idle_above(roster, stripe, orphan, place) {
+                    let parent = self.forests[stripe].parent(idle);
+                    self.unhang(stripe, idle);
+                    parent.into_iter().for_each(|parent| self.hang(stripe, orphan, parent));
+                    // It cannot displace anyone in turn.
+                    orphans.push(idle);
+                } else if let Some(parent) = place {
+                    let joint = self.graft(roster, stripe, orphan, parent);
+                    self.hang(stripe, orphan, joint.unwrap_or(parent));
                 }
             }
-            let origins: Vec<Key> = self.forests[stripe].origins().iter().copied().collect();
-            for origin in origins {
-                self.relieve(roster, stripe, origin);
+            if stage == Stage::Planning {
+                let origins: Vec<Key> = self.forests[stripe].origins().iter().copied().collect();
+                origins.into_iter().for_each(|origin| self.relieve(roster, stripe, origin));
             }
         }
     }
@@ -275,11 +287,11 @@ impl Hierarchy {
         order.extend(former.seats);
         order.sort_by_key(|(key, _)| (ranks[key], *key));
         for (key, seat) in order {
-            self.attach(roster, key, seat.role, None, Missing::GiveUp);
+            self.attach(roster, key, seat.role, None, Stage::Planning);
             if let Some(fresh) = self.seats.get_mut(&key) {
                 (fresh.told, fresh.confirm_by) = (seat.told, seat.confirm_by);
             }
-            self.settle(roster);
+            self.settle(roster, Stage::Planning);
         }
     }
 
@@ -358,7 +370,7 @@ impl Hierarchy {
     }
 
     /// Hangs a new relay where it says that it hangs, as far as that is legal.
-    fn adopt(&mut self, roster: &Roster, key: Key, current: &Placement, missing: Missing) {
+    fn adopt(&mut self, roster: &Roster, key: Key, current: &Placement, stage: Stage) {
         let mut adopted = 0;
         for (stripe, peers) in current.stripes.iter().enumerate() {
             let Some(parent) = peers.first().map(|peer| &peer.node) else { continue };
@@ -368,7 +380,7 @@ impl Hierarchy {
                     self.forests[stripe].link(key, parent);
                     adopted += 1;
                 }
-                None if missing == Missing::Await && *parent != roster.get(key).name => {
+                None if stage == Stage::Learning && *parent != roster.get(key).name => {
                     self.forests[stripe].await_parent(key);
                     self.awaited.entry(parent.clone()).or_default().insert((stripe, key));
                     adopted += 1;
@@ -377,7 +389,7 @@ impl Hierarchy {
             }
         }
         if let Some(seat) = self.seats.get_mut(&key) {
-            seat.held = missing == Missing::Await && adopted == self.forests.len();
+            seat.held = stage == Stage::Learning && adopted == self.forests.len();
         }
     }
 
@@ -400,6 +412,10 @@ impl Hierarchy {
         let forest = &self.forests[stripe];
         if !forest.contains(parent) || forest.is_within(parent, child) || roster.avoids(child, parent) {
             return false;
+        }
+        if forest.origins().contains(&parent) {
+            // An origin may be overloaded for good reasons; if not, it is relieved later.
+            return true;
         }
         if forest.room(parent) == 0 {
             self.move_home(roster, parent, stripe);
@@ -437,6 +453,55 @@ impl Hierarchy {
             let load = |&&origin: &&Key| (!fits(origin), forest.children(origin).len(), origin);
             forest.origins().iter().min_by_key(load).copied()
         })
+    }
+
+    /// The leaf that has to yield its place to an orphan that serves: one that never will, and hangs
+    /// higher than the orphan otherwise would. Else leaves of other stripes would fill the top of the tree,
+    /// and with as many stripes as children its depth would grow with the number of nodes.
+    fn idle_above(&self, roster: &Roster, stripe: usize, orphan: Key, place: Option<Key>) -> Option<Key> {
+        let forest = &self.forests[stripe];
+        let place = place?;
+        if self.slots(roster, orphan, stripe) == 0 {
+            return None;
+        }
+        let overloaded = forest.room(place) == 0;
+        let higher = |idle: &Key| overloaded || forest.rank(*idle) <= forest.rank(place);
+        let fits = |idle: &Key| {
+            forest.parent(*idle).is_some_and(|parent| {
+                self.slots(roster, parent, stripe) > 0
+                    && forest.excess(parent) == 0
+                    && !roster.avoids(orphan, parent)
+            })
+        };
+        forest.idle_downwards().take(CANDIDATES_MAX).take_while(higher).find(fits)
+    }
+
+    /// Where a high subtree is to hang that would double the depth of the tree at the open `place`: a leaf
+    /// is put in above a branch of equal height, and takes that branch and the orphan as its children. So
+    /// two nodes move besides the orphan, and the tree grows by one level.
+    fn graft(&mut self, roster: &Roster, stripe: usize, orphan: Key, place: Key) -> Option<Key> {
+        let forest = &self.forests[stripe];
+        let up = forest.height(orphan).min(forest.depth(place).saturating_sub(1));
+        if up < GRAFT_GAIN_MIN || !forest.is_rooted(place) {
+            return None;
+        }
+        let branch = forest.upwards(place).nth(up as usize)?;
+        let above = forest.parent(branch)?;
+        if self.slots(roster, above, stripe) == 0 || forest.excess(above) > 0 {
+            return None;
+        }
+        let fits = |leaf: &Key| {
+            let avoids = [(*leaf, above), (branch, *leaf), (orphan, *leaf)];
+            forest.room(*leaf) >= 2
+                && *leaf != branch
+                && !avoids.iter().any(|pair| roster.avoids(pair.0, pair.1))
+        };
+        let joint = forest.spares_upwards(place).take(CANDIDATES_MAX).find(fits)?;
+        self.unhang(stripe, joint);
+        self.unhang(stripe, branch);
+        self.hang(stripe, joint, above);
+        self.hang(stripe, branch, joint);
+        Some(joint)
     }
 
     /// Finds a node that serves nobody in a stripe with plenty of room, and makes this stripe its home.
@@ -590,7 +655,7 @@ impl Hierarchy {
 #[cfg(test)]
 impl Hierarchy {
     /// Panics unless the invariants at the head of this file, and those of [`Hierarchy::peers`], hold.
-    pub(crate) fn check(&self, roster: &Roster) {
+    pub(crate) fn check(&self, roster: &Roster, stage: Stage) {
         for (stripe, forest) in self.forests.iter().enumerate() {
             forest.check();
             let waiting: BTreeSet<Key> = self
@@ -602,7 +667,7 @@ impl Hierarchy {
                 .collect();
             assert_eq!(forest.waiting(), &waiting, "who waits is awaited");
             for (&key, seat) in &self.seats {
-                self.check_place(roster, stripe, key, seat);
+                self.check_place(roster, stage, stripe, key, seat);
             }
         }
         for (&key, seat) in self.seats.iter().filter(|(_, seat)| !seat.held) {
@@ -612,7 +677,7 @@ impl Hierarchy {
         }
     }
 
-    fn check_place(&self, roster: &Roster, stripe: usize, key: Key, seat: &Seat) {
+    fn check_place(&self, roster: &Roster, stage: Stage, stripe: usize, key: Key, seat: &Seat) {
         let forest = &self.forests[stripe];
         let name = &roster.get(key).name;
         let quarantined = roster.standing(key) == Standing::Quarantined;
@@ -627,7 +692,7 @@ impl Hierarchy {
             assert!(seat.home == stripe || children.is_empty(), "{name} serves in two stripes");
             assert!(!quarantined || children.is_empty(), "{name} serves in quarantine");
         }
-        if forest.excess(key) > 0 {
+        if forest.excess(key) > 0 && stage == Stage::Planning {
             let open = forest.best_open(key, |_| true).filter(|&place| forest.is_rooted(place));
             let movable = |place: Key| {
                 let mut ways = children.iter().filter(|&&c| !forest.is_within(place, c));

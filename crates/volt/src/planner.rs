@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use block::{ImageId, NodeName};
 
 use crate::forest::Key;
-use crate::hierarchy::{Hierarchy, Missing};
+use crate::hierarchy::{Hierarchy, Stage};
 use crate::roster::{ACCUSERS_MIN, Roster};
 use crate::{Action, Event, Location, Millis, NodeView, Placement, Role, Settings, Shape, Tree};
 
@@ -142,10 +142,10 @@ impl Planner {
             return;
         };
         let shape = self.shapes.get(&image).copied().unwrap_or(self.settings.shape);
-        let missing = if self.learning == Learning::Done { Missing::GiveUp } else { Missing::Await };
+        let stage = self.stage();
         self.roster.get_mut(key).images.insert(image);
         self.hierarchies.entry(image).or_insert_with(|| Hierarchy::new(image, shape));
-        self.change(image, |hierarchy, roster| hierarchy.attach(roster, key, role, current, missing));
+        self.change(image, |hierarchy, roster| hierarchy.attach(roster, key, role, current, stage));
     }
 
     fn detach(&mut self, key: Key, image: ImageId) {
@@ -219,7 +219,7 @@ impl Planner {
             self.reassess(&name);
         }
         self.settle();
-        if self.learning == Learning::Done {
+        if self.stage() == Stage::Planning {
             for image in self.images().collect::<Vec<_>>() {
                 self.change(image, Hierarchy::rise);
             }
@@ -241,6 +241,10 @@ impl Planner {
             }
             Learning::Until(_) | Learning::Done => {}
         }
+    }
+
+    fn stage(&self) -> Stage {
+        if self.learning == Learning::Done { Stage::Planning } else { Stage::Learning }
     }
 
     fn bury(&mut self, key: Key) {
@@ -271,9 +275,10 @@ impl Planner {
 
     /// Brings the hierarchies that were touched in order, and tells the nodes.
     fn settle(&mut self) {
+        let stage = self.stage();
         for image in std::mem::take(&mut self.touched) {
             let Some(hierarchy) = self.hierarchies.get_mut(&image) else { continue };
-            hierarchy.settle(&self.roster);
+            hierarchy.settle(&self.roster, stage);
             hierarchy.flush(&self.roster, &mut self.actions);
             if hierarchy.is_empty() {
                 self.hierarchies.remove(&image);
@@ -302,7 +307,7 @@ impl Planner {
     pub(crate) fn check(&self) {
         for (image, hierarchy) in &self.hierarchies {
             assert!(!hierarchy.is_empty(), "{image} is kept for nobody");
-            hierarchy.check(&self.roster);
+            hierarchy.check(&self.roster, self.stage());
         }
         for key in self.roster.by_name() {
             for image in self.images_of(key) {

@@ -22,7 +22,7 @@ fn report<K: Ord>(old: &Cluster, rank: impl Fn(&NodeName) -> K) -> (Cluster, Vec
 
 #[test]
 fn after_a_restart_of_volt_the_hierarchy_is_what_it_was_and_nobody_is_disturbed() {
-    for (fan_out, stripes) in [(2, 1), (4, 2)] {
+    for (fan_out, stripes) in [(2, 1), (4, 2), (2, 2), (4, 4)] {
         let mut old = Cluster::grown(fan_out, stripes, 40);
         for number in [3, 7, 20] {
             old.down(&relay(number));
@@ -92,6 +92,7 @@ fn reports_of_too_many_children_or_of_another_shape_do_not_overload_anyone() {
         cluster.attach(&relay(number), Role::Relay, Some(listed(&["o"])));
         cluster.planner.check();
     }
+    cluster.pass(LEASE);
     let below = cluster.stripe(0).into_iter().filter(|node| node.parent == Some(name("o"))).count();
     assert_eq!(below, 2);
     cluster.up("odd", "");

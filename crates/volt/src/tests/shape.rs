@@ -68,6 +68,7 @@ fn an_inner_node_of_one_stripe_is_a_leaf_in_the_others() {
     for stripes in [2, 3, 4] {
         let cluster = Cluster::grown(4, stripes, 100);
         cluster.planner.check();
+        assert!(cluster.depth() <= 5, "100 relays, 4 children each, the leaves below: {}", cluster.depth());
         for stripe in 0..stripes as usize {
             let nodes = cluster.stripe(stripe);
             assert_eq!(nodes.len(), 101);
@@ -90,6 +91,7 @@ fn stripes_that_use_every_uplink_still_find_places() {
     // With as many stripes as children there is no slack but that of the origin.
     let mut cluster = Cluster::grown(2, 2, 64);
     cluster.planner.check();
+    assert_eq!(cluster.depth(), 6);
     for number in (1..=64).step_by(3) {
         cluster.down(&relay(number));
     }
@@ -97,6 +99,7 @@ fn stripes_that_use_every_uplink_still_find_places() {
         cluster.join(&relay(number), Role::Relay);
     }
     cluster.planner.check();
+    assert_eq!(cluster.depth(), 6, "deaths do not deepen the trees");
 }
 
 #[test]
