@@ -3,12 +3,14 @@
 //! Fixed newstyle negotiation as in the protocol document of the NBD project (`doc/proto.md`), over any
 //! byte stream. `docs/nbd.md` lists what is supported.
 //!
-//! - [`Server`] serves [`Exports`].
-//! - [`negotiate`], [`request`] and [`reply`] are the protocol itself: pure, without sockets, fuzzed.
+//! - [`Server`] serves [`Exports`]; [`Client`] is a disk that lies behind an [`NbdUri`] or any other stream.
+//! - [`negotiate`], [`client::handshake`], [`request`] and [`reply`] are the protocol itself: pure, without
+//!   sockets, fuzzed.
 //!
 //! What this crate does not know: images, the hierarchy, TLS (its user brings an [`Upgrade`]), listening
 //! and logging.
 
+pub mod client;
 mod export;
 pub mod limits;
 pub mod negotiate;
@@ -17,7 +19,10 @@ pub mod reply;
 pub mod request;
 mod server;
 mod stream;
+pub mod uri;
 
+pub use client::{Client, ConnectError, Options, Retry};
 pub use export::{Export, Exports, Listing};
 pub use server::{ServeError, Server};
 pub use stream::{BoxStream, Dial, Stream, Upgrade};
+pub use uri::NbdUri;

@@ -56,3 +56,22 @@ pub const EXTENTS_MAX: usize = 8192;
 /// Bytes that are written or read at a time where a command has no payload but needs one (allocating
 /// zeroes, filling caches).
 pub const STEP_BYTES: usize = 256 << 10;
+
+/// Requests of a client that wait for their turn on one connection; further callers wait.
+pub const QUEUE_MAX: usize = 64;
+
+/// Connections of one client at most: beyond a few, a disk gains nothing.
+pub const CONNECTIONS_MAX: usize = 16;
+
+/// Replies that a server may send to the options of one client.
+pub const OPTION_REPLIES_MAX: u32 = 1024;
+
+/// Pause before a lost connection is dialled again the second time; it doubles each time.
+pub const BACKOFF_FIRST: Duration = Duration::from_millis(20);
+
+/// Longest pause between two attempts to connect: a server that came back is found within it.
+pub const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// Longest range in bytes of a client's command without payload: fits 32 bits, and a multiple of every
+/// block size.
+pub const RANGE_BYTES_MAX: u64 = 1 << 30;
