@@ -31,8 +31,12 @@ pub const QUEUED_MAX: usize = 4096;
 /// sends without reading and is cut off.
 pub const CONTROL_BYTES_MAX: usize = 64 * 1024;
 
-/// Room for one read from the stream, in bytes: a whole answer, so that a chunk is seldom copied.
+/// Room for bytes from the stream: a whole answer, so that little of a chunk is copied, and not more, because
+/// a chunk that is kept keeps this room too.
 pub const READ_BYTES: usize = CHUNK_BYTES + 4096;
+
+/// New room is made when less is left: a TLS record holds no more.
+pub const READ_BYTES_MIN: usize = 16 * 1024;
 
 /// Silence after which a child that waits for an answer pings.
 pub const PING_AFTER_BUSY: Duration = Duration::from_millis(500);

@@ -43,7 +43,8 @@ stats! {
     cancels_sent,
     /// Requests that children withdrew.
     cancels_received,
-    /// Requests that went from one parent to another: after a loss, a refusal or long silence.
+    /// Requests that were given up on one parent to be asked of another: after a loss, a refusal, long silence
+    /// or a change of plan.
     failovers,
     /// Wrong chunks that parents sent.
     lies,

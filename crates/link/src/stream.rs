@@ -10,7 +10,7 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::Instant;
 
-use crate::limits::{FAREWELL_MAX, READ_BYTES};
+use crate::limits::{FAREWELL_MAX, READ_BYTES, READ_BYTES_MIN};
 use crate::session::Outgoing;
 
 /// What a link runs over: TCP with TLS, or a pipe in tests. Set `TCP_NODELAY`: the link batches by itself.
@@ -58,7 +58,9 @@ pub(crate) async fn exchange<S: Stream>(
     inbox: &mut BytesMut,
     writing: &mut Writing<S>,
 ) -> io::Result<Exchanged> {
-    inbox.reserve(READ_BYTES);
+    if inbox.capacity() - inbox.len() < READ_BYTES_MIN {
+        inbox.reserve(READ_BYTES);
+    }
     let mut read = pin!(reading.read_buf(inbox));
     let mut write = pin!(writing.write());
     let (read, written) =
