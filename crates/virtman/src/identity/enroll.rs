@@ -1,0 +1,1 @@
+//! Joining the cluster and renewing certificates, over HTTP.
