@@ -6,18 +6,25 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, ServerConfig};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::LazyConfigAcceptor;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor};
 
 use super::super::{Credentials, IdentityError, Principal};
 use super::{Alpn, HANDSHAKE_TIME_MAX, chain_verifier, provider};
+
+/// How long a refused peer may take to read why.
+const SEE_OFF_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// How much a refused peer may have sent ahead, in bytes: a request, not an upload.
+const UNREAD_BYTES_MAX: u64 = 64 * 1024;
 
 /// What the owner of a listener says to a member with a valid certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,9 +143,9 @@ impl Acceptor {
                 offered.next() == Some(Alpn::Join.name()) && offered.next().is_none()
             });
             if let (true, Some(config)) = (joins, &self.joins) {
-                return Ok(Accepted::Join { stream: hello.into_stream(config.clone()).await? });
+                return Ok(Accepted::Join { stream: completed(hello.into_stream(config.clone())).await? });
             }
-            let stream = hello.into_stream(self.members.clone()).await?;
+            let stream = completed(hello.into_stream(self.members.clone())).await?;
             let peer = peer(&stream)?;
             match stream.get_ref().1.alpn_protocol() {
                 Some(name) if name == Alpn::Link.name() => Ok(Accepted::Link { peer, stream }),
@@ -158,7 +165,7 @@ impl Acceptor {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         in_time(async {
-            let stream = tokio_rustls::TlsAcceptor::from(self.plain.clone()).accept(io).await?;
+            let stream = completed(TlsAcceptor::from(self.plain.clone()).accept(io)).await?;
             Ok((peer(&stream)?, stream))
         })
         .await
@@ -182,6 +189,25 @@ async fn in_time<T>(handshake: impl Future<Output = Result<T, io::Error>>) -> Re
         Ok(done) => Ok(done?),
         Err(_) => Err(AcceptError::Timeout),
     }
+}
+
+/// Ends the handshake. If it fails, reads on until the peer has seen our alert: to close with its bytes
+/// unread would reset the connection and could take the alert with it.
+async fn completed<S>(handshake: tokio_rustls::Accept<S>) -> io::Result<TlsStream<S>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (error, mut io) = match handshake.into_fallible().await {
+        Ok(stream) => return Ok(stream),
+        Err(failed) => failed,
+    };
+    let see_off = async {
+        io.shutdown().await?;
+        tokio::io::copy(&mut io.take(UNREAD_BYTES_MAX), &mut tokio::io::sink()).await
+    };
+    // Whether or not the peer took notice: it is refused.
+    let _ = tokio::time::timeout(SEE_OFF_TIME_MAX, see_off).await;
+    Err(error)
 }
 
 /// The peer of a connection whose handshake required a member certificate.

@@ -22,7 +22,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::super::{Credentials, Fingerprint, Principal};
-use super::{Alpn, CONNECT_TIME_MAX, provider, roots};
+use super::{Alpn, CONNECT_TIME_MAX, prepare, provider, roots};
 
 /// Whom a connection must lead to, and as whom it is made.
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ pub async fn connect(
 ) -> Result<TlsStream<TcpStream>, ConnectError> {
     let attempt = async {
         let tcp = TcpStream::connect(address).await?;
-        tcp.set_nodelay(true)?;
+        prepare(&tcp)?;
         let config = client_config(expected, protocol).map_err(io::Error::other)?;
         // The name is neither sent nor compared; the library wants one.
         let name = ServerName::try_from("virtman").expect("a word is a DNS name");

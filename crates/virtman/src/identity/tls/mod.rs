@@ -13,6 +13,7 @@ mod connect;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
+use tokio::net::TcpStream;
 
 pub use accept::{Accept, AcceptError, Accepted, Acceptor, Admission};
 pub use connect::{ConnectError, Expected, connect, refusal};
@@ -54,6 +56,21 @@ impl Alpn {
             Self::Join => b"virtman-join/1",
         }
     }
+}
+
+/// How long sent bytes may stay unacknowledged before the connection counts as lost; the kernel's own
+/// limit is a quarter of an hour.
+const UNACKNOWLEDGED_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// Sets what every connection between members has: no Nagle's delay, and an end when the peer is gone.
+///
+/// # Errors
+/// What the system says.
+pub fn prepare(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    let millis = u32::try_from(UNACKNOWLEDGED_TIME_MAX.as_millis()).expect("some seconds fit");
+    rustix::net::sockopt::set_tcp_user_timeout(tcp, millis)?;
+    Ok(())
 }
 
 /// The one cryptographic library, named explicitly: no process-wide default decides what we trust.
