@@ -1,0 +1,90 @@
+//! Writing small secret and public files so that a crash leaves the old file or the new one, never half.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+
+use super::IdentityError;
+
+/// Largest file that is read as a certificate or key, in bytes: a PEM chain of ours has about 2 KiB.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+
+/// Who may read a file besides its owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Secrecy {
+    /// 0600.
+    Secret,
+    /// 0644.
+    Public,
+}
+
+/// Makes `dir` with mode 0700 if it does not exist; its parents too.
+pub(super) fn create_private_dir(dir: &Path) -> Result<(), IdentityError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| IdentityError::io("create the directory", dir, e))
+}
+
+/// Replaces `dir/name` by `text`, durably and in one step. The file has its final mode before it has a
+/// byte of its content.
+pub(super) fn write(dir: &Path, name: &str, text: &str, secrecy: Secrecy) -> Result<(), IdentityError> {
+    let path = dir.join(name);
+    let attempt = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+        let mode = match secrecy {
+            Secrecy::Secret => 0o600,
+            Secrecy::Public => 0o644,
+        };
+        file.as_file().set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(text.as_bytes())?;
+        file.as_file().sync_all()?;
+        file.persist(&path)?;
+        sync_dir(dir)
+    };
+    attempt().map_err(|e| IdentityError::io("write", &path, e))
+}
+
+/// Makes renames inside `dir` durable.
+pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Reads a small text file.
+pub(super) fn read(dir: &Path, name: &str) -> Result<String, IdentityError> {
+    let path = dir.join(name);
+    let wrong = |e: io::Error| match e.kind() {
+        io::ErrorKind::NotFound => IdentityError::Missing { path: path.clone() },
+        _ => IdentityError::io("read", &path, e),
+    };
+    let bytes = fs::metadata(&path).map_err(wrong)?.len();
+    if bytes > FILE_BYTES_MAX {
+        return Err(IdentityError::broken(&path, format!("has {bytes} bytes, more than {FILE_BYTES_MAX}")));
+    }
+    fs::read_to_string(&path).map_err(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_file_is_readable_by_its_owner_alone_even_when_it_replaces_an_open_one() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("key.pem"), "old").unwrap();
+        write(dir.path(), "key.pem", "new", Secrecy::Secret).unwrap();
+        let path = dir.path().join("key.pem");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(read(dir.path(), "key.pem").unwrap(), "new");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn an_oversized_file_is_refused_unread() {
+        let dir = tempfile::tempdir().unwrap();
+        File::create(dir.path().join("ca.pem")).unwrap().set_len(1 << 40).unwrap();
+        assert!(matches!(read(dir.path(), "ca.pem"), Err(IdentityError::Broken { .. })));
+    }
+}
