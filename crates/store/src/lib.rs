@@ -1,1 +1,24 @@
-//! Placeholder.
+//! Everything that must survive a crash: media, the cache group and overlays.
+//!
+//! - [`Media`]: the one seam to storage. [`FileMedia`] is a file or block device, [`MemoryMedia`] is for
+//!   tests and simulation, [`faulty::FaultyMedia`] loses, tears and refuses what is written to it.
+//! - [`CacheGroup`]: a node's chunk cache over several media, a [`ChunkSource`](block::ChunkSource) over
+//!   any other.
+//! - [`Overlay`]: one VM's private, durable, writable [`Disk`](block::Disk) over a read-only one.
+//!
+//! Invariants:
+//! - No protocol is known here: nobody in this crate opens a socket or knows what a VM is.
+//! - No buffer of a caller is ever seen by another thread, so a future may be dropped at any await.
+//! - Opening, creating and removing block the calling thread; everything else is asynchronous.
+
+#[allow(dead_code)]
+mod asyncio;
+mod cache;
+pub mod faulty;
+#[allow(dead_code)]
+mod media;
+mod overlay;
+
+pub use cache::{CacheError, CacheGroup, CacheStats, MediaSpec};
+pub use media::{FileMedia, Media, MemoryMedia};
+pub use overlay::{Overlay, OverlayError, OverlayStats};

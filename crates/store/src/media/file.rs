@@ -1,0 +1,158 @@
+//! A regular file or block device as a medium.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
+
+use block::{ExtentKind, Now};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::Media;
+
+/// Zeroes written at a time where a file system cannot punch holes.
+const ZERO_PIECE_BYTES: usize = 64 * 1024;
+
+/// A regular file or block device, used through the page cache.
+///
+/// The page cache is wanted: the bytes of an image that one VM read are in memory for the next, and
+/// a guest's `flush` is what makes data durable, not the single write.
+#[derive(Debug)]
+pub struct FileMedia {
+    file: File,
+    is_device: bool,
+}
+
+/// Another process, or another part of this one, holds the file.
+#[derive(Debug)]
+pub(crate) struct InUse;
+
+impl FileMedia {
+    /// Opens an existing file or block device for reading and writing.
+    pub fn open(path: &Path) -> io::Result<FileMedia> {
+        FileMedia::from_file(OpenOptions::new().read(true).write(true).open(path)?)
+    }
+
+    /// Opens the file for reading and writing and creates it, empty, if it is missing.
+    pub fn open_or_create(path: &Path) -> io::Result<FileMedia> {
+        FileMedia::from_file(
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?,
+        )
+    }
+
+    fn from_file(file: File) -> io::Result<FileMedia> {
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither a regular file nor a block device",
+            ));
+        }
+        Ok(FileMedia { file, is_device: kind.is_block_device() })
+    }
+
+    /// Takes the file for this `FileMedia` alone until it is dropped. Advisory: it holds among those who
+    /// ask.
+    pub(crate) fn lock(&self) -> io::Result<Result<(), InUse>> {
+        match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Ok(())),
+            Err(Errno::WOULDBLOCK) => Ok(Err(InUse)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether this is a block device, whose size is given.
+    pub(crate) fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        let zeroes = [0; ZERO_PIECE_BYTES];
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(ZERO_PIECE_BYTES as u64);
+            self.write_at(offset + done, &zeroes[..piece as usize])?;
+            done += piece;
+        }
+        Ok(())
+    }
+}
+
+impl Media for FileMedia {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
+        let len = buf.len();
+        match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) if read == len => Ok(Now::Done),
+            // Part of the range is cached, or ends the file: the waiting read tells which.
+            Ok(_) => Ok(Now::Wait),
+            // A file system without RWF_NOWAIT is one that always waits.
+            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(Now::Wait),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset.saturating_add(len).min(self.len_bytes()?);
+        if offset >= end {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            return match rustix::fs::fallocate(&self.file, mode, offset, end - offset) {
+                Ok(()) => Ok(()),
+                Err(Errno::INTR) => continue,
+                // EINVAL: a device that cannot discard at this alignment.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    self.write_zeroes(offset, end - offset)
+                }
+                Err(error) => Err(error.into()),
+            };
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn len_bytes(&self) -> io::Result<u64> {
+        if self.is_device {
+            // The metadata of a device says 0. All reads and writes are positioned, so moving the
+            // file's offset disturbs nobody.
+            return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if !self.is_device {
+            return self.file.set_len(len);
+        }
+        if len > self.len_bytes()? {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "a block device cannot grow"));
+        }
+        Ok(())
+    }
+
+    fn extent_at(&self, offset: u64, len: u64) -> io::Result<(ExtentKind, u64)> {
+        let whole = |kind| Ok((kind, len));
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Ok((ExtentKind::Hole, (data - offset).min(len))),
+            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+                Ok(hole) if hole > offset => Ok((ExtentKind::Data, (hole - offset).min(len))),
+                Ok(_) | Err(_) => whole(ExtentKind::Data),
+            },
+            // No data up to the end of the file.
+            Err(Errno::NXIO) => whole(ExtentKind::Hole),
+            Err(_) => whole(ExtentKind::Data),
+        }
+    }
+}
