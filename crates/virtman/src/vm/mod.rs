@@ -1,0 +1,81 @@
+//! Runs guests: one QEMU process for each VM, which outlives the daemon that started it.
+//!
+//! Everything that is known of a VM's process stands in its directory, so that a restarted daemon finds its
+//! guests again with [`Qemu::adopt`]:
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `qemu.json` | how and when the last start was made; written before the process exists |
+//! | `qemu.pid` | the process number, written by QEMU |
+//! | `qemu.log` | what QEMU itself had to say |
+//! | `qmp.sock` | QEMU's control socket |
+//! | `console.sock`, `console.log` | the serial console, and what it printed since the last start |
+//! | `console.log.1` | what it printed in the run before |
+//! | `agent.sock` | the channel of the guest agent |
+//!
+//! Invariants:
+//! - No string from outside reaches an option list of QEMU unescaped: options are JSON where QEMU takes it.
+//! - A process is signalled only through a pidfd that was opened before its identity was checked.
+//! - Whoever owns a VM calls [`Qemu::start`] and [`Qemu::stop`] of it one after the other.
+
+mod accel;
+pub(crate) mod console;
+mod process;
+mod qemu;
+mod qmp;
+mod ready;
+pub(crate) mod seed;
+mod spec;
+
+pub(crate) use accel::{Accel, AccelChoice, AccelWish};
+pub(crate) use qemu::{Qemu, Stopped, VmState};
+pub(crate) use ready::{Ready, ReadyError};
+pub(crate) use spec::{DirectBoot, Network, VmDisk, VmSpec};
+
+use std::io;
+use std::path::PathBuf;
+
+/// The program that runs guests.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What can go wrong with a VM's process.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmError {
+    /// QEMU is not installed: nothing helps but installing it.
+    #[error("{QEMU} is not installed: install the Debian package qemu-system-x86")]
+    NoQemu,
+    /// There is a live process for this directory: adopt it, or stop it first.
+    #[error("the VM is already running as process {pid}")]
+    Running {
+        /// The process number.
+        pid: i32,
+    },
+    /// The VM's process has gone.
+    #[error("the VM is not running")]
+    Gone,
+    /// This VM cannot be run as it was asked for.
+    #[error("{0}")]
+    Unfit(String),
+    /// QEMU refused to start; the text is its own.
+    #[error("QEMU did not start: {0}")]
+    Refused(String),
+    /// The VM's process lives, but its control socket gives no sensible answer.
+    #[error("QEMU's control socket: {0}")]
+    Control(String),
+    /// The VM's directory cannot be used.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file in question.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl VmError {
+    /// Names the file that an I/O error is about.
+    fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> VmError {
+        let path = path.into();
+        move |source| VmError::File { path, source }
+    }
+}

@@ -1,0 +1,300 @@
+//! The life of one QEMU: started, found again by a later daemon, watched, stopped.
+//!
+//! - *Survival:* QEMU puts itself into the background (`-daemonize`): own session, no parent but `init`, output
+//!   to a file. Under systemd the daemon's unit also needs `KillMode=process`, since systemd ends whole control
+//!   groups.
+//! - *Crash:* `qemu.json` is written before QEMU starts and `qemu.pid` by QEMU itself, so that at no point a
+//!   crash of the daemon leaves a guest that [`Qemu::adopt`] cannot find.
+//! - *Cancellation:* a cancelled [`Qemu::start`] may leave a running guest; `adopt` tells. All others may be
+//!   cancelled and called again.
+//! - *Retries:* none; each step has its own time limit.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, SystemTime};
+
+use block::VmName;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+use super::accel::Accel;
+use super::process::Process;
+use super::qmp::Qmp;
+use super::spec::{self, VmFiles, VmSpec};
+use super::{QEMU, VmError};
+
+/// How long QEMU may take until it is in the background. It opens the disk before, so this includes the NBD
+/// handshake; the rest takes 0.2 s.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long QEMU may take to end after `quit` (it flushes the disk first) and after SIGKILL.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes from the end of `qemu.log` that an error quotes.
+const QUOTED_BYTES: usize = 2000;
+
+/// What is remembered of a start.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    name: VmName,
+    accel: Accel,
+    /// When QEMU was started, in milliseconds since 1970.
+    started_unix_ms: u64,
+}
+
+/// A VM's live process.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    files: VmFiles,
+    process: Process,
+    record: Record,
+}
+
+/// What a VM is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum VmState {
+    /// Its processors run.
+    Running,
+    /// The process lives, but the processors do not run; QEMU's own word says why.
+    Halted(String),
+    /// The process has ended.
+    Ended,
+}
+
+/// How a VM came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// The guest shut itself down.
+    ByGuest,
+    /// The guest did not in time; QEMU flushed its disk and ended.
+    ByQemu,
+    /// QEMU did not either, and was killed.
+    Killed,
+}
+
+impl Qemu {
+    /// Starts the VM `spec` with its files in `dir`, which is made if need be. Returns when QEMU has opened
+    /// the disk, listens on its sockets and lets the guest run.
+    pub(crate) async fn start(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+        fs::create_dir_all(dir).map_err(VmError::file(dir))?;
+        let dir = dir.canonicalize().map_err(VmError::file(dir))?;
+        let files = VmFiles::new(dir.clone());
+        let arguments = spec::arguments(spec, &files)?;
+        if let Some(process) = Process::of_pidfile(&files.pidfile()) {
+            return Err(VmError::Running { pid: process.pid() });
+        }
+        make_room(&files)?;
+        let record = Record {
+            name: spec.name.clone(),
+            accel: spec.accel,
+            started_unix_ms: unix_ms(SystemTime::now()),
+        };
+        let json = serde_json::to_vec(&record).expect("a record has only strings and numbers");
+        write_atomically(&files.record(), &json)?;
+        launch(&files, &arguments).await?;
+        match Process::of_pidfile(&files.pidfile()) {
+            Some(process) => Ok(Qemu { files, process, record }),
+            None => Err(VmError::Refused(quoted_log(&files))),
+        }
+    }
+
+    /// The VM of this directory that an earlier daemon started, if it still runs.
+    pub(crate) fn adopt(dir: &Path) -> Option<Qemu> {
+        let files = VmFiles::new(dir.canonicalize().ok()?);
+        let process = Process::of_pidfile(&files.pidfile())?;
+        let record = serde_json::from_slice(&fs::read(files.record()).ok()?).ok()?;
+        Some(Qemu { files, process, record })
+    }
+
+    /// The VM's name.
+    pub(crate) fn name(&self) -> &VmName {
+        &self.record.name
+    }
+
+    /// How its instructions are run.
+    pub(crate) fn accel(&self) -> Accel {
+        self.record.accel
+    }
+
+    /// The number of its process.
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// When it was started.
+    pub(crate) fn started(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_millis(self.record.started_unix_ms)
+    }
+
+    /// Where its console can be reached; see [`console`](super::console).
+    pub(crate) fn console_socket(&self) -> PathBuf {
+        self.files.console_socket()
+    }
+
+    /// Where its files are.
+    pub(super) fn files(&self) -> &VmFiles {
+        &self.files
+    }
+
+    /// Waits until the process has ended, for whatever reason.
+    pub(crate) async fn exited(&self) -> Result<(), VmError> {
+        self.process.exited().await.map_err(VmError::file(self.files.pidfile()))
+    }
+
+    /// What the VM is doing.
+    pub(crate) async fn state(&self) -> Result<VmState, VmError> {
+        match self.control("query-status", json!({})).await {
+            Ok(status) => match status["status"].as_str() {
+                Some("running") => Ok(VmState::Running),
+                Some(other) => Ok(VmState::Halted(other.to_owned())),
+                None => Err(VmError::Control("query-status gave no status".to_owned())),
+            },
+            Err(VmError::Gone) => Ok(VmState::Ended),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The port of this host's loopback through which the guest's TCP port `guest_port` can be reached, if
+    /// [`Network::User`](super::Network::User) named that port.
+    pub(crate) async fn forwarded_port(&self, guest_port: u16) -> Result<Option<u16>, VmError> {
+        let table = self.user_network().await?;
+        Ok(table
+            .iter()
+            .find(|flow| flow.state == "HOST_FORWARD" && flow.to_port == guest_port)
+            .map(|f| f.from_port))
+    }
+
+    /// The connections that QEMU's user-mode network carries.
+    pub(super) async fn user_network(&self) -> Result<Vec<Flow>, VmError> {
+        let answer = self.control("human-monitor-command", json!({ "command-line": "info usernet" })).await?;
+        Ok(flows(answer.as_str().unwrap_or_default()))
+    }
+
+    /// Asks the guest to shut down and gives it `grace`; then ends QEMU in order, then kills it.
+    pub(crate) async fn stop(&self, grace: Duration) -> Result<Stopped, VmError> {
+        // A QEMU that cannot be asked is ended below, by the same steps.
+        let asked = self.control("system_powerdown", json!({})).await.is_ok();
+        if asked && tokio::time::timeout(grace, self.exited()).await.is_ok() {
+            return Ok(Stopped::ByGuest);
+        }
+        let quit = async {
+            // QEMU may end before it has answered, and that is as good.
+            let _ = self.control("quit", json!({})).await;
+            self.exited().await
+        };
+        if tokio::time::timeout(END_TIMEOUT, quit).await.is_ok() {
+            return Ok(Stopped::ByQemu);
+        }
+        self.kill().await?;
+        Ok(Stopped::Killed)
+    }
+
+    /// Ends the VM at once, as a power cut would.
+    pub(crate) async fn kill(&self) -> Result<(), VmError> {
+        self.process.kill().map_err(VmError::file(self.files.pidfile()))?;
+        tokio::time::timeout(END_TIMEOUT, self.exited())
+            .await
+            .map_err(|_| VmError::Control(format!("process {} does not end after SIGKILL", self.pid())))?
+    }
+
+    async fn control(&self, command: &str, arguments: Value) -> Result<Value, VmError> {
+        Qmp::connect(&self.files.qmp_socket()).await?.execute(command, arguments).await
+    }
+}
+
+/// Takes away what the last run left, and keeps what its console printed.
+fn make_room(files: &VmFiles) -> Result<(), VmError> {
+    for stale in [files.pidfile(), files.qmp_socket(), files.console_socket(), files.agent_socket()] {
+        accept_missing(fs::remove_file(&stale)).map_err(VmError::file(stale))?;
+    }
+    let log = files.console_log();
+    accept_missing(fs::rename(&log, files.console_log_before())).map_err(VmError::file(log))
+}
+
+fn accept_missing(result: std::io::Result<()>) -> std::io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Replaces a file as a whole: after a crash there is the old or the new one. It need not survive a power
+/// cut, after which no QEMU runs either.
+fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), VmError> {
+    let next = path.with_extension("new");
+    fs::write(&next, bytes).map_err(VmError::file(&next))?;
+    fs::rename(&next, path).map_err(VmError::file(path))
+}
+
+/// Runs QEMU until it is in the background, or has refused.
+async fn launch(files: &VmFiles, arguments: &[String]) -> Result<(), VmError> {
+    let log = fs::File::create(files.log()).map_err(VmError::file(files.log()))?;
+    let spawned = Command::new(QEMU)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn();
+    let mut launcher = match spawned {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Err(VmError::NoQemu),
+        other => other.map_err(VmError::file(QEMU))?,
+    };
+    match tokio::time::timeout(START_TIMEOUT, launcher.wait()).await {
+        Ok(Ok(status)) if status.success() => Ok(()),
+        Ok(Ok(_)) => Err(VmError::Refused(quoted_log(files))),
+        Ok(Err(error)) => Err(VmError::file(QEMU)(error)),
+        Err(_) => {
+            if let Some(process) = Process::of_pidfile(&files.pidfile()) {
+                process.kill().map_err(VmError::file(files.pidfile()))?;
+            }
+            let seconds = START_TIMEOUT.as_secs();
+            Err(VmError::Refused(format!(
+                "it did not open its disk within {seconds} s. {}",
+                quoted_log(files)
+            )))
+        }
+    }
+}
+
+/// The end of what QEMU said, safe to print.
+fn quoted_log(files: &VmFiles) -> String {
+    let bytes = fs::read(files.log()).unwrap_or_default();
+    let end = &bytes[bytes.len().saturating_sub(QUOTED_BYTES)..];
+    let text = String::from_utf8_lossy(end);
+    let text: String = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.is_empty() { "it did not say why".to_owned() } else { text }
+}
+
+fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// One line of QEMU's table of user-mode connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Flow {
+    /// `HOST_FORWARD` for a listening port, else the state of a TCP connection.
+    pub(super) state: String,
+    /// The port on the host's side.
+    pub(super) from_port: u16,
+    /// The port on the guest's side.
+    pub(super) to_port: u16,
+}
+
+/// Reads the TCP lines of `info usernet`; all others are not ours.
+fn flows(table: &str) -> Vec<Flow> {
+    let flow = |line: &str| {
+        let state = line.trim_start().strip_prefix("TCP[")?;
+        let (state, rest) = state.split_once(']')?;
+        // Descriptor, source address and port, destination address and port, two queue lengths.
+        let mut words = rest.split_ascii_whitespace().skip(2);
+        let from_port = words.next()?.parse().ok()?;
+        let to_port = words.nth(1)?.parse().ok()?;
+        Some(Flow { state: state.to_owned(), from_port, to_port })
+    };
+    table.lines().filter_map(flow).collect()
+}

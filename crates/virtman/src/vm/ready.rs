@@ -1,0 +1,2 @@
+pub(crate) struct Ready;
+pub(crate) struct ReadyError;

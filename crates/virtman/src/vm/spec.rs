@@ -1,0 +1,333 @@
+//! What a VM is made of, and the QEMU command line that says so.
+//!
+//! Options that hold a path or a name from outside are given as JSON, where a comma is a comma; the two kinds
+//! that take no JSON in every supported QEMU (7.2 and later) double their commas instead.
+
+use std::path::{Path, PathBuf};
+
+use block::VmName;
+use serde_json::{Value, json};
+
+use super::VmError;
+use super::accel::Accel;
+
+/// Seconds for which a guest's requests wait for an NBD server that went away, before the guest sees an
+/// error: a year, which means that guests see latency and not errors.
+const NBD_RECONNECT_SECONDS: u32 = 365 * 24 * 3600;
+
+/// Size of QEMU's buffer of translated code in MiB, with TCG only. Without a bound it takes up to 1 GiB for
+/// each VM; a Linux boot translates less than 100 MiB.
+const TCG_BUFFER_MIB: u32 = 128;
+
+/// The processor that TCG plays: the oldest that today's 64-bit systems run on (x86-64-v2). Each newer one
+/// makes guests choose vector instructions that TCG is slower at: a Debian boot on `max` takes 1.2 times as
+/// long.
+const TCG_CPU: &str = "Nehalem";
+
+/// Longest path of a UNIX socket in bytes: the system's 108 with a zero at the end.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// What one VM is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct VmSpec {
+    /// The VM's name; also decides its hardware address.
+    pub(crate) name: VmName,
+    /// Its system disk.
+    pub(crate) disk: VmDisk,
+    /// A NoCloud seed disk, attached read-only.
+    pub(crate) seed: Option<PathBuf>,
+    /// Memory in MiB.
+    pub(crate) memory_mib: u32,
+    /// Number of virtual processors.
+    pub(crate) cpus: u32,
+    /// How its instructions are run.
+    pub(crate) accel: Accel,
+    /// Boot this kernel instead of what the disk's boot sector leads to.
+    pub(crate) boot: Option<DirectBoot>,
+    /// What network it sees.
+    pub(crate) network: Network,
+}
+
+/// An NBD export on a UNIX socket.
+#[derive(Debug, Clone)]
+pub(crate) struct VmDisk {
+    /// The server's socket.
+    pub(crate) socket: PathBuf,
+    /// The name of the export.
+    pub(crate) export: String,
+}
+
+/// A kernel that QEMU loads itself.
+#[derive(Debug, Clone)]
+pub(crate) struct DirectBoot {
+    /// The kernel image.
+    pub(crate) kernel: PathBuf,
+    /// The initial RAM disk.
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub(crate) append: String,
+}
+
+/// What network a VM sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Network {
+    /// None at all.
+    None,
+    /// QEMU's user-mode network: the guest reaches out through the host's own sockets. Each of the guest's
+    /// TCP ports named here can be reached through a port of the host's loopback that is chosen at start;
+    /// see [`Qemu::forwarded_port`](super::Qemu::forwarded_port).
+    User {
+        /// TCP ports of the guest.
+        guest_ports: Vec<u16>,
+    },
+}
+
+/// Where in a VM's directory things are.
+#[derive(Debug, Clone)]
+pub(super) struct VmFiles {
+    dir: PathBuf,
+}
+
+impl VmFiles {
+    /// `dir` must be absolute: QEMU changes its working directory.
+    pub(super) fn new(dir: PathBuf) -> VmFiles {
+        VmFiles { dir }
+    }
+
+    pub(super) fn record(&self) -> PathBuf {
+        self.dir.join("qemu.json")
+    }
+
+    pub(super) fn pidfile(&self) -> PathBuf {
+        self.dir.join("qemu.pid")
+    }
+
+    pub(super) fn log(&self) -> PathBuf {
+        self.dir.join("qemu.log")
+    }
+
+    pub(super) fn qmp_socket(&self) -> PathBuf {
+        self.dir.join("qmp.sock")
+    }
+
+    pub(super) fn console_socket(&self) -> PathBuf {
+        self.dir.join("console.sock")
+    }
+
+    pub(super) fn console_log(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    pub(super) fn console_log_before(&self) -> PathBuf {
+        self.dir.join("console.log.1")
+    }
+
+    pub(super) fn agent_socket(&self) -> PathBuf {
+        self.dir.join("agent.sock")
+    }
+}
+
+/// The arguments with which QEMU becomes the VM `spec`, with its files in `files`. Fails if a path cannot be
+/// told to QEMU.
+pub(super) fn arguments(spec: &VmSpec, files: &VmFiles) -> Result<Vec<String>, VmError> {
+    let mut line = CommandLine::default();
+    line.add("-name", format!("guest={}", spec.name));
+    line.flag("-no-user-config").flag("-nodefaults").flag("-daemonize");
+    line.add("-display", "none");
+    line.add("-pidfile", told(&files.pidfile())?);
+    line.add("-machine", "q35,usb=off,vmport=off");
+    match spec.accel {
+        Accel::Kvm => line.add("-accel", "kvm").add("-cpu", "host"),
+        Accel::Tcg => {
+            line.add("-accel", format!("tcg,thread=multi,tb-size={TCG_BUFFER_MIB}")).add("-cpu", TCG_CPU)
+        }
+    };
+    line.add("-m", format!("{}M", spec.memory_mib)).add("-smp", spec.cpus.to_string());
+    add_channels(&mut line, files)?;
+    add_disks(&mut line, spec)?;
+    add_network(&mut line, spec);
+    line.add_json("-object", &json!({ "qom-type": "rng-builtin", "id": "rng" }));
+    line.add_json("-device", &json!({ "driver": "virtio-rng-pci", "rng": "rng" }));
+    if let Some(boot) = &spec.boot {
+        line.add("-kernel", told(&boot.kernel)?).add("-append", &boot.append);
+        if let Some(initrd) = &boot.initrd {
+            line.add("-initrd", told(initrd)?);
+        }
+    }
+    Ok(line.arguments)
+}
+
+/// The control socket, the console and the guest agent's channel.
+fn add_channels(line: &mut CommandLine, files: &VmFiles) -> Result<(), VmError> {
+    let socket = |id: &str, path: &Path| -> Result<String, VmError> {
+        let path = told_socket(path)?;
+        Ok(format!("socket,id={id},server=on,wait=off,path={}", escaped(path)))
+    };
+    line.add("-chardev", socket("qmp", &files.qmp_socket())?);
+    line.add("-mon", "chardev=qmp,mode=control");
+    let log = files.console_log();
+    let console = socket("console", &files.console_socket())?;
+    line.add("-chardev", format!("{console},logfile={}", escaped(told(&log)?)));
+    line.add("-serial", "chardev:console");
+    line.add("-chardev", socket("agent", &files.agent_socket())?);
+    line.add_json("-device", &json!({ "driver": "virtio-serial-pci" }));
+    let port = json!({ "driver": "virtserialport", "chardev": "agent", "name": "org.qemu.guest_agent.0" });
+    line.add_json("-device", &port);
+    Ok(())
+}
+
+fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
+    let disk = json!({
+        "driver": "nbd",
+        "node-name": "disk",
+        "server": { "type": "unix", "path": told_socket(&spec.disk.socket)? },
+        "export": spec.disk.export,
+        "reconnect-delay": NBD_RECONNECT_SECONDS,
+        "discard": "unmap",
+        "cache": { "direct": false, "no-flush": false },
+    });
+    line.add_json("-blockdev", &disk);
+    let device = json!({
+        "driver": "virtio-blk-pci", "drive": "disk", "id": "disk0", "bootindex": 0,
+        "discard": true, "write-zeroes": true, "write-cache": "on",
+    });
+    line.add_json("-device", &device);
+    if let Some(seed) = &spec.seed {
+        let disk = json!({
+            "driver": "raw", "node-name": "seed", "read-only": true,
+            "file": { "driver": "file", "filename": told(seed)?, "read-only": true },
+        });
+        line.add_json("-blockdev", &disk);
+        line.add_json("-device", &json!({ "driver": "virtio-blk-pci", "drive": "seed", "id": "seed0" }));
+    }
+    Ok(())
+}
+
+fn add_network(line: &mut CommandLine, spec: &VmSpec) {
+    let Network::User { guest_ports } = &spec.network else { return };
+    // Numbers only, so this needs no escaping.
+    let forwards: String =
+        guest_ports.iter().map(|port| format!(",hostfwd=tcp:127.0.0.1:0-:{port}")).collect();
+    line.add("-netdev", format!("user,id=net{forwards}"));
+    // An empty romfile skips the network boot firmware, which costs time and is never wanted.
+    let mac = hardware_address(&spec.name);
+    let device = json!({ "driver": "virtio-net-pci", "netdev": "net", "mac": mac, "romfile": "" });
+    line.add_json("-device", &device);
+}
+
+/// An address of QEMU's own range that is the same at each start of the same VM.
+fn hardware_address(name: &VmName) -> String {
+    let hash = blake3::hash(name.as_str().as_bytes());
+    let [a, b, c, ..] = hash.as_bytes();
+    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
+}
+
+/// The path as text that means the same to QEMU, which runs in another directory.
+fn told(path: &Path) -> Result<&str, VmError> {
+    match path.to_str() {
+        Some(text) if path.is_absolute() => Ok(text),
+        _ => Err(VmError::Unfit(format!("the path {path:?} is not absolute or not UTF-8"))),
+    }
+}
+
+fn told_socket(path: &Path) -> Result<&str, VmError> {
+    let text = told(path)?;
+    if text.len() > SOCKET_PATH_BYTES_MAX {
+        return Err(VmError::Unfit(format!(
+            "the socket path {text} has {} bytes and may have {SOCKET_PATH_BYTES_MAX}: use a directory with a \
+             shorter path",
+            text.len()
+        )));
+    }
+    Ok(text)
+}
+
+/// Text for use within an option list, where a doubled comma is a comma.
+fn escaped(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+#[derive(Default)]
+struct CommandLine {
+    arguments: Vec<String>,
+}
+
+impl CommandLine {
+    fn flag(&mut self, flag: &str) -> &mut CommandLine {
+        self.arguments.push(flag.to_owned());
+        self
+    }
+
+    fn add(&mut self, flag: &str, value: impl Into<String>) -> &mut CommandLine {
+        self.arguments.extend([flag.to_owned(), value.into()]);
+        self
+    }
+
+    fn add_json(&mut self, flag: &str, value: &Value) -> &mut CommandLine {
+        self.add(flag, value.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            name: "vm-1".parse().unwrap(),
+            disk: VmDisk { socket: "/run/nbd.sock".into(), export: "vm-1".to_owned() },
+            seed: None,
+            memory_mib: 512,
+            cpus: 1,
+            accel: Accel::Tcg,
+            boot: None,
+            network: Network::None,
+        }
+    }
+
+    fn values<'a>(arguments: &'a [String], flag: &str) -> Vec<&'a str> {
+        arguments.windows(2).filter(|pair| pair[0] == flag).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn a_comma_in_a_path_or_export_stays_part_of_it() {
+        let hostile = "x,readonly=on\",\"driver\":\"null-co";
+        let mut spec = spec();
+        spec.disk.export = hostile.to_owned();
+        spec.seed = Some(format!("/seeds/{hostile}").into());
+        let arguments = arguments(&spec, &VmFiles::new("/vms/a,server=off".into())).unwrap();
+        let disks: Vec<Value> =
+            values(&arguments, "-blockdev").iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+        assert_eq!(disks[0]["driver"], "nbd");
+        assert_eq!(disks[0]["export"], hostile);
+        assert_eq!(disks[1]["file"]["filename"], format!("/seeds/{hostile}"));
+        for chardev in values(&arguments, "-chardev") {
+            assert!(chardev.contains("path=/vms/a,,server=off/"), "{chardev}");
+        }
+        // QEMU itself knows no escape here: the whole argument is the path.
+        assert_eq!(values(&arguments, "-pidfile"), ["/vms/a,server=off/qemu.pid"]);
+    }
+
+    #[test]
+    fn a_path_that_qemu_would_misread_is_refused() {
+        let refused = |dir: &str, spec: &VmSpec| {
+            matches!(arguments(spec, &VmFiles::new(dir.into())), Err(VmError::Unfit(_)))
+        };
+        assert!(!refused("/vms/a", &spec()));
+        assert!(refused("vms/a", &spec()), "relative");
+        assert!(
+            refused(&format!("/{}", "a".repeat(SOCKET_PATH_BYTES_MAX)), &spec()),
+            "too long for a socket"
+        );
+        let mut long = spec();
+        long.disk.socket = format!("/{}", "a".repeat(SOCKET_PATH_BYTES_MAX)).into();
+        assert!(refused("/vms/a", &long));
+    }
+
+    #[test]
+    fn each_vm_has_its_own_hardware_address_at_every_start() {
+        let [a, b] = ["vm-1", "vm-2"].map(|name| hardware_address(&name.parse().unwrap()));
+        assert_ne!(a, b);
+        assert_eq!(a, hardware_address(&"vm-1".parse().unwrap()));
+    }
+}
