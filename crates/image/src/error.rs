@@ -168,3 +168,19 @@ impl ImportError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_file_system_is_told_apart_from_a_broken_one() {
+        let writing =
+            |errno| ImportError::writing(Path::new("/images"), &io::Error::from_raw_os_error(errno));
+        let (no_space, over_quota, broken) = (28, 122, 5);
+        assert!(matches!(writing(no_space), ImportError::NoSpace(_)));
+        assert!(matches!(writing(over_quota), ImportError::NoSpace(_)));
+        assert!(matches!(writing(broken), ImportError::Unwritable { .. }));
+        assert!(writing(no_space).to_string().contains("'/images'"));
+    }
+}

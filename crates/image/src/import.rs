@@ -110,6 +110,7 @@ pub fn import(
     let file = request.file.canonicalize().map_err(|e| ImportError::unreadable(&request.file, e))?;
     let allowed = AllowedDirs::new(&request.allowed_dirs, &file)?;
     let source = Source::open(&file, request.format, &allowed)?;
+    check_paths(&source, allowed.dirs())?;
     let record = SourceRecord {
         version: SourceRecord::VERSION,
         tool: format!("virtman {}", env!("CARGO_PKG_VERSION")),
@@ -138,6 +139,19 @@ pub fn import(
         bytes_read: scan.bytes_read,
         root,
     })
+}
+
+/// Paths are kept as JSON text.
+fn check_paths(source: &Source, dirs: &[PathBuf]) -> Result<(), ImportError> {
+    let mut paths = source.parts().iter().map(|part| &part.path).chain(dirs);
+    match paths.find(|path| path.to_str().is_none()) {
+        None => Ok(()),
+        Some(path) => Err(ImportError::Unsupported {
+            path: path.clone(),
+            what: "a name that is not valid UTF-8".to_owned(),
+            remedy: "rename it".to_owned(),
+        }),
+    }
 }
 
 /// Writes what follows from the names of the data chunks, and syncs all.

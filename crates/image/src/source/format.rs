@@ -61,7 +61,9 @@ impl Format {
         let unknown = |what: String, remedy: &str| {
             Err(ImportError::UnknownFormat { path: path.to_owned(), what, remedy: remedy.to_owned() })
         };
-        if let Some((_, name)) = FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
+        if let Some((_, _, name)) =
+            FOREIGN.iter().find(|(at, magic, _)| head[(*at).min(head.len())..].starts_with(magic))
+        {
             return unknown(format!("is a {name} image"), CONVERT);
         }
         if let Some((_, name)) = PACKED.iter().find(|(magic, _)| head.starts_with(magic)) {
@@ -77,15 +79,15 @@ impl Format {
 
 const SECTOR_BYTES: u64 = 512;
 
-/// Formats that exist but cannot be read here.
-const FOREIGN: [(&[u8], &str); 7] = [
-    (b"QFI\xfb\0\0\0\x01", "qcow (version 1)"),
-    (b"QED\0", "qed"),
-    (b"conectix", "vhd (vpc)"),
-    (b"<<< Oracle VM VirtualBox Disk Image >>>", "vdi"),
-    (b"<<< Sun ", "vdi"),
-    (b"WithoutFreeSpace", "parallels"),
-    (b"LUKS\xba\xbe", "LUKS-encrypted"),
+/// Formats that exist but cannot be read here: where the magic stands, the magic, the name.
+const FOREIGN: [(usize, &[u8], &str); 7] = [
+    (0, b"QFI\xfb\0\0\0\x01", "qcow (version 1)"),
+    (0, b"QED\0", "qed"),
+    (0, b"conectix", "vhd (vpc)"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"LUKS\xba\xbe", "LUKS-encrypted"),
 ];
 
 /// What images are often packed with for download.
@@ -132,8 +134,10 @@ mod tests {
         assert!(matches!(settle(None, &[0; 512], 1024), Ok(Format::Raw)));
         assert!(matches!(settle(Some(Format::Raw), b"QFI\xfb\0\0\0\x03", 7), Ok(Format::Raw)));
         assert!(matches!(settle(Some(Format::Qcow2), &[0; 512], 512), Err(ImportError::WrongFormat { .. })));
-        for (magic, name) in FOREIGN.iter().chain(&PACKED) {
-            let error = settle(None, magic, 1024).expect_err("cannot be read here").to_string();
+        let packed = PACKED.iter().map(|&(magic, name)| (0, magic, name));
+        for (at, magic, name) in FOREIGN.into_iter().chain(packed) {
+            let head = [&vec![0; at], magic].concat();
+            let error = settle(None, &head, 1024).expect_err("cannot be read here").to_string();
             assert!(error.contains(name), "{error}");
         }
         assert!(matches!(settle(None, b"hello", 5), Err(ImportError::UnknownFormat { .. })));
