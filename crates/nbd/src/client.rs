@@ -12,7 +12,7 @@
 
 mod connection;
 pub mod handshake;
-mod pending;
+pub(crate) mod pending;
 
 use std::io;
 use std::sync::Arc;

@@ -12,6 +12,8 @@
 
 pub mod client;
 mod export;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod limits;
 pub mod negotiate;
 pub mod proto;

@@ -295,3 +295,92 @@ fn extents(states: &[Status], len: u64) -> Vec<Extent> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reply::{block_status, data, hole};
+
+    type Waiting = oneshot::Receiver<Result<Answer, DiskError>>;
+
+    fn begin(framing: Framing, command: Command) -> (Pending, Request, Waiting) {
+        let mut pending = Pending::new();
+        pending.restart(framing, Some(1));
+        let (done, waiting) = oneshot::channel();
+        let job = Job { command, flags: 0, offset: 4096, len: 1024, payload: Bytes::new(), done };
+        let (request, _) = pending.add(job);
+        (pending, request, waiting)
+    }
+
+    fn chunk(request: &Request, last: Last, offset: u64, bytes: &[u8]) -> Vec<u8> {
+        let head = data(Framing::Structured, request, last, offset, bytes.len());
+        [&*head, bytes].concat()
+    }
+
+    #[test]
+    fn chunks_are_put_together_in_whatever_order_and_pieces_they_come() {
+        let (mut pending, request, mut waiting) = begin(Framing::Structured, Command::Read);
+        let mut wire = chunk(&request, Last::No, 4096 + 768, &[3; 256]);
+        wire.extend_from_slice(&hole(Framing::Structured, &request, Last::No, 4096 + 256, 512));
+        wire.extend(chunk(&request, Last::Yes, 4096, &[1; 256]));
+        let mut arrived = Vec::new();
+        for byte in wire {
+            arrived.push(byte);
+            let used = pending.feed(&arrived).unwrap();
+            arrived.drain(..used);
+        }
+        let expected = [[1; 256], [0; 256], [0; 256], [3; 256]].concat();
+        assert_eq!(waiting.try_recv().unwrap().unwrap(), Answer::Data(expected));
+        assert_eq!(pending.len(), 0);
+    }
+
+    #[test]
+    fn data_outside_of_the_read_or_more_than_it_is_a_breach() {
+        let cases = [(4095, 16), (4096 + 1024, 1), (4096 + 1020, 5), (u64::MAX, 9), (0, 1024)];
+        for (offset, len) in cases {
+            let (mut pending, request, mut waiting) = begin(Framing::Structured, Command::Read);
+            let wire = chunk(&request, Last::No, offset, &vec![1; len]);
+            assert!(pending.feed(&wire).is_err(), "{len} bytes at {offset}");
+            assert!(waiting.try_recv().is_err(), "nobody is answered with them");
+        }
+        let (mut pending, request, _waiting) = begin(Framing::Structured, Command::Read);
+        pending.feed(&chunk(&request, Last::No, 4096, &[1; 1024])).unwrap();
+        assert!(pending.feed(&chunk(&request, Last::No, 4096, &[1; 1])).is_err());
+    }
+
+    #[test]
+    fn a_read_that_is_answered_in_part_is_never_handed_out() {
+        let (mut pending, request, mut waiting) = begin(Framing::Structured, Command::Read);
+        let wire = chunk(&request, Last::Yes, 4096, &[1; 1023]);
+        assert!(pending.feed(&wire).is_err());
+        assert!(matches!(waiting.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+    }
+
+    #[test]
+    fn a_server_that_shuts_down_loses_no_request() {
+        let (mut pending, request, mut waiting) = begin(Framing::Structured, Command::Write);
+        let wire = reply::error(Framing::Structured, &request, Errno::Shutdown, "bye");
+        assert!(pending.feed(&wire).is_err(), "the connection is of no more use");
+        let again = pending.restart(Framing::Extended, Some(1));
+        assert_eq!(again, vec![(request, Bytes::new())]);
+        pending.feed(&reply::success(Framing::Extended, &request)).unwrap();
+        assert_eq!(waiting.try_recv().unwrap().unwrap(), Answer::Done);
+    }
+
+    #[test]
+    fn whoever_gave_up_is_not_asked_for_again() {
+        let (mut pending, _, waiting) = begin(Framing::Structured, Command::Write);
+        drop(waiting);
+        assert_eq!(pending.restart(Framing::Structured, Some(1)), vec![]);
+    }
+
+    #[test]
+    fn extents_are_cut_to_the_range_and_neighbours_joined() {
+        let (mut pending, request, mut waiting) = begin(Framing::Structured, Command::BlockStatus);
+        let states = [Status::of_hole(256), Status::of_hole(256), Status::of_data(4096)];
+        pending.feed(&block_status(Framing::Structured, &request, 1, &states)).unwrap();
+        let expected =
+            vec![Extent { len: 512, kind: ExtentKind::Hole }, Extent { len: 512, kind: ExtentKind::Data }];
+        assert_eq!(waiting.try_recv().unwrap().unwrap(), Answer::Extents(expected));
+    }
+}

@@ -30,6 +30,7 @@ pub struct MemoryDisk {
     pub gated_offset: AtomicU64,
     pub gate: Semaphore,
     pub flushes: AtomicU64,
+    pub reads: AtomicU64,
     pub full: AtomicBool,
     pub broken: AtomicBool,
 }
@@ -47,6 +48,7 @@ impl MemoryDisk {
             gated_offset: AtomicU64::new(u64::MAX),
             gate: Semaphore::new(0),
             flushes: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
             full: AtomicBool::new(false),
             broken: AtomicBool::new(false),
         })
@@ -94,6 +96,7 @@ impl Disk for MemoryDisk {
             buf.fill(0xdb);
             return Ok(Now::Wait);
         }
+        self.reads.fetch_add(1, Ordering::SeqCst);
         self.with_range(offset, buf.len() as u64, |bytes| buf.copy_from_slice(bytes))?;
         Ok(Now::Done)
     }
