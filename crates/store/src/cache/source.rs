@@ -1,0 +1,81 @@
+//! A source of chunks with the cache over it: what [`CacheGroup::over`] gives out.
+
+use std::sync::Arc;
+
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority, SlotHint};
+use futures_util::FutureExt;
+
+use super::flight::Answer;
+use super::{CacheGroup, SlotId, Whereabouts, add, identity};
+
+/// How often one fetch looks again after it found a chunk gone, wrong, or lost with another's upstream.
+/// Each such turn is somebody's progress or a fault; beyond this many the caller asks upstream itself.
+const TURNS_MAX: usize = 16;
+
+/// A source with the cache over it.
+pub(super) struct Cached {
+    pub(super) group: Arc<CacheGroup>,
+    pub(super) upstream: Arc<dyn ChunkSource>,
+}
+
+impl Cached {
+    async fn get(&self, hash: ChunkHash, priority: Priority) -> Answer {
+        if hash.is_zero() {
+            return Ok(Chunk::zero());
+        }
+        for _ in 0..TURNS_MAX {
+            match self.group.locate(hash, priority, &self.upstream) {
+                Whereabouts::Arrived(chunk) => return Ok(chunk),
+                Whereabouts::Stored(id, seen) => {
+                    if let Some(chunk) = self.group.read_chunk(hash, id, seen).await {
+                        return Ok(chunk);
+                    }
+                }
+                Whereabouts::Coming(mut waiter) => match waiter.answer().await {
+                    // Another upstream could not deliver; ours was not asked yet.
+                    Err(_) if waiter.is_elsewhere(identity(&self.upstream)) => {}
+                    answer => return answer,
+                },
+            }
+        }
+        self.upstream.fetch(hash, priority).await
+    }
+}
+
+impl ChunkSource for Cached {
+    fn fetch(&self, chunk: ChunkHash, priority: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        self.get(chunk, priority).boxed()
+    }
+
+    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> bool {
+        if chunk.is_zero() {
+            buf.fill(0);
+            return true;
+        }
+        let (group, shard) = (&self.group, self.group.shard(chunk));
+        if let Some(id) = SlotId::from_hint(hint.get())
+            && group.copy_now(shard, id, chunk, offset, buf)
+        {
+            return true;
+        }
+        let (found, arrived) = {
+            let mut index = shard.lock();
+            match group.find(&mut index, chunk) {
+                Some((id, _)) => (Some(id), None),
+                None => (None, index.flights.get(chunk).and_then(|flight| flight.arrived())),
+            }
+        };
+        match (found, arrived) {
+            (Some(id), _) => {
+                hint.set(id.to_hint());
+                group.copy_now(shard, id, chunk, offset, buf)
+            }
+            (None, Some(arrived)) => {
+                buf.copy_from_slice(&arrived.bytes()[offset..offset + buf.len()]);
+                add(&shard.hits, 1);
+                true
+            }
+            (None, None) => false,
+        }
+    }
+}
