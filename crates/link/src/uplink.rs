@@ -15,7 +15,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 
-use block::{Chunk, ChunkHash, ImageId, Priority};
+use block::{Chunk, ChunkHash, ImageId, NodeName, Priority};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout_at};
@@ -54,6 +54,7 @@ impl Uplink {
             // Weak, because the table that owns this uplink must be able to end while it lives.
             uplinks: Arc::downgrade(uplinks),
             clock: uplinks.clock,
+            node: uplinks.node.clone(),
             parent: parent.clone(),
             tally: tally.clone(),
             desk: desk.clone(),
@@ -89,7 +90,7 @@ impl Uplink {
         self.desk.changed.notify_one();
     }
 
-    /// Asks for a chunk; [`None`] comes if the link is down, fails meanwhile or takes no more requests.
+    /// Asks for a chunk; `None` comes if the link is down, fails meanwhile or takes no more requests.
     pub(crate) fn ask(&self, image: ImageId, chunk: ChunkHash, priority: Priority) -> Asked {
         let (reply, answer) = oneshot::channel();
         let mut state = self.desk.state();
@@ -217,6 +218,8 @@ enum Reported {
 struct Task {
     uplinks: Weak<Uplinks>,
     clock: Clock,
+    /// Our own name.
+    node: NodeName,
     parent: ParentAddr,
     tally: Tally,
     desk: Arc<Desk>,
@@ -292,10 +295,8 @@ impl Task {
     /// Runs the protocol until the link ends. Every reply that is still open is dropped then, which tells
     /// those who wait.
     async fn drive(&mut self, stream: Box<dyn Stream>) {
-        let Some(node) = self.uplinks.upgrade().map(|uplinks| uplinks.node.clone()) else {
-            return;
-        };
-        let mut child = Child::new(&node, self.parent.node.clone(), self.tally.clone(), self.clock.now());
+        let mut child =
+            Child::new(&self.node, self.parent.node.clone(), self.tally.clone(), self.clock.now());
         let mut replies = HashMap::new();
         let (mut reading, mut writing) = stream::halves(stream);
         let mut lie = None;
