@@ -298,3 +298,35 @@ fn flows(table: &str) -> Vec<Flow> {
     };
     table.lines().filter_map(flow).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_user_connections_is_read_and_other_lines_are_skipped() {
+        let table = "Hub -1 (net):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n\
+            \x20 TCP[SYN_SENT]      27       127.0.0.1 42387       10.0.2.15    22     0     0\r\n\
+            \x20 TCP[HOST_FORWARD]  16       127.0.0.1 42387       10.0.2.15    22     0     0\r\n\
+            \x20 UDP[222 sec]      100       10.0.2.15  5355     224.0.0.252  5355     0     0\r\n\
+            \x20 TCP[x] 1 2\r\n  TCP[";
+        let flow = |state: &str| Flow { state: state.to_owned(), from_port: 42387, to_port: 22 };
+        assert_eq!(flows(table), [flow("SYN_SENT"), flow("HOST_FORWARD")]);
+    }
+
+    #[test]
+    fn what_qemu_said_is_quoted_without_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = VmFiles::new(dir.path().to_owned());
+        assert_eq!(quoted_log(&files), "it did not say why");
+        fs::write(files.log(), b"qemu: no\x1b[31m\xff\n").unwrap();
+        assert_eq!(quoted_log(&files), "qemu: no [31m\u{fffd}");
+    }
+
+    #[test]
+    fn a_directory_without_a_vm_has_none_to_adopt() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Qemu::adopt(dir.path()).is_none());
+        assert!(Qemu::adopt(&dir.path().join("missing")).is_none());
+    }
+}
