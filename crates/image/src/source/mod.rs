@@ -73,6 +73,13 @@ enum Opened {
     Stream(Mutex<Option<StreamReader>>),
 }
 
+impl Opened {
+    fn stream(path: &Path, format: Format) -> Result<(Opened, u64), ImportError> {
+        let (reader, size_bytes) = open_stream(path, format)?;
+        Ok((Opened::Stream(Mutex::new(Some(reader))), size_bytes))
+    }
+}
+
 impl Source {
     /// Opens the image at `path`, which must lie in an allowed directory, as must all that it builds upon.
     pub(crate) fn open(
@@ -104,15 +111,20 @@ impl Source {
                 let size_bytes = image.size();
                 (Opened::Mapped(Arc::new(image)), size_bytes)
             }
-            Format::Vmdk if head.starts_with(b"#") => {
-                let image = vmdk::open_flat(path, allowed, &mut parts)?;
-                let size_bytes = image.size();
-                (Opened::Mapped(Arc::new(image)), size_bytes)
-            }
+            Format::Vmdk if head.starts_with(b"#") => match vmdk::check_descriptor(path)? {
+                vmdk::Extents::Flat => {
+                    let image = vmdk::open_flat(path, allowed, &mut parts)?;
+                    let size_bytes = image.size();
+                    (Opened::Mapped(Arc::new(image)), size_bytes)
+                }
+                vmdk::Extents::Sparse => {
+                    vmdk::admit_extents(path, allowed, &mut parts)?;
+                    Opened::stream(path, format)?
+                }
+            },
             Format::Vmdk | Format::Vhdx => {
                 parts.push(FilePart::of(path)?);
-                let (reader, size_bytes) = open_stream(path, format)?;
-                (Opened::Stream(Mutex::new(Some(reader))), size_bytes)
+                Opened::stream(path, format)?
             }
         };
         match size_bytes {
@@ -233,7 +245,58 @@ fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Small images of every format with data in them, made by `qemu-img`.
+    fn samples(dir: &Path) -> Vec<PathBuf> {
+        std::fs::write(dir.join("disk.raw"), vec![7; 300_000 / 512 * 512]).unwrap();
+        let kinds = [
+            "qcow2",
+            "qcow2 -c",
+            "vmdk",
+            "vmdk -o subformat=streamOptimized",
+            "vmdk -o subformat=monolithicFlat",
+            "vhdx",
+        ];
+        let make = |(number, kind): (usize, &str)| {
+            let name = format!("sample{number}");
+            let words = format!("convert -O {kind} disk.raw {name}");
+            let run = std::process::Command::new("qemu-img").args(words.split(' ')).current_dir(dir).output();
+            let run =
+                run.unwrap_or_else(|e| panic!("cannot run qemu-img ({e}): install the package qemu-utils"));
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            dir.join(name)
+        };
+        kinds.into_iter().enumerate().map(make).collect()
+    }
+
+    #[test]
+    fn a_header_with_any_change_is_read_or_refused_but_never_a_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        let samples = samples(dir.path());
+        let good: Vec<Vec<u8>> = samples.iter().map(|path| std::fs::read(path).unwrap()).collect();
+        // Where the formats keep their headers and tables.
+        let places = prop_oneof![0usize..128, 0usize..1024, 65_536usize..65_700, 196_608usize..328_000];
+        let changes = prop::collection::vec((places, any::<u8>()), 1..6);
+        let allowed = AllowedDirs::new(&[], &samples[0].canonicalize().unwrap()).unwrap();
+        proptest!(ProptestConfig::with_cases(300), |(which in 0..samples.len(), changes in changes)| {
+            let mut bytes = good[which].clone();
+            for (at, value) in changes {
+                let at = at % bytes.len();
+                bytes[at] = value;
+            }
+            std::fs::write(&samples[which], &bytes).unwrap();
+            if let Ok(source) = Source::open(&samples[which], None, &allowed)
+                && let Ok(mut reader) = source.reader()
+            {
+                let len = source.size_bytes().min(300_000);
+                let _ = reader.extent(0, len);
+                let _ = reader.read_at(0, &mut vec![0; len as usize]);
+            }
+        });
+    }
 
     #[test]
     fn a_panic_in_a_library_is_an_error_here() {

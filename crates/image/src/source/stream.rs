@@ -3,8 +3,8 @@
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use ::vmdk::{VmdkError, VmdkFileReader};
 use vhdx::{VhdxError, VhdxReader};
-use vmdk::VmdkError;
 
 use crate::ImportError;
 
@@ -31,10 +31,10 @@ impl StreamReader {
         Ok((StreamReader(Box::new(reader)), size_bytes))
     }
 
-    /// Opens a vmdk that is one binary file; gives the reader and the disk's size in bytes.
+    /// Opens a sparse vmdk, one binary file or several under a descriptor whose extents were
+    /// [admitted](super::vmdk::admit_extents); gives the reader and the disk's size in bytes.
     pub(crate) fn open_vmdk(path: &Path) -> Result<(StreamReader, u64), ImportError> {
-        let file = std::fs::File::open(path).map_err(|e| ImportError::unreadable(path, e))?;
-        let reader = vmdk::VmdkReader::open(io::BufReader::new(file)).map_err(|error| match error {
+        let reader = VmdkFileReader::open_path(path).map_err(|error| match error {
             VmdkError::Io(error) => ImportError::reading(path, &error),
             VmdkError::FileTooSmall => ImportError::truncated(path, error),
             VmdkError::UnsupportedVersion(_)

@@ -1,10 +1,12 @@
-//! Opening a flat vmdk: a descriptor in text, and extents in files of their own.
+//! Opening a vmdk of several files: a descriptor in text, and extents in files of their own.
 //!
-//! The library asks a gate before it opens an extent; ours holds the path against [`AllowedDirs`].
+//! Flat extents are read by `imago`, which asks a gate before it opens one; ours holds the path against
+//! [`AllowedDirs`]. Sparse ones are read as a stream; their paths are held against it beforehand.
 
 use std::io;
 use std::path::Path;
 
+use ::vmdk::VmdkFileReader;
 use imago::file::File;
 use imago::format::gate::ImplicitOpenGate;
 use imago::vmdk::Vmdk;
@@ -51,13 +53,12 @@ impl ImplicitOpenGate<File> for Gate<'_> {
     }
 }
 
-/// Opens the flat vmdk with the descriptor at the canonical `path`, and lists its files in `parts`.
+/// Opens the flat vmdk with the [checked](check_descriptor) descriptor at the canonical `path`, and lists its files in `parts`.
 pub(super) fn open_flat(
     path: &Path,
     allowed: &AllowedDirs,
     parts: &mut Vec<FilePart>,
 ) -> Result<FormatAccess<File>, ImportError> {
-    check_descriptor(path)?;
     parts.push(FilePart::of(path)?);
     let mut image =
         Vmdk::<File>::open_image(storage(path)?, false).map_err(|e| ImportError::unsupported(path, e))?;
@@ -71,8 +72,17 @@ pub(super) fn open_flat(
     }
 }
 
-/// The library does not look at parents, so that a snapshot would read as if it stood alone.
-fn check_descriptor(path: &Path) -> Result<(), ImportError> {
+/// What a descriptor's extents are.
+pub(super) enum Extents {
+    /// The disk's bytes as they are.
+    Flat,
+    /// Each a sparse vmdk of its own.
+    Sparse,
+}
+
+/// Tells what the extents are, and refuses a snapshot: `imago` does not look at parents, so that one would read
+/// as if it stood alone.
+pub(super) fn check_descriptor(path: &Path) -> Result<Extents, ImportError> {
     let unreadable = |error: io::Error| ImportError::unreadable(path, error);
     let file = std::fs::File::open(path).map_err(unreadable)?;
     if raw::length(&file).map_err(unreadable)? > DESCRIPTOR_BYTES_MAX {
@@ -80,13 +90,30 @@ fn check_descriptor(path: &Path) -> Result<(), ImportError> {
     }
     let text = std::fs::read(path).map_err(unreadable)?;
     let text = String::from_utf8_lossy(&text);
-    let parent = text
-        .lines()
-        .filter_map(|line| line.split_once('='))
-        .find(|(key, _)| key.trim().eq_ignore_ascii_case("parentCID"))
-        .map(|(_, value)| u32::from_str_radix(value.trim(), 16));
-    match parent {
-        None | Some(Ok(NO_PARENT)) => Ok(()),
-        Some(_) => Err(ImportError::unsupported(path, "a parent disk (vmdk snapshot)")),
+    let value_of = |name: &str| {
+        let mut pairs = text.lines().filter_map(|line| line.split_once('='));
+        pairs.find(|(key, _)| key.trim().eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
+    };
+    let parent = value_of("parentCID").map(|value| u32::from_str_radix(value, 16));
+    if !matches!(parent, None | Some(Ok(NO_PARENT))) {
+        return Err(ImportError::unsupported(path, "a parent disk (vmdk snapshot)"));
     }
+    let kind = value_of("createType").unwrap_or_default();
+    Ok(if kind.contains("Sparse") { Extents::Sparse } else { Extents::Flat })
+}
+
+/// Holds the extents that a descriptor names against the allowed directories, and lists all files in `parts`.
+pub(super) fn admit_extents(
+    path: &Path,
+    allowed: &AllowedDirs,
+    parts: &mut Vec<FilePart>,
+) -> Result<(), ImportError> {
+    parts.push(FilePart::of(path)?);
+    let extents = VmdkFileReader::extent_dependencies(path).map_err(|e| ImportError::damaged(path, e))?;
+    for extent in extents {
+        let name =
+            extent.to_str().ok_or_else(|| ImportError::damaged(path, "an extent's name is no text"))?;
+        parts.push(FilePart::of(&allowed.admit_reference(path, name)?)?);
+    }
+    Ok(())
 }

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use block::Disk;
 use image::{Format, Novelty, OriginImage};
 
 use crate::support::{Bench, CHUNK, MIB, SIZE_BYTES, assert_same, volume};
 
 /// Name, expected format, and how `qemu-img` makes it from `disk.raw`.
-const KINDS: [(&str, Format, &str); 10] = [
+const KINDS: [(&str, Format, &str); 11] = [
     ("plain.qcow2", Format::Qcow2, "convert -O qcow2"),
     ("old.qcow2", Format::Qcow2, "convert -O qcow2 -o compat=0.10"),
     ("small.qcow2", Format::Qcow2, "convert -O qcow2 -o cluster_size=4k"),
@@ -18,6 +19,7 @@ const KINDS: [(&str, Format, &str); 10] = [
     ("stream.vmdk", Format::Vmdk, "convert -O vmdk -o subformat=streamOptimized"),
     ("flat.vmdk", Format::Vmdk, "convert -O vmdk -o subformat=monolithicFlat"),
     ("split.vmdk", Format::Vmdk, "convert -O vmdk -o subformat=twoGbMaxExtentFlat"),
+    ("split-sparse.vmdk", Format::Vmdk, "convert -O vmdk -o subformat=twoGbMaxExtentSparse"),
     ("dynamic.vhdx", Format::Vhdx, "convert -O vhdx"),
     ("fixed.vhdx", Format::Vhdx, "convert -O vhdx -o subformat=fixed"),
 ];
@@ -112,6 +114,26 @@ fn a_huge_sparse_disk_is_imported_at_once_and_takes_no_space() {
     assert!(on_disk["pages"] < MIB, "{on_disk:?}");
     let report = OriginImage::open(&imported.dir).unwrap().verify(&image::ImportProgress::default()).unwrap();
     assert!(report.is_right(), "{report:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_of_three_levels_is_walked_to_its_chunks() {
+    let bench = Bench::new();
+    bench.qemu_img("create -f qcow2 -o cluster_size=2M huge.qcow2 20T");
+    bench.qemu_io("write -P 0x5a 17T 64k", "huge.qcow2");
+    bench.qemu_io("write -P 0xa5 1T 64k", "huge.qcow2");
+    let imported = bench.import("huge.qcow2");
+    assert_eq!(imported.root.data_chunks() - imported.root.zero_chunks(), 2);
+    let volume = volume(&imported);
+    for (at, expected) in [(17 << 40, 0x5a), (1 << 40, 0xa5), (3 << 40, 0), (20 << 40, 0)] {
+        let mut buf = [1; 1000];
+        volume.read(at - 1000, &mut buf).await.unwrap();
+        assert_eq!(buf, [0; 1000], "before {at}");
+        if at < volume.size_bytes() {
+            volume.read(at, &mut buf).await.unwrap();
+            assert_eq!(buf, [expected; 1000], "at {at}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -150,6 +150,10 @@ fn backing_files_and_extents_outside_the_allowed_directories() {
     for name in ["absolute.qcow2", "upward.qcow2", "linked.qcow2", "probing.qcow2"] {
         refused(&bench, &bench.request(name), &["outside", "allow"], outside);
     }
+    bench.qemu_img("convert -O vmdk -o subformat=twoGbMaxExtentSparse disk.raw split.vmdk");
+    fs::rename(bench.file("split-s001.vmdk"), bench.outside().join("extent")).unwrap();
+    symlink(bench.outside().join("extent"), bench.file("split-s001.vmdk")).unwrap();
+    refused(&bench, &bench.request("split.vmdk"), &["outside", "extent"], outside);
     bench.qemu_img("convert -O vmdk -o subformat=monolithicFlat disk.raw flat.vmdk");
     let descriptor = fs::read_to_string(bench.file("flat.vmdk")).unwrap();
     bench.write("flat.vmdk", descriptor.replace("flat-flat.vmdk", "../outside/secret.raw").as_bytes());

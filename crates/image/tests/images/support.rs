@@ -94,6 +94,13 @@ impl Bench {
         qemu_img(&self.files(), words);
     }
 
+    /// Has `qemu-io` carry out one command on an image.
+    pub(crate) fn qemu_io(&self, command: &str, name: &str) {
+        let run = Command::new("qemu-io").args(["-c", command, name]).current_dir(self.files()).output();
+        let run = run.unwrap_or_else(|e| panic!("cannot run qemu-io ({e}): install the package qemu-utils"));
+        assert!(run.status.success(), "qemu-io {command}: {}", String::from_utf8_lossy(&run.stderr));
+    }
+
     pub(crate) fn request(&self, name: &str) -> ImportRequest {
         ImportRequest { file: self.file(name), format: None, allowed_dirs: Vec::new(), keep: Keep::InPlace }
     }
