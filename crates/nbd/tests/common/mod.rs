@@ -179,35 +179,53 @@ pub fn server(disk: Arc<dyn Disk>) -> Server {
     Server::new(Arc::new(OneDisk(disk)))
 }
 
-/// Listens on a UNIX socket in `dir` and serves whoever connects, until it is dropped.
-pub struct Listening {
-    pub path: std::path::PathBuf,
-    task: tokio::task::JoinHandle<()>,
-}
+/// Serves whoever connects, until it is dropped.
+pub struct Serving(tokio::task::JoinHandle<()>);
 
-impl Listening {
-    pub fn start(server: Server, dir: &std::path::Path) -> Listening {
-        let path = dir.join("nbd.sock");
-        let listener = tokio::net::UnixListener::bind(&path).expect("a fresh directory takes a socket");
-        let task = tokio::spawn(async move {
+impl Serving {
+    pub fn unix(server: Server, listener: tokio::net::UnixListener) -> Serving {
+        Serving(tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
-            loop {
-                let (stream, _) = listener.accept().await.expect("the listener lives as long as this");
+            while let Ok((stream, _)) = listener.accept().await {
                 let server = server.clone();
                 connections.spawn(async move { server.serve(stream, std::future::pending()).await });
             }
-        });
-        Listening { path, task }
+        }))
+    }
+
+    pub fn tcp(server: Server, listener: tokio::net::TcpListener) -> Serving {
+        Serving(tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                let server = server.clone();
+                connections.spawn(async move { server.serve(stream, std::future::pending()).await });
+            }
+        }))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A server on a UNIX socket.
+pub struct Listening {
+    pub path: std::path::PathBuf,
+    _serving: Serving,
+}
+
+impl Listening {
+    /// Listens in `dir`.
+    pub fn start(server: Server, dir: &std::path::Path) -> Listening {
+        let path = dir.join("nbd.sock");
+        let listener = tokio::net::UnixListener::bind(&path).expect("a fresh directory takes a socket");
+        Listening { path, _serving: Serving::unix(server, listener) }
     }
 
     /// The address in the form that foreign tools take.
     pub fn uri(&self) -> String {
         format!("nbd+unix:///disk?socket={}", self.path.display())
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
