@@ -266,6 +266,15 @@ impl Forest {
         range.rev().map(|entry| entry.1)
     }
 
+    /// The nodes that take another child, deepest first, of those the ones with the most children.
+    pub(crate) fn open_upwards(&self, like: Key) -> impl Iterator<Item = Key> {
+        let everywhere = self.spot(like).scopes.last();
+        let from = everywhere.map(|scope| (scope.clone(), 0, 0, Key(0)));
+        let to = everywhere.map(|scope| (scope.clone(), ADRIFT, 0, Key(0)));
+        let range = from.zip(to).map(|(from, to)| self.open.range(from..to));
+        range.into_iter().flatten().rev().map(|entry| entry.3)
+    }
+
     /// The rooted nodes that neither have children nor take any, shallowest first.
     pub(crate) fn idle_downwards(&self) -> impl Iterator<Item = Key> {
         self.idle.range(..(ADRIFT, Key(0))).map(|entry| entry.1)

@@ -133,10 +133,6 @@ impl Hierarchy {
                 self.vacate(roster, stripe, key);
             }
         }
-        for waiting in self.awaited.values_mut() {
-            waiting.retain(|(_, child)| *child != key);
-        }
-        self.awaited.retain(|_, waiting| !waiting.is_empty());
         self.seats.remove(&key);
         self.asked.remove(&key);
     }
@@ -504,21 +500,30 @@ impl Hierarchy {
         Some(joint)
     }
 
-    /// Finds a node that serves nobody in a stripe with plenty of room, and makes this stripe its home.
+    /// Makes this stripe the home of a node from the one with the most room; the children that it has there,
+    /// if any, go to its neighbours. It is taken from the bottom, where children are leaves.
     fn open_spare(&mut self, roster: &Roster, stripe: usize, orphan: Key) -> Option<Key> {
+        // What is left must hold the children and at least one newcomer.
         let plenty =
-            |other: &usize| *other != stripe && self.forests[*other].free() > self.shape.fan_out() as usize;
+            |&other: &usize| other != stripe && self.forests[other].free() > self.shape.fan_out() as usize;
         let richest =
             (0..self.forests.len()).filter(plenty).max_by_key(|&other| self.forests[other].free())?;
-        let forest = &self.forests[stripe];
-        let origin = *forest.origins().first()?;
+        let (forest, rich) = (&self.forests[stripe], &self.forests[richest]);
         let fits = |spare: &Key| {
             *spare != orphan
                 && self.seats[spare].role == Role::Relay
                 && forest.is_rooted(*spare)
+                && rich.is_rooted(*spare)
                 && !roster.avoids(orphan, *spare)
         };
-        let spare = self.forests[richest].spares_upwards(origin).take(CANDIDATES_MAX).find(fits)?;
+        let spare = rich.open_upwards(orphan).take(CANDIDATES_MAX).find(fits)?;
+        for child in rich.children(spare).clone() {
+            let rich = &self.forests[richest];
+            let fits = |place: Key| !rich.is_within(place, spare) && !roster.avoids(child, place);
+            let place = rich.best_open(child, fits).filter(|&place| rich.is_rooted(place))?;
+            self.unhang(richest, child);
+            self.hang(richest, child, place);
+        }
         self.move_home(roster, spare, stripe);
         Some(spare)
     }
@@ -544,6 +549,12 @@ impl Hierarchy {
     /// its siblings, so that nobody else moves, or else the deepest leaf. If there is none, as under an
     /// origin, the children are orphans.
     fn vacate(&mut self, roster: &Roster, stripe: usize, key: Key) {
+        if self.forests[stripe].is_waiting(key) {
+            self.awaited.values_mut().for_each(|waiting| {
+                waiting.remove(&(stripe, key));
+            });
+            self.awaited.retain(|_, waiting| !waiting.is_empty());
+        }
         let stand_in = self.stand_in(roster, stripe, key);
         let parent = self.forests[stripe].parent(key);
         let children: Vec<Key> = self.forests[stripe].children(key).iter().copied().collect();
