@@ -141,10 +141,10 @@ pub fn list(images_dir: &Path) -> io::Result<Vec<ImageId>> {
 /// Removes an image's directory, at once as far as others can see. The image file is not touched. `NotFound` if
 /// there is no such image.
 pub fn remove(images_dir: &Path, id: ImageId) -> io::Result<()> {
-    let grave = images_dir.join(format!("{UNFINISHED}{id}"));
-    fs::rename(images_dir.join(id.to_string()), &grave)?;
+    let grave = begin(images_dir)?;
+    fs::rename(images_dir.join(id.to_string()), grave.path().join("image"))?;
     sync_dir(images_dir)?;
-    fs::remove_dir_all(grave)
+    grave.close()
 }
 
 fn entries(images_dir: &Path) -> io::Result<Vec<fs::DirEntry>> {

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use block::limits::{CHUNK_BYTES, HASHES_PER_PAGE};
 use block::{
-    Access, BoxFuture, ChunkHash, ChunkIndex, ChunkSource, Disk, DiskError, Extent, ExtentKind, FetchError,
-    Geometry, ImageId, Now, Priority,
+    Access, BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, DiskError, Extent, ExtentKind,
+    FetchError, Geometry, ImageId, Now, Priority, WrongChunk,
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -128,8 +128,18 @@ impl ImageVolume {
         if hash.is_zero() {
             return Ok(self.pages.insert(id, Page::zero()));
         }
-        let chunk = self.source.fetch(hash, priority).await?;
+        let chunk = self.fetch(hash, priority).await?;
         Ok(self.pages.insert(id, Page::decode(chunk.bytes())))
+    }
+
+    /// Fetches a chunk. That a source gives another one than it was asked for is a fault in this program, but
+    /// comparing names costs nothing, and a guest would get wrong bytes.
+    async fn fetch(&self, hash: ChunkHash, priority: Priority) -> Result<Chunk, FetchError> {
+        let chunk = self.source.fetch(hash, priority).await?;
+        if chunk.hash() != hash {
+            return Err(WrongChunk::Hash { expected: hash, actual: chunk.hash() }.into());
+        }
+        Ok(chunk)
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<(), DiskError> {
@@ -178,7 +188,7 @@ impl ImageVolume {
     }
 
     async fn fetch_piece(&self, piece: Missing<'_>) -> Result<(), FetchError> {
-        let chunk = self.source.fetch(piece.hash, Priority::Guest).await?;
+        let chunk = self.fetch(piece.hash, Priority::Guest).await?;
         let end = piece.within + piece.buf.len();
         piece.buf.copy_from_slice(&chunk.bytes()[piece.within..end]);
         Ok(())

@@ -2,8 +2,9 @@
 //!
 //! `imago` reads the clusters; what it must not decide is which other files to open, so the backing file's name
 //! is taken from the header here and judged by [`AllowedDirs`] first. And because `imago` reads zeroes beyond
-//! the end of a file, a truncated mapping table would turn data into zeroes: the header and the first level of
-//! the tables are checked against the file's length before it sees them.
+//! the end of a file, a truncated mapping table would turn data into zeroes, and a truncated compressed cluster
+//! could unpack to anything: both are checked against the file's length before it sees them. Plain clusters are
+//! checked where they are read, in [`mapped`](super::mapped).
 //! The layout is that of QEMU's `docs/interop/qcow2.rst`.
 
 use std::fs::File;
@@ -34,6 +35,12 @@ const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
+
+/// Set in an L2 entry of a compressed cluster.
+const COMPRESSED: u64 = 1 << 62;
+
+/// Compressed clusters are measured in sectors; the last one of a file need not fill its last sector.
+const SECTOR_BYTES: u64 = 512;
 
 /// The bits of an L1 entry that are the offset of an L2 table.
 const L2_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -119,13 +126,25 @@ fn check(path: &Path) -> Result<(), ImportError> {
     if l1_end > len {
         return Err(beyond("its L1 table", l1_end));
     }
-    let mut table = vec![0; head.l1_bytes as usize];
-    file.read_exact_at(&mut table, head.l1_offset).map_err(|e| ImportError::reading(path, &e))?;
-    for entry in table.as_chunks::<8>().0 {
-        let l2_offset = u64::from_be_bytes(*entry) & L2_OFFSET_MASK;
+    let table = |offset: u64, len_bytes: u64| {
+        let mut bytes = vec![0; len_bytes as usize];
+        file.read_exact_at(&mut bytes, offset).map_err(|e| ImportError::reading(path, &e))?;
+        Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect::<Vec<u64>>())
+    };
+    for l1_entry in table(head.l1_offset, head.l1_bytes)? {
+        let l2_offset = l1_entry & L2_OFFSET_MASK;
+        if l2_offset == 0 {
+            continue;
+        }
         let l2_end = l2_offset + head.cluster_bytes;
-        if l2_offset != 0 && l2_end > len {
+        if l2_end > len {
             return Err(beyond("an L2 table", l2_end));
+        }
+        let compressed = table(l2_offset, head.cluster_bytes)?.into_iter().filter(|e| e & COMPRESSED != 0);
+        if let Some(end) =
+            compressed.map(|entry| head.compressed_end(entry)).find(|end| *end >= len + SECTOR_BYTES)
+        {
+            return Err(beyond("a compressed cluster", end));
         }
     }
     Ok(())
@@ -161,16 +180,16 @@ impl Head {
             |at: usize| bytes.get(at..at + 4).and_then(|b| Some(u32::from_be_bytes(b.try_into().ok()?)));
         let u64_at =
             |at: usize| bytes.get(at..at + 8).and_then(|b| Some(u64::from_be_bytes(b.try_into().ok()?)));
-        let v2 = |value: Option<u32>| value.ok_or(Problem::Truncated);
+        let known = |value: Option<u32>| value.ok_or(Problem::Truncated);
         if bytes.len() < HEAD_V2_BYTES {
             return Err(Problem::Truncated);
         }
-        let features = match v2(u32_at(4))? {
+        let features = match known(u32_at(4))? {
             2 => 0,
             3 => u64_at(72).ok_or(Problem::Truncated)?,
             other => return Err(Problem::Damaged(format!("qcow2 has no version {other}"))),
         };
-        if v2(u32_at(32))? != 0 {
+        if known(u32_at(32))? != 0 {
             return Err(Problem::Unsupported("encryption"));
         }
         if features & EXTERNAL_DATA != 0 {
@@ -185,19 +204,29 @@ impl Head {
         if features & CORRUPT != 0 {
             return Err(Problem::Damaged("it is marked as corrupt".to_owned()));
         }
-        let cluster_bits = v2(u32_at(20))?;
+        let cluster_bits = known(u32_at(20))?;
         if !(9..=21).contains(&cluster_bits) {
             return Err(Problem::Damaged(format!("its clusters have 2^{cluster_bits} bytes")));
         }
         let cluster_bytes = 1u64 << cluster_bits;
         let size_bytes = u64_at(24).ok_or(Problem::Truncated)?;
         let l1_offset = u64_at(40).ok_or(Problem::Truncated)?;
-        let l1_bytes = u64::from(v2(u32_at(36))?) * 8;
+        let l1_bytes = u64::from(known(u32_at(36))?) * 8;
         let covered = u128::from(l1_bytes / 8) * u128::from(cluster_bytes / 8) * u128::from(cluster_bytes);
         if l1_bytes > L1_BYTES_MAX || covered < u128::from(size_bytes) {
             return Err(Problem::Damaged(format!("its L1 table of {l1_bytes} bytes does not fit its size")));
         }
+        // What a longer table has behind the end of the disk is never looked at.
+        let l1_bytes = 8 * size_bytes.div_ceil(cluster_bytes / 8 * cluster_bytes);
         Ok(Head { cluster_bytes, l1_offset, l1_bytes })
+    }
+
+    /// Where the compressed cluster of an L2 entry ends, rounded up to a sector.
+    fn compressed_end(&self, entry: u64) -> u64 {
+        let offset_bits = 62 - (self.cluster_bytes.trailing_zeros() - 8);
+        let offset = entry & ((1 << offset_bits) - 1);
+        let more_sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
+        (offset / SECTOR_BYTES + 1 + more_sectors) * SECTOR_BYTES
     }
 }
 

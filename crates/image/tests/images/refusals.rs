@@ -82,6 +82,12 @@ fn files_that_are_shorter_than_they_say() {
         cut(&bench, "disk.qcow2", len);
         refused(&bench, &bench.request("disk.qcow2"), &["disk.qcow2", "truncated", what], truncated);
     }
+    let text: Vec<u8> = noise(2, MIB as usize).iter().map(|byte| byte & 0x0f).collect();
+    bench.write("text.raw", &text);
+    bench.qemu_img("convert -c -O qcow2 text.raw packed.qcow2");
+    let len = fs::metadata(bench.file("packed.qcow2")).unwrap().len();
+    cut(&bench, "packed.qcow2", len - 1024);
+    refused(&bench, &bench.request("packed.qcow2"), &["a compressed cluster"], truncated);
     for (name, options) in [
         ("disk.vhdx", "-O vhdx -o block_size=1M"),
         ("disk.vmdk", "-O vmdk -o subformat=monolithicSparse"),

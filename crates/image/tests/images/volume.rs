@@ -219,6 +219,28 @@ async fn a_failed_fetch_is_an_io_error_that_tells_why() {
     }
 }
 
+/// A source that always has the same answer.
+struct Confused(Chunk);
+
+impl ChunkSource for Confused {
+    fn fetch(&self, _: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        Box::pin(std::future::ready(Ok(self.0.clone())))
+    }
+}
+
+#[tokio::test]
+async fn another_chunk_than_the_one_asked_for_is_not_taken() {
+    let (_bench, source) = dense();
+    let page = ImageVolume::new(source.origin.root().clone(), Arc::new(Confused(Chunk::zero())));
+    assert!(matches!(page.read(0, &mut [0]).await, Err(DiskError::Io(_))));
+    // The right page, but then the page again instead of a chunk.
+    source.volume().chunk_hash(ChunkIndex(0), Priority::Guest).await.unwrap();
+    let page = source.kept.lock().unwrap().values().next().unwrap().clone();
+    let data = ImageVolume::new(source.origin.root().clone(), Arc::new(Confused(page)));
+    assert!(data.chunk_hash(ChunkIndex(0), Priority::Guest).await.is_ok());
+    assert!(matches!(data.read(0, &mut [0]).await, Err(DiskError::Io(_))));
+}
+
 #[test]
 fn any_read_gives_the_bytes_of_the_file() {
     let (bench, source) = dense();
