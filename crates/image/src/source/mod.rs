@@ -299,6 +299,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_was_written_to_is_noticed_even_if_its_length_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.raw");
+        std::fs::write(&path, [1; 512]).unwrap();
+        let path = path.canonicalize().unwrap();
+        let allowed = AllowedDirs::new(&[], &path).unwrap();
+        let source = Source::open(&path, None, &allowed).unwrap();
+        assert!(source.check_unchanged().is_ok());
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[2], 0).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_nanos(1_000_000_001)).unwrap();
+        assert!(matches!(source.check_unchanged(), Err(ImportError::Changed(changed)) if changed == path));
+    }
+
+    #[test]
     fn a_panic_in_a_library_is_an_error_here() {
         assert_eq!(contained(|| 1), Ok(1));
         assert!(contained(|| panic!("deliberate")).is_err());
