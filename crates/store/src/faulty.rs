@@ -217,10 +217,15 @@ impl Media for FaultyMedia {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut shared = self.operate()?;
+        let unit = shared.unit.bytes();
         let fits = match &mut shared.room_bytes {
             None => data.len(),
             Some(room) => {
-                let fits = (data.len() as u64).min(*room);
+                let mut fits = (data.len() as u64).min(*room);
+                if fits < data.len() as u64 {
+                    // File systems take space by whole units.
+                    fits -= ((offset + fits) % unit).min(fits);
+                }
                 *room -= fits;
                 fits as usize
             }

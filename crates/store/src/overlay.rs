@@ -484,3 +484,6 @@ impl Disk for Overlay {
         self.list_extents(offset, len).boxed()
     }
 }
+
+#[cfg(test)]
+mod tests;

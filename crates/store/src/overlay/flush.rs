@@ -16,8 +16,9 @@ use super::log::{AppendError, MapLog};
 use super::map::{BlockMap, Word};
 use crate::Media;
 
-/// A log below this size is not worth compacting.
-const COMPACT_BYTES_MIN: u64 = 1 << 20;
+/// A log below this size is not worth compacting: some 1,600 flushes, against which the two more syncs of
+/// a compaction do not count.
+const COMPACT_BYTES_MIN: u64 = 64 * 1024;
 
 /// The log is compacted once it is this many times longer than it needs to be.
 const COMPACT_RATIO: u64 = 4;

@@ -1,0 +1,102 @@
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use super::*;
+
+const SIZE: u64 = 8 << 20;
+
+fn base() -> Arc<Base> {
+    Base::new(vec![9; 1 << 20])
+}
+
+#[tokio::test]
+async fn what_was_flushed_is_there_when_the_directory_is_opened_again() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("vm/disk");
+    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    disk.write(5000, &[1; 100_000]).await.unwrap();
+    disk.flush().await.unwrap();
+    drop(disk);
+    let disk = Overlay::open(&dir, base()).unwrap();
+    assert_eq!(disk.size_bytes(), SIZE);
+    assert_eq!(read(&disk, 4999, 100_002).await, [&[9][..], &[1; 100_000], &[9]].concat());
+}
+
+#[test]
+fn an_overlay_is_open_once_and_created_once() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    assert!(matches!(Overlay::open(&dir, base()), Err(OverlayError::Missing(_))));
+    assert!(matches!(Overlay::remove(&dir), Err(OverlayError::Missing(_))));
+    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    for error in [
+        Overlay::open(&dir, base()).err(),
+        Overlay::create(&dir, SIZE, base()).err(),
+        Overlay::remove(&dir).err(),
+    ] {
+        assert!(matches!(error, Some(OverlayError::InUse(_))), "{error:?}");
+    }
+    drop(disk);
+    assert!(matches!(Overlay::create(&dir, SIZE, base()), Err(OverlayError::Exists(_))));
+    Overlay::remove(&dir).unwrap();
+    assert!(!dir.exists());
+    Overlay::create(&dir, SIZE, base()).unwrap();
+}
+
+#[tokio::test]
+async fn what_a_crash_left_of_a_creation_is_no_overlay_and_in_nobodys_way() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join("data"), vec![5; 10_000]).unwrap();
+    fs::write(dir.join("map.new"), "half").unwrap();
+    assert!(matches!(Overlay::open(&dir, base()), Err(OverlayError::Missing(_))));
+    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    assert_eq!(read(&disk, 0, 20_000).await, [9; 20_000]);
+}
+
+#[test]
+fn damage_is_told_with_the_name_of_the_file() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    drop(Overlay::create(&dir, SIZE, base()).unwrap());
+    let error = |file: &str| {
+        let Err(error) = Overlay::open(&dir, base()) else { panic!("it was opened") };
+        assert!(matches!(error, OverlayError::Damaged { .. }), "{error:?}");
+        assert!(error.to_string().contains(dir.join(file).to_str().unwrap()), "{error}");
+    };
+    let data = fs::File::options().write(true).open(dir.join("data")).unwrap();
+    data.set_len(SIZE / 2).unwrap();
+    error("data");
+    data.set_len(SIZE).unwrap();
+    Overlay::open(&dir, base()).unwrap();
+    fs::write(dir.join("map"), vec![0; 10_000]).unwrap();
+    error("map");
+}
+
+#[test]
+fn impossible_sizes_are_refused_before_anything_is_made() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    for size in [0, DISK_BYTES_MAX + 1, u64::MAX] {
+        assert!(matches!(Overlay::create(&dir, size, base()), Err(OverlayError::Size(_))), "{size}");
+    }
+    assert!(!dir.exists());
+}
+
+#[tokio::test]
+async fn discard_gives_space_back_and_extents_tell_so() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    let used_bytes = || fs::metadata(dir.join("data")).unwrap().blocks() * 512;
+    disk.write(0, &vec![1; 4 << 20]).await.unwrap();
+    disk.flush().await.unwrap();
+    assert!(used_bytes() >= 4 << 20);
+    disk.discard(1 << 20, 3 << 20).await.unwrap();
+    assert!(used_bytes() < 2 << 20, "{} bytes are still used", used_bytes());
+    let extents = disk.extents(0, SIZE).await.unwrap();
+    let expected =
+        [Extent { len: 1 << 20, kind: ExtentKind::Data }, Extent { len: 7 << 20, kind: ExtentKind::Hole }];
+    assert_eq!(extents, expected);
+}
