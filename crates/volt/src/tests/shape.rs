@@ -103,6 +103,21 @@ fn stripes_that_use_every_uplink_still_find_places() {
 }
 
 #[test]
+fn stripes_without_slack_become_shallow_again_after_many_deaths() {
+    let mut cluster = Cluster::grown(2, 2, 400);
+    assert_eq!(cluster.depth(), 8);
+    // Every tenth: all of them are inner nodes of the same stripe.
+    for number in (1..=400).step_by(10) {
+        cluster.apply_unchecked(Event::NodeDown { node: name(&relay(number)) });
+    }
+    assert!(cluster.depth() > 9, "{}", cluster.depth());
+    for _ in 0..100 {
+        cluster.pass(Millis(1));
+    }
+    assert!(cluster.depth() <= 9, "{}", cluster.depth());
+}
+
+#[test]
 fn tuning_reshapes_the_image_and_no_other() {
     let mut cluster = Cluster::grown(2, 1, 12);
     let other = image(2);
