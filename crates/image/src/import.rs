@@ -189,7 +189,7 @@ struct Scan<'a> {
     copy: Option<File>,
     /// The first run that nobody has taken.
     next_run: AtomicU64,
-    data_chunks: AtomicU64,
+    chunk_count: AtomicU64,
     bytes_read: AtomicU64,
     /// Set by the first worker that fails, so that the others stop.
     failed: AtomicBool,
@@ -227,7 +227,7 @@ fn scan(
         pages,
         copy,
         next_run: AtomicU64::new(0),
-        data_chunks: AtomicU64::new(0),
+        chunk_count: AtomicU64::new(0),
         bytes_read: AtomicU64::new(0),
         failed: AtomicBool::new(false),
     };
@@ -236,7 +236,7 @@ fn scan(
     Ok(Scanned {
         pages: scan.pages,
         copy: scan.copy,
-        zero_chunks: shape.geometry().chunk_count() - scan.data_chunks.into_inner(),
+        zero_chunks: shape.geometry().chunk_count() - scan.chunk_count.into_inner(),
         bytes_read: scan.bytes_read.into_inner(),
     })
 }
@@ -314,7 +314,7 @@ impl Scan<'_> {
         if named > 0 {
             let first = ChunkIndex(start / chunk);
             self.pages.put(first, &hashes[..count]).map_err(|e| ImportError::writing(self.out_dir, &e))?;
-            self.data_chunks.fetch_add(named as u64, Ordering::Relaxed);
+            self.chunk_count.fetch_add(named as u64, Ordering::Relaxed);
         }
         Ok(at)
     }

@@ -46,7 +46,7 @@ fn node_at(shape: &Shape, location: u64) -> Option<Node> {
 
 /// Writes the index of a finished manifest.
 pub(crate) fn write(file: &File, pages: &Pages, root: &RootPage) -> io::Result<()> {
-    let chunks = root.data_chunks() - root.zero_chunks() + root.shape().pages_total();
+    let chunks = root.chunk_count() - root.zero_chunks() + root.shape().pages_total();
     write_in_passes(file, pages, root, chunks.div_ceil(RECORDS_PER_PASS))
 }
 

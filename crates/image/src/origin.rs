@@ -69,7 +69,7 @@ pub struct Description {
     /// Size of the disk in bytes.
     pub size_bytes: u64,
     /// Chunks that cover the disk, zero ones included.
-    pub data_chunks: u64,
+    pub chunk_count: u64,
     /// Chunks that are all zero.
     pub zero_chunks: u64,
     /// The format that the image file had when it was added.
@@ -105,7 +105,7 @@ impl OriginImage {
         Description {
             id: shared.id,
             size_bytes: shared.root.size_bytes(),
-            data_chunks: shared.root.data_chunks(),
+            chunk_count: shared.root.chunk_count(),
             zero_chunks: shared.root.zero_chunks(),
             format: shared.record.format,
             keep: shared.record.keep,

@@ -67,7 +67,7 @@ impl ImageVolume {
     /// The name of a data chunk, fetching pages as needed. A chunk beyond the end of the disk is padding, and
     /// so is [`ChunkHash::ZERO`].
     pub async fn chunk_hash(&self, chunk: ChunkIndex, priority: Priority) -> Result<ChunkHash, FetchError> {
-        if chunk.0 >= self.root.data_chunks() {
+        if chunk.0 >= self.root.chunk_count() {
             return Ok(ChunkHash::ZERO);
         }
         let (page, slot) = PageId::of_chunk(chunk);

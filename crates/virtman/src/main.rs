@@ -1,2 +1,17 @@
-//! Placeholder.
-fn main() {}
+//! `virtman`: the one binary. Volt, the node and the command line.
+
+mod api;
+mod cli;
+mod compute;
+mod coordinator;
+mod daemon;
+mod http;
+mod identity;
+mod units;
+mod vm;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -117,7 +117,7 @@ impl RootPage {
         out.put_u8(self.tops.len() as u8);
         out.put_u32_le(0);
         out.put_u64_le(self.size_bytes());
-        out.put_u64_le(self.data_chunks());
+        out.put_u64_le(self.chunk_count());
         out.put_u64_le(self.zero_chunks);
         self.tops.iter().for_each(|top| out.put_slice(top.as_bytes()));
         out.freeze()
@@ -139,7 +139,7 @@ impl RootPage {
     }
 
     /// How many chunks cover the disk, all-zero ones included; pages of the manifest are not counted.
-    pub fn data_chunks(&self) -> u64 {
+    pub fn chunk_count(&self) -> u64 {
         self.shape.geometry().chunk_count()
     }
 

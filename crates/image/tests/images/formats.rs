@@ -89,7 +89,7 @@ fn holes_are_not_read() {
         let imported = bench.import(name);
         assert_eq!(imported.bytes_read, (chunks - 1) * CHUNK + last, "bytes read of {name}");
         let all = SIZE_BYTES.div_ceil(CHUNK);
-        assert_eq!(imported.root.data_chunks(), all, "{name}");
+        assert_eq!(imported.root.chunk_count(), all, "{name}");
         assert_eq!(imported.root.zero_chunks(), all - chunks, "{name}");
     }
 }
@@ -102,7 +102,7 @@ fn a_huge_sparse_disk_is_imported_at_once_and_takes_no_space() {
     file.write_all_at(b"the only data", 3 << 40).unwrap();
     let imported = bench.import("huge.raw");
     assert_eq!(imported.bytes_read, CHUNK);
-    assert_eq!(imported.root.zero_chunks(), imported.root.data_chunks() - 1);
+    assert_eq!(imported.root.zero_chunks(), imported.root.chunk_count() - 1);
     let on_disk: HashMap<_, _> = std::fs::read_dir(&imported.dir)
         .unwrap()
         .map(|entry| entry.unwrap())
@@ -123,7 +123,7 @@ async fn a_manifest_of_three_levels_is_walked_to_its_chunks() {
     bench.qemu_io("write -P 0x5a 17T 64k", "huge.qcow2");
     bench.qemu_io("write -P 0xa5 1T 64k", "huge.qcow2");
     let imported = bench.import("huge.qcow2");
-    assert_eq!(imported.root.data_chunks() - imported.root.zero_chunks(), 2);
+    assert_eq!(imported.root.chunk_count() - imported.root.zero_chunks(), 2);
     let volume = volume(&imported);
     for (at, expected) in [(17 << 40, 0x5a), (1 << 40, 0xa5), (3 << 40, 0), (20 << 40, 0)] {
         let mut buf = [1; 1000];

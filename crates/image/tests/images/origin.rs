@@ -233,7 +233,7 @@ fn an_image_describes_itself() {
     let origin = OriginImage::open(&imported.dir).unwrap();
     let described = origin.describe();
     assert_eq!((described.id, described.size_bytes), (imported.id, 3 * MIB));
-    assert_eq!((described.data_chunks, described.zero_chunks), (48, 0));
+    assert_eq!((described.chunk_count, described.zero_chunks), (48, 0));
     assert_eq!(described.path, bench.file("disk.raw").canonicalize().unwrap());
     assert_eq!(described.files[0].len_bytes, 3 * MIB);
     let volume = ImageVolume::new(origin.root().clone(), std::sync::Arc::new(origin));

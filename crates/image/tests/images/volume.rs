@@ -172,14 +172,14 @@ async fn all_names_are_walked_page_by_page() {
     for page in 0..volume.page_count() {
         names.extend(volume.page_hashes(page, Priority::Background).await.unwrap());
     }
-    assert_eq!(names.len() as u64, imported.root.data_chunks());
+    assert_eq!(names.len() as u64, imported.root.chunk_count());
     let zero = names.iter().filter(|name| name.is_zero()).count() as u64;
     assert_eq!(zero, imported.root.zero_chunks());
     for chunk in [0, 2047, 2048, names.len() - 1] {
         let name = volume.chunk_hash(ChunkIndex(chunk as u64), Priority::Background).await.unwrap();
         assert_eq!(name, names[chunk]);
     }
-    let past = ChunkIndex(imported.root.data_chunks());
+    let past = ChunkIndex(imported.root.chunk_count());
     assert!(volume.chunk_hash(past, Priority::Background).await.unwrap().is_zero());
     assert!(volume.page_hashes(volume.page_count(), Priority::Background).await.unwrap().is_empty());
 }

@@ -183,8 +183,29 @@ impl Client {
         &self,
         path: &str,
     ) -> Result<BoxStream<'static, Result<T, ClientError>>, ClientError> {
+        self.lines_of(Method::GET, path, Bytes::new()).await
+    }
+
+    /// `POST path` with `body` as JSON, answered by lines as with [`Client::stream_lines`].
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post_lines<T: DeserializeOwned + Send + 'static>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<BoxStream<'static, Result<T, ClientError>>, ClientError> {
+        self.lines_of(Method::POST, path, json(body)?).await
+    }
+
+    async fn lines_of<T: DeserializeOwned + Send + 'static>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<BoxStream<'static, Result<T, ClientError>>, ClientError> {
         let mut connection = self.connect().await?;
-        let request = self.request(Method::GET, path, Bytes::new())?;
+        let request = self.request(method, path, body)?;
         let sent = timeout(self.answer_time_max, connection.sender.send_request(request)).await;
         let answer = sent.map_err(|_| self.too_slow())?.map_err(|e| self.lost(&e))?;
         if !answer.status().is_success() {

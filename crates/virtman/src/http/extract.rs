@@ -1,5 +1,7 @@
 //! What handlers take from a request: who asks, and parts whose faults are answered as [`ApiError`].
 
+use std::fmt;
+
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts};
 use axum::http::StatusCode;
@@ -17,6 +19,15 @@ pub enum Peer {
     Local,
     /// A member of the cluster.
     Remote(Principal),
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Local => f.write_str("the administrator of this host"),
+            Peer::Remote(principal) => principal.fmt(f),
+        }
+    }
 }
 
 /// A request on a connection without a known peer is refused, whatever route it found.

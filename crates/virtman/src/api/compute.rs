@@ -1,0 +1,289 @@
+//! The bodies of a node's API.
+
+use std::path::PathBuf;
+
+use block::{ImageId, ImageName, NodeName, VmName};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Makes a node the origin of an image.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct AddImage {
+    /// The file or block device on the node, absolute.
+    #[schema(value_type = String)]
+    pub(crate) file: PathBuf,
+    /// `raw`, `qcow2`, `vmdk` or `vhdx`; detected if absent.
+    pub(crate) format: Option<String>,
+    /// Directories, beside the file's own, in which its backing files and extents may lie.
+    #[schema(value_type = Vec<String>)]
+    #[serde(default)]
+    pub(crate) allow: Vec<PathBuf>,
+    /// Whether the node keeps a copy or serves from the file in place.
+    #[serde(default)]
+    pub(crate) keep: KeepImage,
+}
+
+/// Where an origin's bytes stay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum KeepImage {
+    /// In the file that was named.
+    #[default]
+    InPlace,
+    /// In a sparse raw copy in the node's directory.
+    Copy,
+}
+
+/// One line of the answer to a long operation.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub(crate) enum Progress<T> {
+    /// So much is done.
+    Bytes {
+        /// Bytes done.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// It is finished.
+    Done {
+        /// What came of it.
+        result: T,
+    },
+    /// It failed, and left nothing behind.
+    Failed {
+        /// Why, and what to do.
+        message: String,
+    },
+}
+
+/// An image as its node sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NodeImage {
+    /// The names under which it is attached.
+    #[schema(value_type = Vec<String>)]
+    pub(crate) names: Vec<ImageName>,
+    /// BLAKE3 of its root page.
+    #[schema(value_type = String)]
+    pub(crate) id: ImageId,
+    /// Virtual size.
+    pub(crate) size_bytes: u64,
+    /// Chunks that cover it.
+    pub(crate) chunks: u64,
+    /// Those of them that are all zero, and so neither stored nor sent.
+    pub(crate) zero_chunks: u64,
+    /// `origin` or `relay`.
+    pub(crate) role: String,
+    /// Where the origin's bytes are, on an origin.
+    pub(crate) source: Option<String>,
+    /// The nodes from which it is fetched, best first, per stripe.
+    #[schema(value_type = Vec<Vec<String>>)]
+    pub(crate) parents: Vec<Vec<NodeName>>,
+    /// NBD URI of the read-only image volume.
+    pub(crate) export: String,
+    /// VM disks on it.
+    pub(crate) vms: usize,
+}
+
+/// What `image verify` found.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ImageVerified {
+    /// The image.
+    #[schema(value_type = String)]
+    pub(crate) id: ImageId,
+    /// Chunks with data that were read.
+    pub(crate) chunks: u64,
+    /// How many are not what they should be.
+    pub(crate) wrong_chunks: u64,
+    /// Byte offsets of the first of them.
+    pub(crate) wrong_offsets: Vec<u64>,
+}
+
+/// Gives a VM its disk.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CreateVm {
+    /// The image's name with tag.
+    #[schema(value_type = String)]
+    pub(crate) image: ImageName,
+    /// Size of the disk; the image's if absent. May be larger, not smaller.
+    pub(crate) size_bytes: Option<u64>,
+}
+
+/// A VM and its disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Vm {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub(crate) name: VmName,
+    /// The node it is on.
+    #[schema(value_type = String)]
+    pub(crate) node: NodeName,
+    /// The image below its disk.
+    #[schema(value_type = String)]
+    pub(crate) image: ImageName,
+    /// That image's id.
+    #[schema(value_type = String)]
+    pub(crate) image_id: ImageId,
+    /// Size of its disk.
+    pub(crate) size_bytes: u64,
+    /// Bytes that its private layer holds.
+    pub(crate) private_bytes: u64,
+    /// NBD URI of its disk.
+    pub(crate) disk: String,
+    /// `disk` (no guest was started), `running` or `stopped`.
+    pub(crate) state: VmState,
+    /// Process id of its hypervisor, if it runs.
+    pub(crate) pid: Option<i32>,
+    /// UNIX socket of its serial console on its node, if it runs.
+    #[schema(value_type = Option<String>)]
+    pub(crate) console: Option<PathBuf>,
+    /// Time from the request until the disk could be opened.
+    pub(crate) disk_ms: u64,
+    /// When the disk was created.
+    pub(crate) created_unix_ms: u64,
+}
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum VmState {
+    /// It has a disk and was never started here.
+    Disk,
+    /// Its hypervisor runs.
+    Running,
+    /// Its hypervisor ended.
+    Stopped,
+}
+
+/// Starts a guest on a VM's disk.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct StartVm {
+    /// Memory of the guest.
+    pub(crate) memory_mib: u32,
+    /// Virtual processors.
+    pub(crate) cpus: u32,
+    /// cloud-init user data; the program's own if absent.
+    pub(crate) user_data: Option<String>,
+    /// Public keys for the default user.
+    #[serde(default)]
+    pub(crate) ssh_keys: Vec<String>,
+    /// Direct kernel boot instead of the disk's own boot loader.
+    pub(crate) kernel: Option<KernelBoot>,
+    /// TCP ports of the guest that are forwarded from free loopback ports of the node.
+    #[serde(default)]
+    pub(crate) forward_ports: Vec<u16>,
+}
+
+/// Direct kernel boot.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct KernelBoot {
+    /// The kernel on the node, absolute.
+    #[schema(value_type = String)]
+    pub(crate) kernel: PathBuf,
+    /// The initial ramdisk.
+    #[schema(value_type = Option<String>)]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub(crate) append: String,
+}
+
+/// A guest was started, or ran already.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct VmStarted {
+    /// The VM.
+    pub(crate) vm: Vm,
+    /// Which accelerator it uses and why.
+    pub(crate) accelerator: String,
+}
+
+/// Waits until a guest is ready.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct WaitReady {
+    /// `console:REGEX`, `agent` or `tcp:PORT`.
+    pub(crate) ready: String,
+    /// After this long the wait fails.
+    pub(crate) timeout_ms: u64,
+}
+
+/// A guest is ready.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct VmReady {
+    /// Time from its hypervisor's start to its first read of the disk.
+    pub(crate) first_read_ms: Option<u64>,
+    /// Time from its hypervisor's start until it was ready.
+    pub(crate) ready_ms: u64,
+}
+
+/// Stops a guest.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct StopVm {
+    /// How long the guest may take to power down before it is ended; 0 pulls the plug.
+    pub(crate) grace_ms: u64,
+}
+
+/// The node at a glance.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NodeStatus {
+    /// The node.
+    #[schema(value_type = String)]
+    pub(crate) node: NodeName,
+    /// Version of the program.
+    pub(crate) version: String,
+    /// Where other nodes reach it.
+    pub(crate) address: String,
+    /// Whether it has a connection to Volt.
+    pub(crate) volt_connected: bool,
+    /// Resident memory of the daemon.
+    pub(crate) memory_bytes: u64,
+    /// Its cache group.
+    pub(crate) cache: CacheStatus,
+    /// Its links.
+    pub(crate) links: LinkStatus,
+    /// Number of VM disks.
+    pub(crate) vms: usize,
+    /// Number of running guests.
+    pub(crate) running: usize,
+}
+
+/// A cache group in numbers.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CacheStatus {
+    /// Room for chunks.
+    pub(crate) capacity_bytes: u64,
+    /// Room taken.
+    pub(crate) resident_bytes: u64,
+    /// Chunks that it holds. As long as none was evicted, dropped or left unstored, every fetch since the
+    /// cache was empty left one: then each chunk was fetched once.
+    pub(crate) resident_chunks: u64,
+    /// Chunks that were fetched from a parent or the origin since the daemon started.
+    pub(crate) fetched_chunks: u64,
+    /// Their bytes.
+    pub(crate) fetched_bytes: u64,
+    /// Reads that were served locally.
+    pub(crate) hits: u64,
+    /// Reads that had to wait for a fetch.
+    pub(crate) misses: u64,
+    /// Chunks that gave way to others.
+    pub(crate) evicted_chunks: u64,
+    /// Chunks that were not what they should be after a restart.
+    pub(crate) dropped_chunks: u64,
+    /// Chunks that arrived and could not be stored.
+    pub(crate) unstored_chunks: u64,
+}
+
+/// Links in numbers, since the daemon started.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct LinkStatus {
+    /// Chunks that came from parents.
+    pub(crate) received_chunks: u64,
+    /// Their bytes on the wire.
+    pub(crate) received_wire_bytes: u64,
+    /// Chunks that went to children.
+    pub(crate) sent_chunks: u64,
+    /// Their bytes on the wire.
+    pub(crate) sent_wire_bytes: u64,
+    /// Requests that went to another parent because one failed.
+    pub(crate) failovers: u64,
+    /// Wrong chunks that parents sent.
+    pub(crate) lies: u64,
+}

@@ -1,0 +1,217 @@
+//! The bodies of Volt's API.
+
+use block::{ChunkHash, ImageId, ImageName, NodeName};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use volt::{Location, Placement, Role};
+
+/// An image in the catalog.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ImageRecord {
+    /// Name with tag.
+    #[schema(value_type = String, example = "debian:12")]
+    pub(crate) name: ImageName,
+    /// BLAKE3 of the root page, 64 hexadecimal digits.
+    #[schema(value_type = String)]
+    pub(crate) id: ImageId,
+    /// The root page itself, base64.
+    pub(crate) root_page: String,
+    /// Virtual size.
+    pub(crate) size_bytes: u64,
+    /// Chunks that cover it.
+    pub(crate) chunks: u64,
+    /// Those of them that are all zero, and so neither stored nor sent.
+    pub(crate) zero_chunks: u64,
+    /// When the name was given.
+    pub(crate) added_unix_ms: u64,
+    /// The nodes that hold the whole image.
+    #[schema(value_type = Vec<String>)]
+    pub(crate) origins: Vec<NodeName>,
+}
+
+/// Gives an image a name: said by the origin that holds it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct RegisterImage {
+    /// The root page, base64. Its hash is the image's id.
+    pub(crate) root_page: String,
+}
+
+/// Asks for a join token.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NewToken {
+    /// How long the token can be used; an hour if absent.
+    pub(crate) valid_ms: Option<u64>,
+    /// The only node that may use it. Such a token also replaces a node of that name.
+    #[schema(value_type = Option<String>)]
+    pub(crate) node: Option<NodeName>,
+}
+
+/// A one-time join token.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct TokenIssued {
+    /// What to give to `virtman compute --join`.
+    pub(crate) token: String,
+    /// When it stops working.
+    pub(crate) expires_unix_ms: u64,
+}
+
+/// A node announces itself, after each start and each reconnect.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct RegisterNode {
+    /// Where other nodes reach its port, as `host:port`.
+    pub(crate) address: String,
+    /// `zone/rack/host` label.
+    #[schema(value_type = Object)]
+    pub(crate) location: Location,
+    /// Version of the program.
+    pub(crate) version: String,
+}
+
+/// Volt's answer to a registration.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Registered {
+    /// A node that is not heard of for so long is taken for dead.
+    pub(crate) lease_ms: u64,
+}
+
+/// A node attaches an image.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct AttachImage {
+    /// Which image: its name with tag, or its id.
+    pub(crate) image: String,
+    /// Whether the node holds the whole image.
+    #[schema(value_type = String)]
+    pub(crate) role: Role,
+    /// Where the node fetches it from at present: after a restart of Volt the hierarchy is rebuilt
+    /// from these.
+    #[schema(value_type = Object)]
+    pub(crate) current: Option<Placement>,
+}
+
+/// Everything that a node needs to serve an image.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Attachment {
+    /// The image, if it is in the catalog: an image whose name was removed lives on where it is used.
+    pub(crate) image: Option<ImageRecord>,
+    /// Where to fetch it from.
+    #[schema(value_type = Object)]
+    pub(crate) placement: Placement,
+}
+
+/// A node gives an image up.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DetachImage {
+    /// The image's id.
+    #[schema(value_type = String)]
+    pub(crate) image: ImageId,
+}
+
+/// What a node noticed about another.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub(crate) enum NodeReport {
+    /// It sent bytes that are not the chunk's.
+    Lied {
+        /// The accused.
+        #[schema(value_type = String)]
+        parent: NodeName,
+        /// The image.
+        #[schema(value_type = String)]
+        image: ImageId,
+        /// The chunk.
+        #[schema(value_type = String)]
+        chunk: ChunkHash,
+    },
+    /// It cannot be reached.
+    Lost {
+        /// The parent that does not answer.
+        #[schema(value_type = String)]
+        parent: NodeName,
+    },
+    /// It can be reached again.
+    Back {
+        /// The parent.
+        #[schema(value_type = String)]
+        parent: NodeName,
+    },
+}
+
+/// What Volt pushes to a node: one JSON object a line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub(crate) enum Push {
+    /// The node's place in an image's hierarchy is now this.
+    Place {
+        /// The image.
+        #[schema(value_type = String)]
+        image: ImageId,
+        /// Its parents, per stripe.
+        #[schema(value_type = Object)]
+        placement: Placement,
+    },
+}
+
+/// A node's state in Volt's eyes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum NodeState {
+    /// Its lease runs.
+    Up,
+    /// Its lease ran out or its connection broke.
+    Down,
+    /// It sent wrong bytes and has no children until it is pardoned.
+    Quarantined,
+}
+
+/// A node as `virtman status` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NodeRecord {
+    /// The node.
+    #[schema(value_type = String)]
+    pub(crate) node: NodeName,
+    /// Where it is reached.
+    pub(crate) address: String,
+    /// `zone/rack/host` label.
+    pub(crate) location: String,
+    /// Whether it is there.
+    pub(crate) state: NodeState,
+    /// Version of its program.
+    pub(crate) version: String,
+}
+
+/// The whole cluster at a glance.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct VoltStatus {
+    /// Version of the program.
+    pub(crate) version: String,
+    /// All nodes that ever joined and were not removed.
+    pub(crate) nodes: Vec<NodeRecord>,
+    /// The catalog.
+    pub(crate) images: Vec<ImageRecord>,
+}
+
+/// One image's hierarchy.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct TreeView {
+    /// The image.
+    pub(crate) image: ImageRecord,
+    /// One tree a stripe.
+    pub(crate) stripes: Vec<Vec<TreeNode>>,
+}
+
+/// A node's place in the tree of one stripe. Parents come before their children, and each subtree is in
+/// one piece.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct TreeNode {
+    /// The node.
+    #[schema(value_type = String)]
+    pub(crate) node: NodeName,
+    /// Whom it fetches from; none for a root.
+    #[schema(value_type = Option<String>)]
+    pub(crate) parent: Option<NodeName>,
+    /// Steps up to the root.
+    pub(crate) depth: u32,
+    /// `origin` or `relay`.
+    #[schema(value_type = String)]
+    pub(crate) role: Role,
+}

@@ -1,0 +1,200 @@
+//! `image add|list|show|remove|verify|attach|detach`.
+
+use std::fs;
+use std::path::Path;
+
+use futures_util::StreamExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::ImageCommand;
+use super::context::{Context, Failure, Outcome};
+use super::output::{Column, Table, bytes_bar, note, print_json, say};
+use crate::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
+use crate::api::volt::ImageRecord;
+use crate::http::Client;
+use crate::units::ByteSize;
+
+pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
+    match command {
+        ImageCommand::Add { name, file, format, allow, copy } => {
+            let node = context.node().await?;
+            let body = AddImage {
+                file: absolute(file)?,
+                format: format.clone(),
+                allow: allow.iter().map(|dir| absolute(dir)).collect::<Outcome<_>>()?,
+                keep: if *copy { KeepImage::Copy } else { KeepImage::InPlace },
+            };
+            let path = format!("/v1/images/{name}");
+            let what = format!("hashing {}", file.display());
+            let image: NodeImage = follow(&node.client, &path, &body, what).await?;
+            if context.json() {
+                print_json(&image);
+            } else {
+                say(&format!("{name} {}", image.id));
+            }
+            Ok(())
+        }
+        ImageCommand::List => list(context).await,
+        ImageCommand::Show { image } => show(context, image).await,
+        ImageCommand::Remove { image, force } => {
+            let node = context.node().await?;
+            let query = if *force { "?force=true" } else { "" };
+            node.client.delete::<()>(&format!("/v1/images/{image}{query}")).await?;
+            note(&format!("removed '{image}'"));
+            Ok(())
+        }
+        ImageCommand::Verify { image } => {
+            let node = context.node().await?;
+            let path = format!("/v1/images/{image}/verify");
+            let what = format!("verifying {image}");
+            let verified: ImageVerified = follow(&node.client, &path, &(), what).await?;
+            if context.json() {
+                print_json(&verified);
+            }
+            if verified.wrong_chunks > 0 {
+                return Err(Failure::new(format!(
+                    "{} of {} chunks of '{image}' are not what they were when it was added, first at byte {}: its file was changed or is damaged; restore the file, or add it under another tag",
+                    verified.wrong_chunks,
+                    verified.chunks,
+                    verified.wrong_offsets.first().copied().unwrap_or_default()
+                )));
+            }
+            if !context.json() {
+                say(&format!("{image}: all {} chunks are right", verified.chunks));
+            }
+            Ok(())
+        }
+        ImageCommand::Attach { image } => {
+            let node = context.node().await?;
+            let image: NodeImage = node.client.put(&format!("/v1/attached/{image}"), &()).await?;
+            if context.json() {
+                print_json(&image);
+            } else {
+                say(&image.export);
+            }
+            Ok(())
+        }
+        ImageCommand::Detach { image } => {
+            let node = context.node().await?;
+            node.client.delete::<()>(&format!("/v1/attached/{image}")).await?;
+            note(&format!("detached '{image}'"));
+            Ok(())
+        }
+    }
+}
+
+async fn list(context: &Context) -> Outcome {
+    // A host without credentials for Volt still knows the images that its own node has attached.
+    let images: Vec<ImageRecord> = match context.volt() {
+        Ok(volt) => volt.get("/v1/images").await?,
+        Err(_) => return list_attached(context).await,
+    };
+    if context.json() {
+        print_json(&images);
+        return Ok(());
+    }
+    let mut table = Table::new([
+        Column::Text("IMAGE"),
+        Column::Text("ID"),
+        Column::Number("SIZE"),
+        Column::Number("DATA"),
+        Column::Text("ORIGINS"),
+    ]);
+    for image in images {
+        table.row([
+            image.name.to_string(),
+            image.id.short(),
+            ByteSize(image.size_bytes).to_string(),
+            data_bytes(image.chunks - image.zero_chunks).to_string(),
+            join(&image.origins),
+        ]);
+    }
+    table.print_or("No images. 'virtman image add NAME FILE' adds one.");
+    Ok(())
+}
+
+async fn list_attached(context: &Context) -> Outcome {
+    let images: Vec<NodeImage> = context.node().await?.client.get("/v1/images").await?;
+    if context.json() {
+        print_json(&images);
+        return Ok(());
+    }
+    let mut table = Table::new([
+        Column::Text("IMAGE"),
+        Column::Text("ID"),
+        Column::Number("SIZE"),
+        Column::Number("DATA"),
+        Column::Text("ROLE"),
+        Column::Number("VMS"),
+    ]);
+    for image in images {
+        table.row([
+            join(&image.names),
+            image.id.short(),
+            ByteSize(image.size_bytes).to_string(),
+            data_bytes(image.chunks - image.zero_chunks).to_string(),
+            image.role,
+            image.vms.to_string(),
+        ]);
+    }
+    table.print_or("This node has no image attached.");
+    Ok(())
+}
+
+async fn show(context: &Context, image: &str) -> Outcome {
+    let record: ImageRecord = context.volt()?.get(&format!("/v1/images/{image}")).await?;
+    if context.json() {
+        print_json(&record);
+        return Ok(());
+    }
+    say(&format!("name         {}", record.name));
+    say(&format!("id           {}", record.id));
+    say(&format!("size         {} ({} bytes)", ByteSize(record.size_bytes), record.size_bytes));
+    let data_chunks = record.chunks - record.zero_chunks;
+    say(&format!("data chunks  {data_chunks} ({})", data_bytes(data_chunks)));
+    say(&format!("zero chunks  {}", record.zero_chunks));
+    say(&format!("origins      {}", join(&record.origins)));
+    Ok(())
+}
+
+/// Asks for something long, and shows how far it is.
+async fn follow<T: DeserializeOwned + Send + 'static>(
+    client: &Client,
+    path: &str,
+    body: &impl Serialize,
+    what: String,
+) -> Outcome<T> {
+    let bar = bytes_bar(what);
+    let mut lines = client.post_lines::<Progress<T>>(path, body).await?;
+    while let Some(line) = lines.next().await {
+        match line? {
+            Progress::Bytes { done, total } => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            Progress::Done { result } => {
+                bar.finish_and_clear();
+                return Ok(result);
+            }
+            Progress::Failed { message } => {
+                bar.finish_and_clear();
+                return Err(Failure::new(message));
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Err(Failure::new("the node ended before it was done: see its log, then try again"))
+}
+
+fn absolute(path: &Path) -> Outcome<std::path::PathBuf> {
+    fs::canonicalize(path).map_err(|e| Failure::new(format!("cannot open {}: {e}", path.display())))
+}
+
+fn data_bytes(chunks: u64) -> ByteSize {
+    ByteSize(chunks * block::limits::CHUNK_BYTES as u64)
+}
+
+fn join<T: ToString>(items: &[T]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,245 @@
+//! The command line: its grammar and help texts. What each command does stands in the module beside it.
+
+mod boot;
+mod context;
+mod image;
+mod output;
+mod run;
+mod show;
+mod vm;
+
+use std::path::PathBuf;
+
+use block::{ImageName, NodeName, VmName};
+use clap::{Args, Parser, Subcommand};
+
+use crate::compute::config::{CacheMedium, ComputeArgs};
+use crate::coordinator::config::VoltArgs;
+use crate::units::ByteSize;
+
+pub(crate) use context::VOLT_ADDRESS_FILE;
+pub(crate) use run::main;
+
+/// Boots tens to thousands of identical virtual machines in seconds, without copying their image first.
+///
+/// One host runs `virtman volt`, the coordinator. Every host runs `virtman compute`. One of them adds an
+/// image; all of them can then give VMs disks on it.
+#[derive(Debug, Parser)]
+#[command(name = "virtman", version, max_term_width = 100, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  virtman volt init && virtman volt                     start a cluster's coordinator
+  virtman volt token                                    let one more host join
+  virtman compute --join TOKEN --cache /srv/chunks=50G  run a host
+  virtman image add debian:12 debian-12.qcow2           make this host the image's origin
+  virtman boot --image debian:12 --count 40             boot 40 VMs, spread over all hosts
+  virtman tree                                          see who fetches from whom";
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// Directory of VirtMan's state on this host: `volt/`, `node/` and `admin/` lie in it
+    #[arg(long, global = true, env = "VIRTMAN_HOME", default_value = "/var/lib/virtman", value_name = "DIR")]
+    pub(crate) home: PathBuf,
+
+    /// Directory of the node to talk to or to run, if it is not HOME/node
+    #[arg(long, global = true, env = "VIRTMAN_NODE_DIR", value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+
+    /// Talk to this node of the cluster, wherever it is, instead of the one on this host
+    #[arg(long, global = true, value_name = "NODE")]
+    pub(crate) node: Option<NodeName>,
+
+    /// Print JSON instead of tables
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+impl Global {
+    /// The directory of the node on this host.
+    pub(crate) fn node_dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_else(|| self.home.join("node"))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the coordinator, or set up its cluster
+    #[command(args_conflicts_with_subcommands = true)]
+    Volt {
+        #[command(subcommand)]
+        command: Option<VoltCommand>,
+        #[command(flatten)]
+        args: VoltArgs,
+    },
+    /// Run this host's node: its cache, its links and its VMs' disks
+    Compute(Box<ComputeArgs>),
+    /// Add, list, check and remove images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Give a VM a private disk on an image and print where to open it
+    Create(CreateArgs),
+    /// Remove a VM and its disk
+    Destroy {
+        /// The VMs
+        #[arg(required = true)]
+        vms: Vec<VmName>,
+    },
+    /// List VMs
+    List,
+    /// Boot many VMs from an image, spread over the nodes, and wait until they are ready
+    Boot(Box<boot::BootArgs>),
+    /// Stop guests; their disks stay
+    Stop(StopArgs),
+    /// Attach this terminal to a VM's serial console; Ctrl-] leaves
+    Console {
+        /// The VM
+        vm: VmName,
+    },
+    /// Show the nodes, images and caches of the cluster
+    Status,
+    /// Show who fetches from whom
+    Tree {
+        /// Only this image
+        image: Option<ImageName>,
+    },
+    /// Print a completion script: `virtman completions bash > /etc/bash_completion.d/virtman`
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VoltCommand {
+    /// Create the cluster: its certificate authority, Volt's own certificate and an administrator's
+    Init {
+        /// Name of the administrator whose credentials are put in HOME/admin
+        #[arg(long, default_value = "admin")]
+        admin: NodeName,
+        /// Where nodes reach Volt, as HOST:PORT; goes into join tokens
+        #[arg(long, default_value = "127.0.0.1:7410", value_name = "HOST:PORT")]
+        address: String,
+    },
+    /// Print a one-time token with which one host can join
+    Token {
+        /// How long the token works, such as 10m or 2h
+        #[arg(long, default_value = "1h", value_parser = crate::units::parse_duration)]
+        valid: std::time::Duration,
+        /// Only for a node of this name; it then replaces the node that has the name
+        #[arg(long = "for", value_name = "NODE")]
+        node: Option<NodeName>,
+    },
+    /// Remove a node from the cluster; its certificate is refused from now on
+    Remove {
+        /// The node
+        node: NodeName,
+    },
+    /// Let a node that was quarantined for sending wrong bytes serve others again
+    Pardon {
+        /// The node
+        node: NodeName,
+    },
+    /// Print the OpenAPI document of Volt's HTTP API
+    Openapi,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Make a node the origin of an image; reads the file once to hash it and copies nothing
+    Add {
+        /// Name with tag, such as debian:12
+        name: ImageName,
+        /// The file or block device: raw, qcow2 (also compressed, also with backing files), vmdk, vhdx
+        file: PathBuf,
+        /// Its format, if it should not be detected
+        #[arg(long, value_parser = ["raw", "qcow2", "vmdk", "vhdx"])]
+        format: Option<String>,
+        /// Backing files and extents may also lie in this directory (repeatable)
+        #[arg(long, value_name = "DIR")]
+        allow: Vec<PathBuf>,
+        /// Keep a sparse raw copy, so that FILE may be changed or deleted afterwards
+        #[arg(long)]
+        copy: bool,
+    },
+    /// List the cluster's images
+    List,
+    /// Show an image: size, chunks, id, origins
+    Show {
+        /// Name with tag, or id
+        image: String,
+    },
+    /// Take an image's name out of the catalog; on its origin, also forget what was kept of it
+    Remove {
+        /// Name with tag
+        image: ImageName,
+        /// Even if nodes have it attached
+        #[arg(long)]
+        force: bool,
+    },
+    /// Read an origin's image again and compare every chunk with the manifest
+    Verify {
+        /// Name with tag
+        image: ImageName,
+    },
+    /// Attach an image to a node without creating a VM
+    Attach {
+        /// Name with tag
+        image: ImageName,
+    },
+    /// Detach an image that no VM of the node uses
+    Detach {
+        /// Name with tag
+        image: ImageName,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// Name of the VM
+    pub(crate) vm: VmName,
+    /// The image below its disk
+    #[arg(long)]
+    pub(crate) image: ImageName,
+    /// Size of the disk, such as 20G; may exceed the image's
+    #[arg(long)]
+    pub(crate) size: Option<ByteSize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// The VMs
+    #[arg(required_unless_present = "all")]
+    pub(crate) vms: Vec<VmName>,
+    /// All VMs of all nodes
+    #[arg(long, conflicts_with = "vms")]
+    pub(crate) all: bool,
+    /// How long a guest may take to power down before it is ended
+    #[arg(long, default_value = "30s", value_parser = crate::units::parse_duration)]
+    pub(crate) grace: std::time::Duration,
+    /// Pull the plug at once
+    #[arg(long, conflicts_with = "grace")]
+    pub(crate) now: bool,
+}
+
+/// Parses `PATH=SIZE`.
+pub(crate) fn parse_cache_medium(text: &str) -> Result<CacheMedium, String> {
+    let (path, size) = text
+        .rsplit_once('=')
+        .ok_or_else(|| format!("'{text}' names no size: use PATH=SIZE, such as /srv/chunks=50G"))?;
+    let size: ByteSize = size.parse()?;
+    Ok(CacheMedium { path: path.into(), size_bytes: size.0 })
+}

@@ -1,0 +1,148 @@
+//! `create`, `destroy`, `list`, `stop` and `console`.
+
+use std::time::Duration;
+
+use block::VmName;
+
+use super::context::{Context, Failure, Outcome};
+use super::output::{Column, Table, note, print_json, say};
+use super::{CreateArgs, StopArgs};
+use crate::api::compute::{CreateVm, StopVm, Vm, VmState};
+use crate::units::ByteSize;
+use crate::vm::console;
+
+pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
+    let node = context.node().await?;
+    let body = CreateVm { image: args.image.clone(), size_bytes: args.size.map(|size| size.0) };
+    let vm: Vm = node.client.put(&format!("/v1/vms/{}", args.vm), &body).await?;
+    if context.json() {
+        print_json(&vm);
+    } else {
+        say(&vm.disk);
+    }
+    Ok(())
+}
+
+pub(super) async fn destroy(context: &Context, vms: &[VmName]) -> Outcome {
+    for name in vms {
+        let (node, vm) = context.find_vm(name).await?;
+        node.client.delete::<()>(&format!("/v1/vms/{name}")).await?;
+        note(&format!("destroyed '{name}' on node {}", vm.node));
+    }
+    Ok(())
+}
+
+pub(super) async fn list(context: &Context) -> Outcome {
+    let vms = all_vms(context).await?;
+    if context.json() {
+        print_json(&vms);
+        return Ok(());
+    }
+    let mut table = Table::new([
+        Column::Text("VM"),
+        Column::Text("NODE"),
+        Column::Text("STATE"),
+        Column::Text("IMAGE"),
+        Column::Number("SIZE"),
+        Column::Number("PRIVATE"),
+        Column::Text("DISK"),
+    ]);
+    for vm in vms {
+        table.row([
+            vm.name.to_string(),
+            vm.node.to_string(),
+            show_state(vm.state).to_owned(),
+            vm.image.to_string(),
+            ByteSize(vm.size_bytes).to_string(),
+            ByteSize(vm.private_bytes).to_string(),
+            vm.disk,
+        ]);
+    }
+    table
+        .print_or("No VMs. 'virtman create VM --image NAME' gives one its disk, 'virtman boot' starts many.");
+    Ok(())
+}
+
+pub(super) async fn stop(context: &Context, args: &StopArgs) -> Outcome {
+    let grace = if args.now { Duration::ZERO } else { args.grace };
+    let body = StopVm { grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX) };
+    let mut stopping = Vec::new();
+    if args.all {
+        for node in context.nodes().await? {
+            let vms: Vec<Vm> = node.client.get("/v1/vms").await?;
+            let running = vms.into_iter().filter(|vm| vm.state == VmState::Running);
+            stopping.extend(running.map(|vm| (node.with_patience(grace + STOP_MARGIN), vm)));
+        }
+    } else {
+        for name in &args.vms {
+            let (node, vm) = context.find_vm(name).await?;
+            stopping.push((node.with_patience(grace + STOP_MARGIN), vm));
+        }
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    for (node, vm) in stopping {
+        let body = body.clone();
+        tasks.spawn(async move {
+            let path = format!("/v1/vms/{}/stop", vm.name);
+            let answer: Result<Vm, _> = node.client.post(&path, &body).await;
+            (vm, answer)
+        });
+    }
+    let mut failed = Vec::new();
+    while let Some(joined) = tasks.join_next().await {
+        match joined {
+            Ok((vm, Ok(_))) => note(&format!("stopped '{}' on node {}", vm.name, vm.node)),
+            Ok((vm, Err(error))) => failed.push(format!("'{}' on node {}: {error}", vm.name, vm.node)),
+            Err(error) => failed.push(error.to_string()),
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Failure::new(failed.join("\n"))) }
+}
+
+/// What ending a guest may take beyond its grace.
+const STOP_MARGIN: Duration = Duration::from_secs(20);
+
+pub(super) async fn attach_console(context: &Context, name: &VmName) -> Outcome {
+    let (_, vm) = context.find_vm(name).await?;
+    let socket = vm.console.ok_or_else(|| {
+        Failure::new(format!("'{name}' has no running guest: 'virtman boot' starts guests"))
+    })?;
+    if !socket.exists() {
+        return Err(Failure::new(format!(
+            "the console of '{name}' is a socket on the host of node {}: run this command there",
+            vm.node
+        )));
+    }
+    match console::attach(&socket).await {
+        Ok(console::Detached::ByUser) => Ok(()),
+        Ok(console::Detached::ByVm) => {
+            note(&format!("the guest of '{name}' has ended"));
+            Ok(())
+        }
+        Err(error) => Err(Failure::new(format!("the console of '{name}': {error}"))),
+    }
+}
+
+/// The VMs of all nodes that the command is about.
+pub(super) async fn all_vms(context: &Context) -> Outcome<Vec<Vm>> {
+    let mut vms = Vec::new();
+    for node in context.nodes().await? {
+        match node.client.get::<Vec<Vm>>("/v1/vms").await {
+            Ok(mut some) => vms.append(&mut some),
+            Err(error) => {
+                let name = node.name.map(|n| n.to_string()).unwrap_or_default();
+                note(&format!("warning: node {name} does not answer: {error}"));
+            }
+        }
+    }
+    vms.sort_by(|a, b| (&a.name, &a.node).cmp(&(&b.name, &b.node)));
+    Ok(vms)
+}
+
+pub(super) fn show_state(state: VmState) -> &'static str {
+    match state {
+        VmState::Disk => "disk",
+        VmState::Running => "running",
+        VmState::Stopped => "stopped",
+    }
+}

@@ -1,0 +1,45 @@
+//! The options of `virtman compute`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use block::NodeName;
+use clap::Args;
+use volt::Location;
+
+/// A file or block device for the cache group.
+#[derive(Debug, Clone)]
+pub(crate) struct CacheMedium {
+    pub(crate) path: PathBuf,
+    pub(crate) size_bytes: u64,
+}
+
+/// Options of a node.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ComputeArgs {
+    /// Join a cluster with a token from `virtman volt token`; needed once
+    #[arg(long, env = "VIRTMAN_JOIN", hide_env_values = true, value_name = "TOKEN")]
+    pub(crate) join: Option<String>,
+    /// Name of this node in the cluster; the host's name if absent. Only read when joining
+    #[arg(long, value_name = "NODE")]
+    pub(crate) name: Option<NodeName>,
+    /// Where to listen for children and administrators (TLS with client certificates)
+    #[arg(long, default_value = "0.0.0.0:7420", value_name = "ADDRESS:PORT")]
+    pub(crate) listen: SocketAddr,
+    /// Where the other nodes reach this one, if not at the address it listens on
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+    /// A file or block device for cached chunks and how much of it to use (repeatable); one file of
+    /// 10G in the node's directory if absent
+    #[arg(long, value_parser = crate::cli::parse_cache_medium, value_name = "PATH=SIZE")]
+    pub(crate) cache: Vec<CacheMedium>,
+    /// Where this host stands, as ZONE/RACK/HOST
+    #[arg(long, default_value = "", value_name = "LABEL")]
+    pub(crate) location: Location,
+    /// Also export disks and images over NBD on this TCP address (TLS with client certificates)
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) nbd_listen: Option<SocketAddr>,
+    /// How guests are run: `auto` uses KVM where a probe shows that it works
+    #[arg(long, default_value = "auto", value_parser = ["auto", "kvm", "tcg"], env = "VIRTMAN_ACCEL")]
+    pub(crate) accel: String,
+}

@@ -1,0 +1,176 @@
+//! Where a node keeps what: the layout of its directory, and records that are whole or absent.
+//!
+//! ```text
+//! DIR/api.sock            the node's API for this host's administrator
+//! DIR/identity/           certificate and key
+//! DIR/cache/              chunks, if no other media were named
+//! DIR/images/ID/          images whose origin this node is
+//! DIR/attached/ID.json    images that this node serves, and from whom it fetches them
+//! DIR/vms/NAME/vm.json    a VM; its private layer, seed and hypervisor's files lie beside it
+//! DIR/disks/NAME.sock     a VM's disk over NBD
+//! DIR/volumes/NAME.sock   an image, read-only, over NBD
+//! ```
+//!
+//! Crash: a record is written to a file of its own, synced and renamed, so that it is old or new and
+//! never torn. A directory whose name begins with `.` is unfinished and swept away at the next start.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The layout of a node's directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    dir: PathBuf,
+}
+
+/// A UNIX socket's path has at most 107 bytes; the longest name of ours needs so many behind DIR.
+const SOCKET_SUFFIX_BYTES_MAX: usize = "/volumes/".len() + block::limits::NAME_BYTES_MAX + ".sock".len();
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+impl Layout {
+    /// Makes the directories that are missing.
+    pub(crate) fn create(dir: &Path) -> Result<Layout, String> {
+        let failed =
+            |error: io::Error| format!("cannot use {} as a node's directory: {error}", dir.display());
+        fs::create_dir_all(dir).map_err(failed)?;
+        let dir = fs::canonicalize(dir).map_err(failed)?;
+        if dir.as_os_str().len() + SOCKET_SUFFIX_BYTES_MAX > SOCKET_PATH_BYTES_MAX {
+            return Err(format!(
+                "the node's directory {} has too long a path for the sockets in it: use one of at most {} bytes",
+                dir.display(),
+                SOCKET_PATH_BYTES_MAX - SOCKET_SUFFIX_BYTES_MAX
+            ));
+        }
+        let layout = Layout { dir };
+        for sub in ["identity", "images", "attached", "vms", "disks", "volumes"] {
+            fs::create_dir_all(layout.dir.join(sub)).map_err(failed)?;
+        }
+        set_private(&layout.dir).map_err(failed)?;
+        Ok(layout)
+    }
+
+    /// The directory itself.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Keeps other daemons off the directory until dropped.
+    pub(crate) fn lock(&self) -> Result<File, String> {
+        let path = self.dir.join("lock");
+        let failed = |error: io::Error| format!("cannot lock {}: {error}", path.display());
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(format!(
+                "another 'virtman compute' runs in {}: stop it first, or use another --dir",
+                self.dir.display()
+            )),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    pub(crate) fn api_socket(&self) -> PathBuf {
+        self.dir.join("api.sock")
+    }
+
+    pub(crate) fn identity(&self) -> PathBuf {
+        self.dir.join("identity")
+    }
+
+    pub(crate) fn images(&self) -> PathBuf {
+        self.dir.join("images")
+    }
+
+    pub(crate) fn attached(&self) -> PathBuf {
+        self.dir.join("attached")
+    }
+
+    pub(crate) fn vms(&self) -> PathBuf {
+        self.dir.join("vms")
+    }
+
+    pub(crate) fn disks(&self) -> PathBuf {
+        self.dir.join("disks")
+    }
+
+    pub(crate) fn volumes(&self) -> PathBuf {
+        self.dir.join("volumes")
+    }
+}
+
+/// Only the owner may look into the directory: guests' data lie in it.
+fn set_private(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+}
+
+/// Writes a record so that it is there whole, or not at all, whatever happens.
+pub(crate) fn write_record<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
+    let parent = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut file = tempfile::Builder::new().prefix(".").tempfile_in(parent)?;
+    serde_json::to_writer_pretty(&mut file, record)?;
+    file.write_all(b"\n")?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_dir(parent)
+}
+
+/// Reads a record; the error names the file.
+pub(crate) fn read_record<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+    let bytes = fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    serde_json::from_slice(&bytes).map_err(|error| format!("{} is damaged: {error}", path.display()))
+}
+
+/// Makes the entries of a directory durable.
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// The entries of a directory that are finished, in order; unfinished ones are removed.
+pub(crate) fn sweep(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut finished = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let unfinished = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        match (unfinished, path.is_dir()) {
+            (false, _) => finished.push(path),
+            (true, true) => fs::remove_dir_all(&path)?,
+            (true, false) => fs::remove_file(&path)?,
+        }
+    }
+    finished.sort();
+    Ok(finished)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_too_long_for_sockets_is_refused_by_name() {
+        let tmp = tempfile::tempdir().unwrap();
+        let long = tmp.path().join("x".repeat(90));
+        let error = Layout::create(&long).unwrap_err();
+        assert!(error.contains("too long") && error.contains("xxx"), "{error}");
+    }
+
+    #[test]
+    fn unfinished_entries_are_swept_and_records_come_back() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir(tmp.path().join(".half")).unwrap();
+        fs::write(tmp.path().join(".half/x"), "x").unwrap();
+        fs::write(tmp.path().join(".tmp123"), "x").unwrap();
+        write_record(&tmp.path().join("b.json"), &7).unwrap();
+        assert_eq!(sweep(tmp.path()).unwrap(), [tmp.path().join("b.json")]);
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
+        assert_eq!(read_record::<u32>(&tmp.path().join("b.json")), Ok(7));
+        fs::write(tmp.path().join("b.json"), "{").unwrap();
+        let error = read_record::<u32>(&tmp.path().join("b.json")).unwrap_err();
+        assert!(error.contains("b.json") && error.contains("damaged"), "{error}");
+    }
+}

@@ -1,0 +1,387 @@
+//! The images that a node serves: attaching, detaching, and where their chunks come from.
+//!
+//! An attached image is remembered on disk with its root page and its last placement, so that a node
+//! that restarts while Volt is away serves and boots what it served before. Attaching is serialized:
+//! it takes milliseconds, and two VMs that want the same image at once must find one attachment.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, ImageName, NodeName, Priority};
+use image::{ImageVolume, OriginImage, RootPage};
+use link::{Fetcher, Uplinks};
+use serde::{Deserialize, Serialize};
+use store::CacheGroup;
+use tokio::sync::Notify;
+use volt::{Placement, Role};
+
+use super::exports::ExportSocket;
+use super::files::{self, Layout};
+use crate::api::compute::NodeImage;
+use crate::api::volt::ImageRecord;
+
+/// How long a child's request waits for this node to attach the image. A child may be told of its parent
+/// a moment before the parent learns that it is one; much later, the child had better ask another.
+const ATTACH_WAIT: Duration = Duration::from_secs(5);
+
+/// All images of a node.
+pub(crate) struct Images {
+    layout: Layout,
+    cache: Arc<CacheGroup>,
+    uplinks: Arc<Uplinks>,
+    attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
+    changed: Notify,
+    /// Held while an image is attached or detached.
+    pub(super) changing: tokio::sync::Mutex<()>,
+}
+
+/// One attached image.
+pub(crate) struct Attached {
+    pub(crate) id: ImageId,
+    pub(crate) root: RootPage,
+    pub(crate) volume: Arc<ImageVolume>,
+    upstream: Arc<Switch>,
+    source: Arc<dyn ChunkSource>,
+    state: Mutex<State>,
+}
+
+/// Where the cache group gets what it does not have.
+#[derive(Clone)]
+enum Upstream {
+    Origin(Arc<OriginImage>),
+    Relay(Arc<Fetcher>),
+}
+
+/// An upstream that can be replaced while VMs read through it: a relay becomes an origin, or an origin's
+/// file moves, when the image is added again.
+struct Switch(RwLock<Upstream>);
+
+impl Switch {
+    fn current(&self) -> Upstream {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl ChunkSource for Switch {
+    fn fetch(&self, chunk: ChunkHash, priority: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        let current = self.current();
+        Box::pin(async move {
+            match current {
+                Upstream::Origin(origin) => origin.fetch(chunk, priority).await,
+                Upstream::Relay(fetcher) => fetcher.fetch(chunk, priority).await,
+            }
+        })
+    }
+}
+
+struct State {
+    names: BTreeSet<ImageName>,
+    placement: Placement,
+    exports: HashMap<ImageName, ExportSocket>,
+}
+
+/// What is remembered of an attached image.
+#[derive(Serialize, Deserialize)]
+struct AttachedRecord {
+    names: BTreeSet<ImageName>,
+    root_page: String,
+    placement: Placement,
+}
+
+impl Images {
+    pub(crate) fn new(layout: Layout, cache: Arc<CacheGroup>, uplinks: Arc<Uplinks>) -> Images {
+        Images {
+            layout,
+            cache,
+            uplinks,
+            attached: RwLock::default(),
+            changed: Notify::new(),
+            changing: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Attaches again what was attached when the daemon ended. What cannot be is said and left out.
+    pub(crate) fn restore(&self) -> std::io::Result<()> {
+        image::sweep(&self.layout.images())?;
+        for file in files::sweep(&self.layout.attached())? {
+            if let Err(reason) = self.restore_one(&file) {
+                tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
+            }
+        }
+        Ok(())
+    }
+
+    fn restore_one(&self, file: &Path) -> Result<(), String> {
+        let record: AttachedRecord = files::read_record(file)?;
+        let root = decode_root(&record.root_page)?;
+        let attached = self.make(root, record.placement)?;
+        for name in record.names {
+            self.add_export(&attached, name)?;
+        }
+        self.insert(attached);
+        Ok(())
+    }
+
+    /// The attached image of this name.
+    pub(crate) fn by_name(&self, name: &ImageName) -> Option<Arc<Attached>> {
+        self.all().into_iter().find(|attached| attached.state().names.contains(name))
+    }
+
+    /// The attached image of this id.
+    pub(crate) fn by_id(&self, id: &ImageId) -> Option<Arc<Attached>> {
+        self.attached.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// All attached images, by id.
+    pub(crate) fn all(&self) -> Vec<Arc<Attached>> {
+        let mut all: Vec<_> =
+            self.attached.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        all.sort_by_key(|attached| attached.id);
+        all
+    }
+
+    /// Serves an image that Volt placed this node for, or gives one that is served a further name.
+    /// The caller holds `changing`.
+    pub(crate) fn attach(&self, record: &ImageRecord, placement: Placement) -> Result<Arc<Attached>, String> {
+        let root = decode_root(&record.root_page)?;
+        if root.id() != record.id {
+            return Err(format!(
+                "Volt's catalog is damaged: the root page of '{}' is that of image {}, not {}",
+                record.name,
+                root.id().short(),
+                record.id.short()
+            ));
+        }
+        let attached = match self.by_id(&record.id) {
+            Some(attached) => {
+                let upstream = self.upstream(&attached.id, &placement)?;
+                *attached.upstream.0.write().unwrap_or_else(PoisonError::into_inner) = upstream;
+                attached.state().placement = placement;
+                attached
+            }
+            None => self.make(root, placement)?,
+        };
+        self.add_export(&attached, record.name.clone())?;
+        self.save(&attached)?;
+        self.insert(Arc::clone(&attached));
+        Ok(attached)
+    }
+
+    /// Takes a name from an image, and the image out of service with its last one. The caller holds
+    /// `changing` and knows that nobody uses it.
+    pub(crate) fn detach(&self, attached: &Attached, name: &ImageName) -> Result<Detached, String> {
+        let left = {
+            let mut state = attached.state();
+            state.names.remove(name);
+            state.exports.remove(name);
+            state.names.len()
+        };
+        if left > 0 {
+            self.save(attached)?;
+            return Ok(Detached::Name);
+        }
+        self.attached.write().unwrap_or_else(PoisonError::into_inner).remove(&attached.id);
+        let file = self.record_file(&attached.id);
+        std::fs::remove_file(&file).map_err(|e| format!("cannot remove {}: {e}", file.display()))?;
+        Ok(Detached::Image)
+    }
+
+    /// Volt moved this node in an image's hierarchy.
+    pub(crate) fn place(&self, id: &ImageId, placement: Placement) {
+        let Some(attached) = self.by_id(id) else { return };
+        if !attached.place(placement) {
+            return;
+        }
+        if let Err(reason) = self.save(&attached) {
+            tracing::error!(image = %id, reason, "a placement cannot be remembered; after a restart the old one is used until Volt is reached");
+        }
+    }
+
+    /// The images for which `parent` is among those that this node fetches from.
+    pub(crate) fn fetched_from(&self, parent: &NodeName) -> Vec<ImageId> {
+        let names_parent = |attached: &Arc<Attached>| {
+            attached.state().placement.stripes.iter().flatten().any(|peer| peer.node == *parent)
+        };
+        self.all().into_iter().filter(names_parent).map(|attached| attached.id).collect()
+    }
+
+    /// Where the directory of an image lies whose origin this node is.
+    pub(crate) fn origin_dir(&self, id: &ImageId) -> PathBuf {
+        self.layout.images().join(id.to_string())
+    }
+
+    fn make(&self, root: RootPage, placement: Placement) -> Result<Arc<Attached>, String> {
+        let id = root.id();
+        let upstream = Arc::new(Switch(RwLock::new(self.upstream(&id, &placement)?)));
+        let source = self.cache.over(Arc::clone(&upstream) as _);
+        let volume = Arc::new(ImageVolume::new(root.clone(), Arc::clone(&source)));
+        let state = State { names: BTreeSet::new(), placement, exports: HashMap::new() };
+        Ok(Arc::new(Attached { id, root, volume, upstream, source, state: Mutex::new(state) }))
+    }
+
+    /// The node's own copy if it is an origin of the image, else the parents that Volt named.
+    fn upstream(&self, id: &ImageId, placement: &Placement) -> Result<Upstream, String> {
+        let dir = self.origin_dir(id);
+        if dir.exists() {
+            return Ok(Upstream::Origin(Arc::new(OriginImage::open(&dir).map_err(|e| e.to_string())?)));
+        }
+        let fetcher = Arc::new(Fetcher::new(*id, Arc::clone(&self.uplinks)));
+        fetcher.set_parents(&parents_of(placement));
+        Ok(Upstream::Relay(fetcher))
+    }
+
+    fn add_export(&self, attached: &Attached, name: ImageName) -> Result<(), String> {
+        let mut state = attached.state();
+        if state.exports.contains_key(&name) {
+            return Ok(());
+        }
+        let path = self.volume_socket(&name);
+        let export = ExportSocket::open(path.clone(), name.to_string(), Arc::clone(&attached.volume) as _)
+            .map_err(|e| format!("cannot open the socket {}: {e}", path.display()))?;
+        state.exports.insert(name.clone(), export);
+        state.names.insert(name);
+        Ok(())
+    }
+
+    fn volume_socket(&self, name: &ImageName) -> PathBuf {
+        self.layout.volumes().join(format!("{}.sock", name.file_name()))
+    }
+
+    fn insert(&self, attached: Arc<Attached>) {
+        self.attached.write().unwrap_or_else(PoisonError::into_inner).insert(attached.id, attached);
+        self.changed.notify_waiters();
+    }
+
+    fn record_file(&self, id: &ImageId) -> PathBuf {
+        self.layout.attached().join(format!("{id}.json"))
+    }
+
+    fn save(&self, attached: &Attached) -> Result<(), String> {
+        let record = {
+            let state = attached.state();
+            AttachedRecord {
+                names: state.names.clone(),
+                root_page: BASE64.encode(attached.root.encode()),
+                placement: state.placement.clone(),
+            }
+        };
+        let file = self.record_file(&attached.id);
+        files::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
+    }
+
+    /// An image as the API shows it.
+    pub(crate) fn describe(&self, attached: &Attached, vms: usize) -> NodeImage {
+        let state = attached.state();
+        let first = state.names.first();
+        let export = first.map(|name| ExportSocket::uri(&self.volume_socket(name), name.as_str()));
+        NodeImage {
+            names: state.names.iter().cloned().collect(),
+            id: attached.id,
+            size_bytes: attached.root.size_bytes(),
+            chunks: attached.root.chunk_count(),
+            zero_chunks: attached.root.zero_chunks(),
+            role: match attached.role() {
+                Role::Origin => "origin".to_owned(),
+                Role::Relay => "relay".to_owned(),
+            },
+            source: attached.origin().map(|origin| origin.describe().path.display().to_string()),
+            parents: parent_names(&state.placement),
+            export: export.unwrap_or_default(),
+            vms,
+        }
+    }
+}
+
+/// What detaching a name led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Detached {
+    /// The image has other names and stays in service.
+    Name,
+    /// The image is out of service.
+    Image,
+}
+
+impl Attached {
+    /// What this node is for the image.
+    pub(crate) fn role(&self) -> Role {
+        match self.upstream.current() {
+            Upstream::Origin(_) => Role::Origin,
+            Upstream::Relay(_) => Role::Relay,
+        }
+    }
+
+    /// The origin's side of the image, on an origin.
+    pub(crate) fn origin(&self) -> Option<Arc<OriginImage>> {
+        match self.upstream.current() {
+            Upstream::Origin(origin) => Some(origin),
+            Upstream::Relay(_) => None,
+        }
+    }
+
+    /// Whom it is fetched from at present.
+    pub(crate) fn placement(&self) -> Placement {
+        self.state().placement.clone()
+    }
+
+    /// The names under which it is attached.
+    pub(crate) fn names(&self) -> Vec<ImageName> {
+        self.state().names.iter().cloned().collect()
+    }
+
+    /// Uses other parents from now on; whether that was a change.
+    fn place(&self, placement: Placement) -> bool {
+        let mut state = self.state();
+        if state.placement == placement {
+            return false;
+        }
+        tracing::info!(image = %self.id.short(), parents = ?parent_names(&placement), "new parents");
+        if let Upstream::Relay(fetcher) = self.upstream.current() {
+            fetcher.set_parents(&parents_of(&placement));
+        }
+        state.placement = placement;
+        true
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What children ask this node for.
+impl link::Sources for Images {
+    fn source<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Option<Arc<dyn ChunkSource>>> {
+        Box::pin(async move {
+            let attached = async {
+                loop {
+                    // Registered before the look, so that a change in between is not missed.
+                    let changed = self.changed.notified();
+                    if let Some(attached) = self.by_id(id) {
+                        return attached;
+                    }
+                    changed.await;
+                }
+            };
+            let attached = tokio::time::timeout(ATTACH_WAIT, attached).await.ok()?;
+            Some(Arc::clone(&attached.source))
+        })
+    }
+}
+
+fn decode_root(base64: &str) -> Result<RootPage, String> {
+    let bytes = BASE64.decode(base64).map_err(|e| format!("the image's root page is not base64: {e}"))?;
+    RootPage::decode(&bytes).map_err(|e| format!("the image's root page is damaged: {e}"))
+}
+
+fn parents_of(placement: &Placement) -> Vec<Vec<link::ParentAddr>> {
+    let address =
+        |peer: &volt::Peer| link::ParentAddr { node: peer.node.clone(), address: peer.address.clone() };
+    placement.stripes.iter().map(|stripe| stripe.iter().map(address).collect()).collect()
+}
+
+fn parent_names(placement: &Placement) -> Vec<Vec<NodeName>> {
+    placement.stripes.iter().map(|stripe| stripe.iter().map(|peer| peer.node.clone()).collect()).collect()
+}

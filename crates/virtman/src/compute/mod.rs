@@ -1,0 +1,226 @@
+//! A node: `virtman compute`.
+//!
+//! Attaches images ([`images`]), gives VMs disks on them and runs guests ([`vms`]), exports both
+//! ([`exports`]), serves children over links, and keeps in touch with Volt ([`volt`]). All of its state
+//! is on disk ([`files`]): killed at any moment and started again, it has the same images, disks and
+//! exports under the same names, and its guests never noticed more than latency.
+
+pub(crate) mod config;
+mod exports;
+mod files;
+mod images;
+mod node;
+pub(crate) mod routes;
+mod vms;
+mod volt;
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use block::{BoxFuture, NodeName};
+use link::{Dial, ParentAddr, Stats, Stream, Tally, Uplinks};
+use store::{CacheGroup, MediaSpec};
+use tokio_util::sync::CancellationToken;
+
+use self::config::ComputeArgs;
+use self::exports::TcpExports;
+use self::files::Layout;
+use self::images::Images;
+use self::node::Node;
+use self::vms::Vms;
+use self::volt::{Introduction, VoltLink};
+use crate::coordinator::{listen, local_socket};
+use crate::http::{OnLink, TlsServer};
+use crate::identity::tls::{self, Accept, Acceptor, Admission, Alpn, Expected};
+use crate::identity::{Credentials, Identity, IdentityError, Principal, Token, enroll};
+
+/// Size of the cache if none was given, in bytes. The file is sparse: it takes what is cached.
+const CACHE_BYTES_DEFAULT: u64 = 10 << 30;
+
+/// File in the node's directory that says where Volt is.
+const VOLT_FILE: &str = "volt";
+
+/// Runs a node until it is told to stop.
+pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
+    let layout = Layout::create(dir)?;
+    let _lock = layout.lock()?;
+    let identity = identity(&layout, args).await?;
+    let Principal::Node(name) = identity.principal().clone() else {
+        return Err(format!("{} holds no node's identity", layout.identity().display()));
+    };
+    let volt_address = read_volt_address(&layout)?;
+    let credentials = Credentials::new(identity);
+    let shutdown = CancellationToken::new();
+
+    let cache = CacheGroup::open(cache_media(&layout, args)?).map_err(|e| e.to_string())?;
+    let links = Arc::new(Stats::default());
+    let dialer = Arc::new(TlsDialer { credentials: Arc::clone(&credentials) });
+    let (uplinks, reports) = Uplinks::new(name.clone(), dialer, Arc::clone(&links));
+    let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks));
+    let vms = Vms::new(name.clone(), layout.clone());
+    let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
+    images.restore().map_err(restored)?;
+    vms.restore(|id| images.by_id(id)).map_err(restored)?;
+
+    let tcp = listen(args.listen).await?;
+    let unix = local_socket(&layout.api_socket())?;
+    let listening = tcp.local_addr().map_err(|e| e.to_string())?;
+    let address = advertised(args, listening)?;
+    let volt = VoltLink::new(name.clone(), volt_address, Arc::clone(&credentials));
+    let accel = args.accel.parse()?;
+    let node = Arc::new(Node {
+        name: name.clone(),
+        address: address.clone(),
+        images_dir: layout.images(),
+        cache,
+        links: Arc::clone(&links),
+        images: Arc::clone(&images),
+        vms,
+        volt,
+        accel,
+        shutdown: shutdown.clone(),
+    });
+
+    let acceptor =
+        Acceptor::new(&credentials, Accept::Members, |_| Admission::Admit).map_err(|e| e.to_string())?;
+    let (routes, openapi) = routes::routes().split_for_parts();
+    let api = routes.with_state(Arc::clone(&node)).merge(crate::api::openapi_router(openapi));
+    let on_link = serve_children(name.clone(), Arc::clone(&images), links);
+    let server = TlsServer::new(acceptor, api.clone()).with_link(on_link);
+    let nbd = match args.nbd_listen {
+        Some(address) => Some(TcpExports::listen(address, &credentials, Arc::clone(&node)).await?),
+        None => None,
+    };
+
+    tracing::info!(node = %name, address, "node is ready");
+    crate::daemon::ready();
+    let introduction = Introduction { address, location: args.location.clone() };
+    let identity_dir = layout.identity();
+    let background = async {
+        tokio::join!(
+            node.volt.run(&introduction, &images),
+            node.volt.report(reports, &images),
+            node.volt.renew(&credentials, &identity_dir),
+        );
+    };
+    tokio::join!(
+        server.serve(tcp, shutdown.clone()),
+        unix.serve(api, shutdown.clone()),
+        shutdown.run_until_cancelled(background),
+        async {
+            if let Some(nbd) = nbd {
+                nbd.serve(shutdown.clone()).await;
+            }
+        },
+        crate::daemon::stop_on_signal(shutdown.clone()),
+    );
+    node.cache.settled().await;
+    tracing::info!("node has stopped; guests run on and reconnect when it is back");
+    Ok(())
+}
+
+/// This node's identity, which a join token brings the first time.
+async fn identity(layout: &Layout, args: &ComputeArgs) -> Result<Identity, String> {
+    let dir = layout.identity();
+    match Identity::load(&dir) {
+        Ok(identity) => return Ok(identity),
+        Err(IdentityError::Missing { .. }) => {}
+        Err(error) => return Err(error.to_string()),
+    }
+    let token = args.join.as_ref().ok_or(
+        "this node belongs to no cluster yet: get a token with 'virtman volt token' on Volt's host, and give it with --join",
+    )?;
+    let token: Token = token.parse().map_err(|e| format!("--join: {e}"))?;
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => host_name()?,
+    };
+    let identity = enroll::join(&token, &name).await.map_err(|e| format!("cannot join as '{name}': {e}"))?;
+    // Where Volt is comes first: an identity without it would be of no use, and the token is gone.
+    fs::write(layout.dir().join(VOLT_FILE), format!("{}\n", token.address()))
+        .map_err(|e| format!("cannot write Volt's address: {e}"))?;
+    identity.save(&dir).map_err(|e| e.to_string())?;
+    tracing::info!(node = %name, "joined the cluster");
+    Ok(identity)
+}
+
+fn host_name() -> Result<NodeName, String> {
+    let uname = rustix::system::uname();
+    let name = uname.nodename().to_string_lossy();
+    name.parse().map_err(|e| format!("this host's name cannot be its node's: {e}; give one with --name"))
+}
+
+fn read_volt_address(layout: &Layout) -> Result<String, String> {
+    let file = layout.dir().join(VOLT_FILE);
+    let text = fs::read_to_string(&file)
+        .map_err(|e| format!("cannot read Volt's address from {}: {e}", file.display()))?;
+    Ok(text.trim().to_owned())
+}
+
+/// Where others reach this node.
+fn advertised(args: &ComputeArgs, listening: SocketAddr) -> Result<String, String> {
+    match &args.advertise {
+        Some(address) if address.ends_with(":0") => {
+            Ok(format!("{}:{}", address.trim_end_matches(":0"), listening.port()))
+        }
+        Some(address) => Ok(address.clone()),
+        None if listening.ip().is_unspecified() => {
+            let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+            if host.is_empty() {
+                return Err(
+                    "this host has no name: say with --advertise where other nodes reach it".to_owned()
+                );
+            }
+            Ok(format!("{host}:{}", listening.port()))
+        }
+        None => Ok(listening.to_string()),
+    }
+}
+
+fn cache_media(layout: &Layout, args: &ComputeArgs) -> Result<Vec<MediaSpec>, String> {
+    if !args.cache.is_empty() {
+        let spec = |m: &config::CacheMedium| MediaSpec { path: m.path.clone(), size_bytes: m.size_bytes };
+        return Ok(args.cache.iter().map(spec).collect());
+    }
+    let dir = layout.dir().join("cache");
+    fs::create_dir_all(&dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+    Ok(vec![MediaSpec { path: dir.join("chunks"), size_bytes: CACHE_BYTES_DEFAULT }])
+}
+
+/// Serves the link connections of other nodes. Nobody else gets a chunk.
+fn serve_children(own: NodeName, images: Arc<Images>, links: Arc<Stats>) -> OnLink {
+    Arc::new(move |peer, stream| {
+        let (own, images, links) = (own.clone(), Arc::clone(&images), Arc::clone(&links));
+        Box::pin(async move {
+            let Principal::Node(child) = peer else {
+                tracing::warn!(%peer, "refused a link: only nodes fetch chunks");
+                return;
+            };
+            if let Err(error) = link::serve(stream, &own, child.clone(), images, Tally::under(&links)).await {
+                tracing::debug!(%child, %error, "a link ended");
+            }
+        })
+    })
+}
+
+/// Dials parents over the cluster's TLS.
+struct TlsDialer {
+    credentials: Arc<Credentials>,
+}
+
+impl Dial for TlsDialer {
+    fn dial<'a>(&'a self, parent: &'a ParentAddr) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        Box::pin(async move {
+            let expected = Expected::Member {
+                credentials: Arc::clone(&self.credentials),
+                principal: Principal::Node(parent.node.clone()),
+            };
+            let stream =
+                tls::connect(&parent.address, &expected, Alpn::Link).await.map_err(io::Error::other)?;
+            Ok(Box::new(stream) as Box<dyn Stream>)
+        })
+    }
+}

@@ -1,0 +1,319 @@
+//! What a node does when it is asked: the operations behind its API, over images, VMs and Volt.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use block::{ImageName, NodeName, VmName};
+use image::{ImportProgress, ImportRequest, Keep};
+use link::Stats;
+use store::CacheGroup;
+use tokio_util::sync::CancellationToken;
+use volt::Role;
+
+use super::images::{Attached, Detached, Images};
+use super::vms::Vms;
+use super::volt::VoltLink;
+use crate::api::compute::{
+    AddImage, CacheStatus, CreateVm, ImageVerified, KeepImage, LinkStatus, NodeImage, NodeStatus, StartVm,
+    Vm, VmReady, VmStarted,
+};
+use crate::api::volt::{ImageRecord, RegisterImage};
+use crate::http::{ApiError, ClientError};
+use crate::vm::{AccelWish, Ready};
+
+/// One host that runs `virtman compute`.
+pub(crate) struct Node {
+    pub(crate) name: NodeName,
+    pub(crate) address: String,
+    pub(crate) images_dir: PathBuf,
+    pub(crate) cache: Arc<CacheGroup>,
+    pub(crate) links: Arc<Stats>,
+    pub(crate) images: Arc<Images>,
+    pub(crate) vms: Vms,
+    pub(crate) volt: VoltLink,
+    pub(crate) accel: AccelWish,
+    pub(crate) shutdown: CancellationToken,
+}
+
+impl Node {
+    /// The image of this name, attached now if it was not.
+    pub(crate) async fn attach(&self, name: &ImageName) -> Result<Arc<Attached>, ApiError> {
+        if let Some(attached) = self.images.by_name(name) {
+            return Ok(attached);
+        }
+        let _one_at_a_time = self.images.changing.lock().await;
+        if let Some(attached) = self.images.by_name(name) {
+            return Ok(attached);
+        }
+        let answer = self.volt.attach(name.to_string(), Role::Relay, None).await.map_err(from_volt)?;
+        let record = answer.image.ok_or_else(|| {
+            ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
+        })?;
+        tracing::info!(image = %name, id = %record.id.short(), "image attached");
+        self.images.attach(&record, answer.placement).map_err(ApiError::internal)
+    }
+
+    /// Takes an image out of service that no VM of this node uses.
+    pub(crate) async fn detach(&self, name: &ImageName) -> Result<(), ApiError> {
+        let _one_at_a_time = self.images.changing.lock().await;
+        let attached = self.attached(name)?;
+        if attached.role() == Role::Origin {
+            return Err(ApiError::conflict("is_origin", format!("this node is an origin of '{name}'"))
+                .with_hint("'virtman image remove' takes the image away altogether"));
+        }
+        self.must_be_unused(&attached, name)?;
+        self.release(&attached, name).await
+    }
+
+    /// Makes this node the origin of an image under `name`. Blocks a thread while the file is read.
+    pub(crate) async fn add_image(
+        self: &Arc<Self>,
+        name: &ImageName,
+        request: AddImage,
+        progress: Arc<ImportProgress>,
+    ) -> Result<NodeImage, ApiError> {
+        let format = request.format.as_deref().map(str::parse).transpose();
+        let format = format
+            .map_err(|e: image::ParseFormatError| ApiError::bad_request("bad_format", e.to_string()))?;
+        let mut allowed_dirs = request.allow;
+        allowed_dirs.extend(request.file.parent().map(PathBuf::from));
+        let keep = match request.keep {
+            KeepImage::InPlace => Keep::InPlace,
+            KeepImage::Copy => Keep::Copy,
+        };
+        let import = ImportRequest { file: request.file, format, allowed_dirs, keep };
+        let dir = self.images_dir.clone();
+        let imported = tokio::task::spawn_blocking(move || image::import(&import, &dir, &progress));
+        let imported = imported.await.map_err(|e| ApiError::internal(format!("adding '{name}': {e}")))?;
+        let imported = imported.map_err(|e| ApiError::bad_request("bad_image", e.to_string()))?;
+
+        let _one_at_a_time = self.images.changing.lock().await;
+        let served = self.serve_imported(name, &imported).await;
+        if served.is_err() && imported.novelty == image::Novelty::New {
+            // Nobody can use what the catalog does not have; leave nothing behind.
+            if let Err(error) = image::remove(&self.images_dir, imported.id) {
+                tracing::warn!(id = %imported.id, %error, "cannot remove an image that could not be registered");
+            }
+        }
+        served
+    }
+
+    async fn serve_imported(
+        &self,
+        name: &ImageName,
+        imported: &image::Imported,
+    ) -> Result<NodeImage, ApiError> {
+        let request = RegisterImage { root_page: BASE64.encode(imported.root.encode()) };
+        let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
+        let answer = self.volt.attach(record.id.to_string(), Role::Origin, None).await.map_err(from_volt)?;
+        let record = ImageRecord { name: name.clone(), ..record };
+        let attached = self.images.attach(&record, answer.placement).map_err(ApiError::internal)?;
+        tracing::info!(image = %name, id = %record.id, "this node is an origin of the image");
+        Ok(self.describe(&attached))
+    }
+
+    /// Takes an image's name out of the catalog, and on its origin what was kept of it.
+    pub(crate) async fn remove_image(&self, name: &ImageName, force: Force) -> Result<(), ApiError> {
+        let _one_at_a_time = self.images.changing.lock().await;
+        let attached = self.attached(name).map_err(|e| {
+            e.with_hint(
+                "images are removed on a node that is their origin: see 'virtman image show', and use --node",
+            )
+        })?;
+        if attached.role() != Role::Origin {
+            return Err(ApiError::conflict("not_its_origin", format!("this node is no origin of '{name}'"))
+                .with_hint("see 'virtman image show', and use --node"));
+        }
+        self.must_be_unused(&attached, name)?;
+        if force == Force::No {
+            match self.volt.attached_elsewhere(name.as_str()).await {
+                Ok(nodes) if !nodes.is_empty() && attached.names().len() == 1 => {
+                    let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+                    return Err(ApiError::conflict(
+                        "image_in_use",
+                        format!(
+                            "'{name}' is attached on {}: they would have nowhere to fetch it from",
+                            nodes.join(", ")
+                        ),
+                    )
+                    .with_hint("detach it there first, or use --force"));
+                }
+                Ok(_) => {}
+                // Somebody removed the name already: what is left is ours.
+                Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
+                Err(error) => return Err(from_volt(error)),
+            }
+        }
+        match self.volt.remove_image(name.as_str()).await {
+            Ok(_) => {}
+            Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
+            Err(error) => return Err(from_volt(error)),
+        }
+        self.release(&attached, name).await?;
+        if self.images.by_id(&attached.id).is_none() {
+            image::remove(&self.images_dir, attached.id)
+                .map_err(|e| ApiError::internal(format!("cannot remove what was kept of '{name}': {e}")))?;
+        }
+        Ok(())
+    }
+
+    /// Reads an image of which this node is the origin again, and compares every chunk.
+    pub(crate) async fn verify_image(
+        &self,
+        name: &ImageName,
+        progress: Arc<ImportProgress>,
+    ) -> Result<ImageVerified, ApiError> {
+        let attached = self.attached(name)?;
+        let origin = attached.origin().ok_or_else(|| {
+            ApiError::conflict(
+                "not_its_origin",
+                format!("this node is no origin of '{name}'; what it has cached is verified as it is read"),
+            )
+            .with_hint("see 'virtman image show' for its origins, and use --node")
+        })?;
+        let verified = tokio::task::spawn_blocking(move || origin.verify(&progress));
+        let report = verified.await.map_err(|e| ApiError::internal(format!("verifying '{name}': {e}")))?;
+        let report = report.map_err(|e| ApiError::internal(e.to_string()))?;
+        let chunk_bytes = block::limits::CHUNK_BYTES as u64;
+        Ok(ImageVerified {
+            id: attached.id,
+            chunks: report.chunks_right + report.chunks_wrong,
+            wrong_chunks: report.chunks_wrong + report.pages_wrong,
+            wrong_offsets: report.wrong.iter().map(|index| index * chunk_bytes).collect(),
+        })
+    }
+
+    /// An attached image as the API shows it.
+    pub(crate) fn describe(&self, attached: &Attached) -> NodeImage {
+        self.images.describe(attached, self.vms.count_on(&attached.id))
+    }
+
+    /// Gives a VM its disk.
+    pub(crate) async fn create(&self, name: &VmName, request: &CreateVm) -> Result<Vm, ApiError> {
+        let asked = Instant::now();
+        let attached = self.attach(&request.image).await?;
+        self.vms.create(name, &request.image, attached, request.size_bytes, asked).await
+    }
+
+    /// Starts a guest on a VM's disk.
+    pub(crate) async fn start(&self, name: &VmName, request: &StartVm) -> Result<VmStarted, ApiError> {
+        let accel = self.accel.clone().decide().await.map_err(|e| ApiError::internal(e.to_string()))?;
+        self.vms.start(name, request, &accel).await
+    }
+
+    /// Waits until a guest is ready.
+    pub(crate) async fn wait(
+        &self,
+        name: &VmName,
+        ready: &str,
+        timeout: Duration,
+    ) -> Result<VmReady, ApiError> {
+        let ready: Ready = ready.parse().map_err(|why: String| ApiError::bad_request("bad_ready", why))?;
+        self.vms.wait(name, &ready, timeout).await
+    }
+
+    /// The node at a glance.
+    pub(crate) fn status(&self) -> NodeStatus {
+        let vms = self.vms.all();
+        NodeStatus {
+            node: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            address: self.address.clone(),
+            volt_connected: self.volt.is_connected(),
+            memory_bytes: resident_bytes(),
+            cache: self.cache_status(),
+            links: self.link_status(),
+            vms: vms.len(),
+            running: vms.iter().filter(|vm| vm.running().is_some()).count(),
+        }
+    }
+
+    fn cache_status(&self) -> CacheStatus {
+        let stats = self.cache.stats();
+        let chunk_bytes = block::limits::CHUNK_BYTES as u64;
+        CacheStatus {
+            capacity_bytes: stats.capacity_chunks * chunk_bytes,
+            resident_bytes: stats.resident_chunks * chunk_bytes,
+            resident_chunks: stats.resident_chunks,
+            fetched_chunks: stats.fetched_chunks,
+            fetched_bytes: stats.fetched_bytes,
+            hits: stats.hits,
+            misses: stats.misses,
+            evicted_chunks: stats.evicted_chunks,
+            dropped_chunks: stats.dropped_chunks,
+            unstored_chunks: stats.unstored_chunks,
+        }
+    }
+
+    fn link_status(&self) -> LinkStatus {
+        let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+        LinkStatus {
+            received_chunks: get(&self.links.chunks_received),
+            received_wire_bytes: get(&self.links.wire_bytes_received),
+            sent_chunks: get(&self.links.chunks_sent),
+            sent_wire_bytes: get(&self.links.wire_bytes_sent),
+            failovers: get(&self.links.failovers),
+            lies: get(&self.links.lies),
+        }
+    }
+
+    fn attached(&self, name: &ImageName) -> Result<Arc<Attached>, ApiError> {
+        self.images.by_name(name).ok_or_else(|| {
+            ApiError::not_found(
+                "not_attached",
+                format!("image '{name}' is not attached on node {}", self.name),
+            )
+        })
+    }
+
+    fn must_be_unused(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+        let vms = self.vms.count_on(&attached.id);
+        if vms > 0 && attached.names().len() == 1 {
+            return Err(ApiError::conflict(
+                "image_in_use",
+                format!("{vms} VM disks on node {} stand on '{name}'", self.name),
+            )
+            .with_hint("destroy those VMs first; 'virtman list' shows them"));
+        }
+        Ok(())
+    }
+
+    async fn release(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+        if self.images.detach(attached, name).map_err(ApiError::internal)? == Detached::Image {
+            tracing::info!(image = %name, "image detached");
+            // If Volt cannot be told it learns it when this node registers again and does not name it.
+            if let Err(error) = self.volt.detach(attached.id).await {
+                tracing::warn!(image = %name, %error, "Volt could not be told of a detach");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether users of an image are taken into account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Force {
+    /// They are.
+    No,
+    /// They are not.
+    Yes,
+}
+
+/// What Volt's refusal or absence means to somebody who asked this node.
+fn from_volt(error: ClientError) -> ApiError {
+    match error {
+        ClientError::Refused(refusal) => refusal,
+        other => ApiError::unavailable("no_volt", format!("Volt cannot be asked: {other}"))
+            .with_hint("what is attached goes on; start Volt, then try again"),
+    }
+}
+
+/// Resident memory of this process.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split(' ').nth(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}

@@ -1,0 +1,261 @@
+//! A node's HTTP API: who may ask what, and what follows.
+//!
+//! Only administrators may: the one on this host through the UNIX socket, others by certificate. Nodes
+//! have nothing to command each other; they speak over links.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use block::{ImageName, VmName};
+use futures_util::{Stream, stream};
+use image::ImportProgress;
+use serde::{Deserialize, Serialize};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::node::{Force, Node};
+use crate::api::compute::{
+    AddImage, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, StartVm, StopVm, Vm, VmReady,
+    VmStarted, WaitReady,
+};
+use crate::http::{ApiError, Json, Path, Peer, Query, lines};
+use crate::identity::Principal;
+
+/// How often a long operation says how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+type Shared = State<Arc<Node>>;
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// The routes of a node.
+pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
+    OpenApiRouter::new()
+        .routes(routes!(status))
+        .routes(routes!(images))
+        .routes(routes!(add_image, remove_image))
+        .routes(routes!(verify_image))
+        .routes(routes!(attach_image, detach_image))
+        .routes(routes!(vms))
+        .routes(routes!(vm, create_vm, destroy_vm))
+        .routes(routes!(start_vm))
+        .routes(routes!(wait_vm))
+        .routes(routes!(stop_vm))
+}
+
+/// The node at a glance.
+#[utoipa::path(get, path = "/v1/status", responses((status = 200, body = NodeStatus)))]
+async fn status(State(node): Shared, peer: Peer) -> Answer<NodeStatus> {
+    admin(&peer)?;
+    Ok(Json(node.status()))
+}
+
+/// The images that the node has attached.
+#[utoipa::path(get, path = "/v1/images", responses((status = 200, body = Vec<NodeImage>)))]
+async fn images(State(node): Shared, peer: Peer) -> Answer<Vec<NodeImage>> {
+    admin(&peer)?;
+    Ok(Json(node.images.all().iter().map(|attached| node.describe(attached)).collect()))
+}
+
+/// Makes the node the origin of an image. Answers with a line of progress now and then, the last of which
+/// says what came of it. A client that hangs up cancels it.
+#[utoipa::path(post, path = "/v1/images/{image}", params(("image" = String, Path,)), request_body = AddImage,
+    responses((status = 200, body = Progress<NodeImage>, content_type = "application/x-ndjson")))]
+async fn add_image(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ImageName>,
+    Json(request): Json<AddImage>,
+) -> Result<Response, ApiError> {
+    admin(&peer)?;
+    let progress = Arc::new(ImportProgress::default());
+    let shutdown = node.shutdown.clone();
+    let work = {
+        let progress = Arc::clone(&progress);
+        async move { node.add_image(&name, request, progress).await }
+    };
+    Ok(lines(reported(work, progress), shutdown))
+}
+
+/// Reads an image of which the node is the origin again, and compares every chunk. Answers like adding.
+#[utoipa::path(post, path = "/v1/images/{image}/verify", params(("image" = String, Path,)),
+    responses((status = 200, body = Progress<ImageVerified>, content_type = "application/x-ndjson")))]
+async fn verify_image(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ImageName>,
+) -> Result<Response, ApiError> {
+    admin(&peer)?;
+    let progress = Arc::new(ImportProgress::default());
+    let shutdown = node.shutdown.clone();
+    let work = {
+        let progress = Arc::clone(&progress);
+        async move { node.verify_image(&name, progress).await }
+    };
+    Ok(lines(reported(work, progress), shutdown))
+}
+
+/// How an image is removed.
+#[derive(Debug, Deserialize)]
+struct Removal {
+    #[serde(default)]
+    force: bool,
+}
+
+/// Takes an image's name out of the catalog, and forgets what the node kept of it.
+#[utoipa::path(delete, path = "/v1/images/{image}", params(("image" = String, Path,), ("force" = Option<bool>, Query,)),
+    responses((status = 204), (status = 404), (status = 409)))]
+async fn remove_image(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ImageName>,
+    Query(removal): Query<Removal>,
+) -> Result<StatusCode, ApiError> {
+    admin(&peer)?;
+    node.remove_image(&name, if removal.force { Force::Yes } else { Force::No }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Attaches an image.
+#[utoipa::path(put, path = "/v1/attached/{image}", params(("image" = String, Path,)),
+    responses((status = 200, body = NodeImage), (status = 404), (status = 503)))]
+async fn attach_image(State(node): Shared, peer: Peer, Path(name): Path<ImageName>) -> Answer<NodeImage> {
+    admin(&peer)?;
+    let attached = node.attach(&name).await?;
+    Ok(Json(node.describe(&attached)))
+}
+
+/// Detaches an image that no VM of the node uses.
+#[utoipa::path(delete, path = "/v1/attached/{image}", params(("image" = String, Path,)),
+    responses((status = 204), (status = 404), (status = 409)))]
+async fn detach_image(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ImageName>,
+) -> Result<StatusCode, ApiError> {
+    admin(&peer)?;
+    node.detach(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The node's VMs.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<Vm>)))]
+async fn vms(State(node): Shared, peer: Peer) -> Answer<Vec<Vm>> {
+    admin(&peer)?;
+    Ok(Json(node.vms.all().iter().map(|vm| node.vms.describe(vm)).collect()))
+}
+
+/// One VM.
+#[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path,)),
+    responses((status = 200, body = Vm), (status = 404)))]
+async fn vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vm> {
+    admin(&peer)?;
+    Ok(Json(node.vms.describe(&*node.vms.get(&name)?)))
+}
+
+/// Gives a VM a private disk on an image. Repeating it changes nothing.
+#[utoipa::path(put, path = "/v1/vms/{vm}", params(("vm" = String, Path,)), request_body = CreateVm,
+    responses((status = 200, body = Vm), (status = 404), (status = 409)))]
+async fn create_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<CreateVm>,
+) -> Answer<Vm> {
+    admin(&peer)?;
+    node.create(&name, &request).await.map(Json)
+}
+
+/// Removes a VM with its disk. A running guest is ended.
+#[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path,)),
+    responses((status = 204), (status = 404)))]
+async fn destroy_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+) -> Result<StatusCode, ApiError> {
+    admin(&peer)?;
+    node.vms.destroy(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Starts a guest on a VM's disk. If one runs, that is it.
+#[utoipa::path(post, path = "/v1/vms/{vm}/start", params(("vm" = String, Path,)), request_body = StartVm,
+    responses((status = 200, body = VmStarted), (status = 404)))]
+async fn start_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<StartVm>,
+) -> Answer<VmStarted> {
+    admin(&peer)?;
+    node.start(&name, &request).await.map(Json)
+}
+
+/// Waits until a VM's guest is ready.
+#[utoipa::path(post, path = "/v1/vms/{vm}/wait", params(("vm" = String, Path,)), request_body = WaitReady,
+    responses((status = 200, body = VmReady), (status = 404), (status = 409)))]
+async fn wait_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<WaitReady>,
+) -> Answer<VmReady> {
+    admin(&peer)?;
+    node.wait(&name, &request.ready, Duration::from_millis(request.timeout_ms)).await.map(Json)
+}
+
+/// Ends a VM's guest; its disk stays.
+#[utoipa::path(post, path = "/v1/vms/{vm}/stop", params(("vm" = String, Path,)), request_body = StopVm,
+    responses((status = 200, body = Vm), (status = 404)))]
+async fn stop_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<StopVm>,
+) -> Answer<Vm> {
+    admin(&peer)?;
+    node.vms.stop(&name, Duration::from_millis(request.grace_ms)).await.map(Json)
+}
+
+fn admin(peer: &Peer) -> Result<(), ApiError> {
+    match peer {
+        Peer::Local | Peer::Remote(Principal::Admin(_)) => Ok(()),
+        Peer::Remote(other) => {
+            Err(ApiError::forbidden("not_an_admin", format!("{other} is no administrator")))
+        }
+    }
+}
+
+/// Cancels the work when it is dropped before its end: whoever asked has hung up.
+struct CancelOnDrop(Arc<ImportProgress>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// Turns work into a stream of how far it is, with its result as the last value.
+fn reported<T: Serialize + Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+    progress: Arc<ImportProgress>,
+) -> impl Stream<Item = Progress<T>> + Send {
+    type Work<T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send>>;
+    let work: Work<T> = Box::pin(work);
+    let guard = CancelOnDrop(progress);
+    stream::unfold(Some((work, guard)), |state| async move {
+        let (mut work, guard) = state?;
+        match tokio::time::timeout(PROGRESS_EVERY, &mut work).await {
+            Ok(Ok(result)) => Some((Progress::Done { result }, None)),
+            Ok(Err(error)) => Some((Progress::Failed { message: error.to_string() }, None)),
+            Err(_) => {
+                let (done, total) = (guard.0.bytes_done(), guard.0.bytes_total());
+                Some((Progress::Bytes { done, total }, Some((work, guard))))
+            }
+        }
+    })
+}

@@ -1,0 +1,206 @@
+//! A node's side of its connection to Volt.
+//!
+//! Consistency: what Volt says last is what counts. Placements arrive as pushes on one long answer, which
+//! begins with all of them. Retries: for ever, with a growing pause; a node whose Volt is away serves and
+//! boots what it has attached. After each reconnect the node registers, says what it has attached and
+//! whom it fetches it from, so that a Volt that forgot everything learns the hierarchy as it is.
+//! Cancellation: dropping a request leaves it to Volt whether it acted; all of them may be repeated.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use block::{ImageId, NodeName};
+use futures_util::StreamExt;
+use link::Report;
+use serde::Serialize;
+use tokio::sync::mpsc;
+use volt::{Location, Placement, Role};
+
+use super::images::Images;
+use crate::api::volt::{
+    AttachImage, Attachment, DetachImage, ImageRecord, NodeReport, Push, RegisterImage, RegisterNode,
+    Registered,
+};
+use crate::http::{Client, ClientError, Target};
+use crate::identity::{Credentials, Principal, enroll};
+
+/// First pause before Volt is tried again; doubles up to the longest. A restart takes Volt a second.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(3);
+
+/// Heartbeats per lease: two may be lost.
+const BEATS_PER_LEASE: u32 = 3;
+
+/// How often it is looked whether the certificate must be renewed.
+const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
+
+/// What a node says of itself.
+pub(crate) struct Introduction {
+    pub(crate) address: String,
+    pub(crate) location: Location,
+}
+
+/// The way to Volt.
+pub(crate) struct VoltLink {
+    node: NodeName,
+    client: Client,
+    connected: AtomicBool,
+}
+
+impl VoltLink {
+    pub(crate) fn new(node: NodeName, address: String, credentials: Arc<Credentials>) -> VoltLink {
+        let target = Target::Tls { address, principal: Principal::Volt, credentials };
+        VoltLink { node, client: Client::new(target), connected: AtomicBool::new(false) }
+    }
+
+    /// Whether Volt's pushes arrive at present.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// Registers an image of which this node is the origin.
+    pub(crate) async fn register_image(
+        &self,
+        name: &str,
+        request: &RegisterImage,
+    ) -> Result<ImageRecord, ClientError> {
+        self.client.put(&format!("/v1/images/{name}"), request).await
+    }
+
+    /// Takes an image's name out of the catalog.
+    pub(crate) async fn remove_image(&self, name: &str) -> Result<ImageRecord, ClientError> {
+        self.client.delete(&format!("/v1/images/{name}")).await
+    }
+
+    /// The nodes that have an image attached, this one aside.
+    pub(crate) async fn attached_elsewhere(&self, name: &str) -> Result<Vec<NodeName>, ClientError> {
+        let tree: crate::api::volt::TreeView = self.client.get(&format!("/v1/images/{name}/tree")).await?;
+        let nodes = tree.stripes.into_iter().take(1).flatten().map(|at| at.node);
+        Ok(nodes.filter(|node| *node != self.node).collect())
+    }
+
+    /// Attaches an image, by its name or id.
+    pub(crate) async fn attach(
+        &self,
+        image: String,
+        role: Role,
+        current: Option<Placement>,
+    ) -> Result<Attachment, ClientError> {
+        self.ask("attach", &AttachImage { image, role, current }).await
+    }
+
+    /// Gives an image up.
+    pub(crate) async fn detach(&self, image: ImageId) -> Result<(), ClientError> {
+        self.ask("detach", &DetachImage { image }).await
+    }
+
+    async fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        what: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.client.post(&format!("/v1/nodes/{}/{what}", self.node), body).await
+    }
+
+    /// Stays connected until dropped.
+    pub(crate) async fn run(&self, introduction: &Introduction, images: &Images) {
+        let mut pause = RETRY_MIN;
+        loop {
+            let error = match self.session(introduction, images, &mut pause).await {
+                Ok(()) => "Volt ended the connection".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            if self.connected.swap(false, Ordering::Relaxed) {
+                tracing::warn!(error, "lost Volt; this node goes on with what it has attached");
+            } else {
+                tracing::info!(error, "cannot reach Volt yet");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    async fn session(
+        &self,
+        introduction: &Introduction,
+        images: &Images,
+        pause: &mut Duration,
+    ) -> Result<(), ClientError> {
+        let me = RegisterNode {
+            address: introduction.address.clone(),
+            location: introduction.location.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let registered: Registered = self.client.put(&format!("/v1/nodes/{}", self.node), &me).await?;
+        let lease = Duration::from_millis(registered.lease_ms);
+        // The stream is opened before anything is attached, so that no change in between is missed.
+        let mut pushes = self.client.stream_lines::<Push>(&format!("/v1/nodes/{}/pushes", self.node)).await?;
+        for attached in images.all() {
+            let placement = match attached.role() {
+                Role::Origin => None,
+                Role::Relay => Some(attached.placement()),
+            };
+            let answer = self.attach(attached.id.to_string(), attached.role(), placement).await?;
+            images.place(&attached.id, answer.placement);
+        }
+        self.connected.store(true, Ordering::Relaxed);
+        *pause = RETRY_MIN;
+        tracing::info!("connected to Volt");
+
+        let mut beat = tokio::time::interval(lease / BEATS_PER_LEASE);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                push = pushes.next() => match push.transpose()? {
+                    Some(Push::Place { image, placement }) => images.place(&image, placement),
+                    None => return Ok(()),
+                },
+                _ = beat.tick() => self.ask::<()>("heartbeat", &()).await?,
+            }
+        }
+    }
+
+    /// Tells Volt what the links notice about parents, until dropped. A report that cannot be delivered
+    /// is dropped with a word in the log: links defend themselves, Volt only learns of it later.
+    pub(crate) async fn report(&self, mut reports: mpsc::Receiver<Report>, images: &Images) {
+        while let Some(report) = reports.recv().await {
+            tracing::warn!(?report, "noticed about a parent");
+            let told = match report {
+                // A link carries all images; the parent is to blame in each that is fetched from it.
+                Report::Lied { node: parent, chunk } => images
+                    .fetched_from(&parent)
+                    .into_iter()
+                    .map(|image| NodeReport::Lied { parent: parent.clone(), image, chunk })
+                    .collect(),
+                Report::Lost { node: parent } => vec![NodeReport::Lost { parent }],
+                Report::Back { node: parent } => vec![NodeReport::Back { parent }],
+            };
+            for report in &told {
+                if let Err(error) = self.ask::<()>("report", report).await {
+                    tracing::warn!(%error, "Volt could not be told");
+                }
+            }
+        }
+    }
+
+    /// Renews this node's certificate in time, until dropped.
+    pub(crate) async fn renew(&self, credentials: &Credentials, dir: &std::path::Path) {
+        loop {
+            tokio::time::sleep(RENEWAL_CHECK).await;
+            let identity = credentials.current();
+            if !identity.needs_renewal(SystemTime::now()) {
+                continue;
+            }
+            let renewed = async {
+                let identity = enroll::renew(&self.client, &identity).await.map_err(|e| e.to_string())?;
+                identity.save(dir).map_err(|e| e.to_string())?;
+                credentials.replace(identity).map_err(|e| e.to_string())
+            };
+            match renewed.await {
+                Ok(()) => tracing::info!("certificate renewed"),
+                Err(error) => tracing::warn!(error, "the certificate could not be renewed yet"),
+            }
+        }
+    }
+}

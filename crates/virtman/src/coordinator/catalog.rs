@@ -1,0 +1,356 @@
+//! What Volt must not forget: images by name, nodes that joined, unused join tokens.
+//!
+//! Durability: every change is one redb transaction, on disk when the call returns. Consistency: rules
+//! that span records (a token is used once, a name keeps its id) are checked inside the transaction.
+//! The hierarchy is not here: it is rebuilt from what nodes report.
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use block::{BoxFuture, ImageId, ImageName, NodeName};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::api::unix_ms;
+use crate::api::volt::ImageRecord;
+use crate::identity::enroll::Tokens;
+use crate::identity::{Grant, JoinRefusal, SecretHash};
+
+const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
+const NODES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("nodes");
+const TOKENS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("tokens");
+
+/// Unused tokens that may exist at a time: a bound on what a careless script can pile up.
+const TOKENS_MAX: u64 = 100_000;
+
+/// The durable store.
+pub(crate) struct Catalog {
+    db: Database,
+}
+
+/// A node that joined.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct JoinedNode {
+    /// When it joined last.
+    pub(crate) joined_unix_ms: u64,
+    /// What it last said of itself, for display while it is away.
+    pub(crate) address: String,
+    pub(crate) location: String,
+    pub(crate) version: String,
+    /// Whether it sent wrong bytes and was not pardoned yet.
+    pub(crate) quarantined: bool,
+}
+
+/// Why a change of the catalog was refused. The variants are different HTTP answers.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CatalogError {
+    /// The name is taken by another image.
+    #[error("the name '{name}' belongs to image {id}")]
+    NameTaken { name: ImageName, id: String },
+    /// No image of this name or id.
+    #[error("there is no image '{0}' in the catalog")]
+    NoImage(String),
+    /// No node of this name has joined.
+    #[error("no node '{0}' has joined")]
+    NoNode(NodeName),
+    /// Too many unused tokens.
+    #[error("{TOKENS_MAX} join tokens are unused: use some, or wait until they expire")]
+    TooManyTokens,
+    /// The file cannot be read or written.
+    #[error("the catalog's file failed: {0}")]
+    Storage(String),
+}
+
+/// redb has one error type per step; for us they are one: the file failed.
+macro_rules! storage_errors {
+    ($($error:ty),*) => {
+        $(impl From<$error> for CatalogError {
+            fn from(error: $error) -> Self {
+                CatalogError::Storage(error.to_string())
+            }
+        })*
+    };
+}
+storage_errors!(
+    redb::DatabaseError,
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError,
+    serde_json::Error
+);
+
+impl Catalog {
+    /// Opens the catalog, making an empty one if there is none.
+    pub(crate) fn open(file: &Path) -> Result<Catalog, CatalogError> {
+        let db = Database::create(file)?;
+        let txn = db.begin_write()?;
+        txn.open_table(IMAGES)?;
+        txn.open_table(NODES)?;
+        txn.open_table(TOKENS)?;
+        txn.commit()?;
+        Ok(Catalog { db })
+    }
+
+    /// All images, by name.
+    pub(crate) fn images(&self) -> Result<Vec<ImageRecord>, CatalogError> {
+        let txn = self.db.begin_read()?;
+        let table = txn.open_table(IMAGES)?;
+        table.iter()?.map(|entry| Ok(serde_json::from_slice(entry?.1.value())?)).collect()
+    }
+
+    /// The image with this name, or with this id under whatever name comes first.
+    pub(crate) fn image(&self, name_or_id: &str) -> Result<ImageRecord, CatalogError> {
+        let not_found = || CatalogError::NoImage(name_or_id.to_owned());
+        if let Ok(id) = name_or_id.parse::<ImageId>() {
+            return self.images()?.into_iter().find(|image| image.id == id).ok_or_else(not_found);
+        }
+        let name: ImageName = name_or_id.parse().map_err(|_| not_found())?;
+        let txn = self.db.begin_read()?;
+        get(&txn.open_table(IMAGES)?, name.as_str())?.ok_or_else(not_found)
+    }
+
+    /// Gives an image a name and notes that `origin` holds it. A name keeps its id until removed.
+    pub(crate) fn add_image(
+        &self,
+        image: &ImageRecord,
+        origin: &NodeName,
+    ) -> Result<ImageRecord, CatalogError> {
+        let txn = self.db.begin_write()?;
+        let record = {
+            let mut table = txn.open_table(IMAGES)?;
+            let mut record = match get::<ImageRecord>(&table, image.name.as_str())? {
+                Some(old) if old.id != image.id => {
+                    return Err(CatalogError::NameTaken { name: old.name, id: old.id.to_string() });
+                }
+                Some(old) => old,
+                None => image.clone(),
+            };
+            if !record.origins.contains(origin) {
+                record.origins.push(origin.clone());
+                record.origins.sort();
+            }
+            table.insert(image.name.as_str(), serde_json::to_vec(&record)?.as_slice())?;
+            record
+        };
+        txn.commit()?;
+        Ok(record)
+    }
+
+    /// Takes a name away. The bytes stay where they are.
+    pub(crate) fn remove_image(&self, name: &ImageName) -> Result<ImageRecord, CatalogError> {
+        let txn = self.db.begin_write()?;
+        let record = {
+            let mut table = txn.open_table(IMAGES)?;
+            let record = get::<ImageRecord>(&table, name.as_str())?
+                .ok_or_else(|| CatalogError::NoImage(name.to_string()))?;
+            table.remove(name.as_str())?;
+            record
+        };
+        txn.commit()?;
+        Ok(record)
+    }
+
+    /// Notes a token that may be used once until it expires; forgets expired ones.
+    pub(crate) fn add_token(&self, grant: &Grant, now: SystemTime) -> Result<(), CatalogError> {
+        let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let txn = self.db.begin_write()?;
+        {
+            let mut table = txn.open_table(TOKENS)?;
+            table.retain(|_, value| {
+                serde_json::from_slice::<Grant>(value).is_ok_and(|other| other.expires_unix_seconds > now)
+            })?;
+            if redb::ReadableTableMetadata::len(&table)? >= TOKENS_MAX {
+                return Err(CatalogError::TooManyTokens);
+            }
+            let record = serde_json::to_vec(grant)?;
+            table.insert(grant.secret_hash.as_bytes().as_slice(), record.as_slice())?;
+        }
+        txn.commit()?;
+        Ok(())
+    }
+
+    fn join(
+        &self,
+        secret: &SecretHash,
+        node: &NodeName,
+        now: SystemTime,
+    ) -> Result<Result<(), JoinRefusal>, CatalogError> {
+        let txn = self.db.begin_write()?;
+        {
+            let mut tokens = txn.open_table(TOKENS)?;
+            let grant = tokens
+                .remove(secret.as_bytes().as_slice())?
+                .map(|value| serde_json::from_slice::<Grant>(value.value()))
+                .transpose()?;
+            // A refusal leaves the transaction uncommitted, and so the token unused.
+            let Some(grant) = grant else { return Ok(Err(JoinRefusal::UnknownToken)) };
+            if let Err(refusal) = grant.admits(node, now) {
+                return Ok(Err(refusal));
+            }
+            let mut nodes = txn.open_table(NODES)?;
+            if grant.node.is_none() && nodes.get(node.as_str())?.is_some() {
+                return Ok(Err(JoinRefusal::NameTaken(node.clone())));
+            }
+            let record = JoinedNode { joined_unix_ms: unix_ms(now), ..JoinedNode::default() };
+            nodes.insert(node.as_str(), serde_json::to_vec(&record)?.as_slice())?;
+        }
+        txn.commit()?;
+        Ok(Ok(()))
+    }
+
+    /// All nodes that joined and were not removed.
+    pub(crate) fn nodes(&self) -> Result<Vec<(NodeName, JoinedNode)>, CatalogError> {
+        let txn = self.db.begin_read()?;
+        let table = txn.open_table(NODES)?;
+        let mut nodes = Vec::new();
+        for entry in table.iter()? {
+            let (name, record) = entry?;
+            if let Ok(name) = name.value().parse() {
+                nodes.push((name, serde_json::from_slice(record.value())?));
+            }
+        }
+        Ok(nodes)
+    }
+
+    /// Whether a node of this name joined and was not removed.
+    pub(crate) fn has_node(&self, node: &NodeName) -> Result<bool, CatalogError> {
+        let txn = self.db.begin_read()?;
+        Ok(txn.open_table(NODES)?.get(node.as_str())?.is_some())
+    }
+
+    /// Changes a node's record. Writes only if it changed.
+    pub(crate) fn update_node(
+        &self,
+        node: &NodeName,
+        change: impl FnOnce(&mut JoinedNode),
+    ) -> Result<(), CatalogError> {
+        let txn = self.db.begin_write()?;
+        {
+            let mut table = txn.open_table(NODES)?;
+            let old = get::<JoinedNode>(&table, node.as_str())?
+                .ok_or_else(|| CatalogError::NoNode(node.clone()))?;
+            let mut record = old.clone();
+            change(&mut record);
+            if record == old {
+                return Ok(());
+            }
+            table.insert(node.as_str(), serde_json::to_vec(&record)?.as_slice())?;
+        }
+        txn.commit()?;
+        Ok(())
+    }
+
+    /// Removes a node from the cluster: its certificate is refused from now on.
+    pub(crate) fn remove_node(&self, node: &NodeName) -> Result<(), CatalogError> {
+        let txn = self.db.begin_write()?;
+        let removed = txn.open_table(NODES)?.remove(node.as_str())?.is_some();
+        txn.commit()?;
+        if removed { Ok(()) } else { Err(CatalogError::NoNode(node.clone())) }
+    }
+}
+
+impl Tokens for Catalog {
+    fn redeem<'a>(
+        &'a self,
+        secret: &'a SecretHash,
+        node: &'a NodeName,
+        now: SystemTime,
+    ) -> BoxFuture<'a, Result<(), JoinRefusal>> {
+        let joined = self.join(secret, node, now);
+        Box::pin(async move { joined.unwrap_or_else(|e| Err(JoinRefusal::Unavailable(e.to_string()))) })
+    }
+}
+
+fn get<T: DeserializeOwned>(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    key: &str,
+) -> Result<Option<T>, CatalogError> {
+    let Some(value) = table.get(key)? else { return Ok(None) };
+    Ok(Some(serde_json::from_slice(value.value())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::identity::{Fingerprint, Token};
+
+    fn catalog() -> (tempfile::TempDir, Catalog) {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        (dir, catalog)
+    }
+
+    fn record(name: &str, root: &[u8]) -> ImageRecord {
+        ImageRecord {
+            name: name.parse().unwrap(),
+            id: ImageId::of_root_page(root),
+            root_page: String::new(),
+            size_bytes: 1,
+            chunks: 1,
+            zero_chunks: 0,
+            added_unix_ms: 0,
+            origins: vec![],
+        }
+    }
+
+    #[test]
+    fn a_name_keeps_its_id_and_gains_origins() {
+        let (dir, catalog) = catalog();
+        let [a, b] = ["a", "b"].map(|n| n.parse::<NodeName>().unwrap());
+        catalog.add_image(&record("debian:12", b"one"), &a).unwrap();
+        let both = catalog.add_image(&record("debian:12", b"one"), &b).unwrap();
+        assert_eq!(both.origins, [a.clone(), b]);
+        let taken = catalog.add_image(&record("debian:12", b"two"), &a);
+        assert!(matches!(taken, Err(CatalogError::NameTaken { .. })), "{taken:?}");
+
+        drop(catalog);
+        let again = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        assert_eq!(again.images().unwrap(), vec![both.clone()], "the catalog survives a restart");
+        assert_eq!(again.image(&both.id.to_string()).unwrap(), both);
+        again.remove_image(&both.name).unwrap();
+        assert!(matches!(again.image("debian:12"), Err(CatalogError::NoImage(_))));
+    }
+
+    fn token() -> Token {
+        Token::new("volt.example:7410", Fingerprint::of(b"a certificate")).unwrap()
+    }
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_token_is_used_once_and_not_after_it_expired() {
+        let (_dir, catalog) = catalog();
+        let [a, b] = ["a", "b"].map(|n| n.parse::<NodeName>().unwrap());
+        let (first, second) = (token(), token());
+        catalog.add_token(&first.grant(at(100), None), at(0)).unwrap();
+        assert_eq!(catalog.join(&first.secret().hash(), &a, at(50)).unwrap(), Ok(()));
+        let again = catalog.join(&first.secret().hash(), &b, at(50)).unwrap();
+        assert_eq!(again, Err(JoinRefusal::UnknownToken));
+        catalog.add_token(&second.grant(at(100), None), at(0)).unwrap();
+        let late = catalog.join(&second.secret().hash(), &b, at(100)).unwrap();
+        assert_eq!(late, Err(JoinRefusal::Expired));
+    }
+
+    #[test]
+    fn a_taken_node_name_is_refused_and_leaves_the_token_usable() {
+        let (_dir, catalog) = catalog();
+        let [a, b] = ["a", "b"].map(|n| n.parse::<NodeName>().unwrap());
+        let (first, second, replacing) = (token(), token(), token());
+        for (token, node) in [(&first, None), (&second, None), (&replacing, Some(a.clone()))] {
+            catalog.add_token(&token.grant(at(100), node), at(0)).unwrap();
+        }
+        let join = |token: &Token, node| catalog.join(&token.secret().hash(), node, at(1)).unwrap();
+        assert_eq!(join(&first, &a), Ok(()));
+        assert_eq!(join(&second, &a), Err(JoinRefusal::NameTaken(a.clone())));
+        assert_eq!(join(&second, &b), Ok(()));
+        assert_eq!(join(&replacing, &a), Ok(()), "a token for the very name replaces the node");
+        catalog.remove_node(&a).unwrap();
+        assert_eq!(catalog.nodes().unwrap().len(), 1);
+    }
+}

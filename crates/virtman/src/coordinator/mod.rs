@@ -1,0 +1,151 @@
+//! Volt, the coordinator: `virtman volt`.
+//!
+//! Knows who is in the cluster ([`catalog`]), who fetches what from whom ([`cluster`]), and tells both
+//! over its API ([`routes`]). It is not in the way of data: nodes serve and boot while it is away, they
+//! only get no new parents.
+//!
+//! Crash: the catalog is on disk with every answer; the hierarchy is rebuilt from what nodes report.
+
+pub(crate) mod catalog;
+pub(crate) mod cluster;
+pub(crate) mod config;
+pub(crate) mod init;
+pub(crate) mod routes;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use volt::{Event, Millis, Settings, Shape};
+
+use self::catalog::Catalog;
+use self::cluster::{Cluster, Notice};
+use self::config::VoltArgs;
+use crate::http::{ApiError, TlsServer, UnixServer, bind_unix};
+use crate::identity::tls::{Accept, Acceptor, Admission};
+use crate::identity::{Authority, Credentials, Identity, Principal, Token, enroll};
+
+/// How many ticks the planner gets per lease: a dead node is noticed at most this part of a lease late.
+const TICKS_PER_LEASE: u32 = 4;
+
+/// Volt with everything that its routes need.
+pub(crate) struct Volt {
+    pub(crate) catalog: Arc<Catalog>,
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) shutdown: CancellationToken,
+    authority: Arc<Authority>,
+    /// Where nodes reach Volt, for join tokens.
+    address: String,
+}
+
+impl Volt {
+    /// Lets the cluster see an event, and records what must outlive this process.
+    pub(crate) fn apply(&self, event: Event) -> Vec<Notice> {
+        let notices = self.cluster.apply(event);
+        for notice in &notices {
+            if let Notice::Quarantined(node) = notice
+                && let Err(error) = self.catalog.update_node(node, |record| record.quarantined = true)
+            {
+                tracing::error!(%node, %error, "a quarantine cannot be recorded: it ends when Volt restarts");
+            }
+        }
+        notices
+    }
+
+    /// Whether a member with a valid certificate still is one.
+    fn admit(&self, peer: &Principal) -> Admission {
+        match peer {
+            Principal::Volt | Principal::Admin(_) => Admission::Admit,
+            Principal::Node(node) => match self.catalog.has_node(node) {
+                Ok(true) => Admission::Admit,
+                Ok(false) => Admission::Revoked,
+                Err(error) => {
+                    // Whoever has a certificate was a member; a failing disk must not end the cluster.
+                    tracing::error!(%node, %error, "cannot look up whether this node was removed");
+                    Admission::Admit
+                }
+            },
+        }
+    }
+
+    fn new_join_token(&self) -> Result<Token, ApiError> {
+        Token::new(&self.address, self.authority.ca().fingerprint())
+            .map_err(|e| ApiError::internal(e.to_string()))
+    }
+}
+
+/// Runs Volt until it is told to stop.
+pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
+    let shape = Shape::new(args.fan_out.max(args.stripes), args.stripes).map_err(|e| e.to_string())?;
+    let authority = Arc::new(Authority::open(&init::authority_dir(dir)).map_err(|e| e.to_string())?);
+    let identity = Identity::load(&init::identity_dir(dir)).map_err(|e| e.to_string())?;
+    let address = init::read_address(dir)?;
+    let file = dir.join("catalog.redb");
+    let catalog = Catalog::open(&file).map_err(|e| format!("cannot open {}: {e}", file.display()))?;
+    let catalog = Arc::new(catalog);
+
+    let lease = Millis(u64::try_from(args.lease.as_millis()).unwrap_or(u64::MAX));
+    let cluster = Cluster::new(Settings { lease, shape }, args.lease);
+    for (node, record) in catalog.nodes().map_err(|e| e.to_string())? {
+        if record.quarantined {
+            cluster.apply(Event::Quarantine { node });
+        }
+    }
+    let shutdown = CancellationToken::new();
+    let volt = Arc::new(Volt { catalog, cluster, shutdown: shutdown.clone(), authority, address });
+
+    let tcp = listen(args.listen).await?;
+    let unix = local_socket(&dir.join("api.sock"))?;
+    let admit = {
+        let volt = Arc::clone(&volt);
+        move |peer: &Principal| volt.admit(peer)
+    };
+    let acceptor = Acceptor::new(&Credentials::new(identity), Accept::MembersAndJoins, admit)
+        .map_err(|e| e.to_string())?;
+    let (routes, openapi) = routes::routes().split_for_parts();
+    let api = routes
+        .with_state(Arc::clone(&volt))
+        .merge(enroll::renew_router(Arc::clone(&volt.authority)))
+        .merge(crate::api::openapi_router(openapi));
+    let join = enroll::join_router(Arc::clone(&volt.authority), Arc::clone(&volt.catalog) as _);
+    let tls = TlsServer::new(acceptor, api.clone()).with_join(join);
+
+    tracing::info!(address = %args.listen, "Volt is ready");
+    crate::daemon::ready();
+    tokio::join!(
+        tls.serve(tcp, shutdown.clone()),
+        unix.serve(api, shutdown.clone()),
+        tick(&volt, args.lease / TICKS_PER_LEASE),
+        crate::daemon::stop_on_signal(shutdown.clone()),
+    );
+    tracing::info!("Volt has stopped");
+    Ok(())
+}
+
+/// Listens on TCP; the error says what to do.
+pub(crate) async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(address).await.map_err(|e| {
+        format!("cannot listen on {address}: {e}; stop what listens there, or choose another address with --listen")
+    })
+}
+
+/// Listens on the API's UNIX socket.
+pub(crate) fn local_socket(path: &Path) -> Result<UnixServer, String> {
+    bind_unix(path).map_err(|e| format!("cannot open the local socket: {e}"))
+}
+
+/// Lets the planner see time pass.
+async fn tick(volt: &Volt, every: Duration) {
+    let mut interval = tokio::time::interval(every.max(Duration::from_millis(10)));
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let ticks = async {
+        loop {
+            interval.tick().await;
+            volt.apply(Event::Tick);
+        }
+    };
+    volt.shutdown.run_until_cancelled(ticks).await;
+}

@@ -1,0 +1,107 @@
+//! The promises of ARCHITECTURE.md that a compiler does not check.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// What each crate may depend on. Arrows point downward only; foreign crates stand here where their
+/// absence or presence is a promise.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("block", &[]),
+    ("image", &["block"]),
+    ("link", &["block"]),
+    ("store", &["block"]),
+    ("nbd", &["block"]),
+    ("volt", &["block"]),
+    ("virtman", &["block", "image", "link", "nbd", "store", "volt"]),
+    ("xtask", &["block", "link"]),
+];
+
+/// Foreign crates that a crate must not know, because of what they stand for.
+const MUST_NOT_USE: &[(&str, &[&str])] = &[
+    ("block", &["tokio", "rustix", "tracing"]),
+    ("volt", &["tokio", "hyper", "axum", "redb", "rustix"]),
+    ("link", &["rustls", "tokio-rustls", "hyper", "rustix"]),
+    ("store", &["rustls", "hyper", "axum"]),
+    ("image", &["rustls", "hyper", "axum", "redb"]),
+    ("nbd", &["rustls", "tokio-rustls", "hyper"]),
+];
+
+/// Longest file of the project's own code, in lines: what a reader can hold in mind.
+const FILE_LINES_MAX: usize = 800;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
+}
+
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    let name = |value: &Value| value["name"].as_str().expect("a name").to_owned();
+    packages
+        .iter()
+        .map(|package| {
+            let normal = package["dependencies"].as_array().expect("dependencies").iter();
+            (name(package), normal.filter(|d| d["kind"].is_null()).map(name).collect())
+        })
+        .collect()
+}
+
+#[test]
+fn arrows_between_crates_point_downward_only() {
+    let dependencies = dependencies();
+    let ours: BTreeSet<&String> = dependencies.keys().collect();
+    let allowed: BTreeMap<&str, &[&str]> = MAY_USE.iter().copied().collect();
+    for (name, uses) in &dependencies {
+        let allowed = allowed.get(name.as_str()).unwrap_or_else(|| panic!("{name} has no line in MAY_USE"));
+        for used in uses.iter().filter(|used| ours.contains(used)) {
+            assert!(allowed.contains(&used.as_str()), "{name} must not depend on {used}");
+        }
+    }
+}
+
+#[test]
+fn crates_do_not_know_what_they_must_not_know() {
+    let dependencies = dependencies();
+    for (name, forbidden) in MUST_NOT_USE {
+        for used in *forbidden {
+            assert!(!dependencies[*name].contains(*used), "{name} must not depend on {used}");
+        }
+    }
+}
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).expect("a source directory") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn files_stay_short_and_say_first_what_they_are_for() {
+    let mut found = Vec::new();
+    for dir in ["crates", "xtask/src", "xtask/tests", "fuzz/fuzz_targets"] {
+        sources(&root().join(dir), &mut found);
+    }
+    assert!(found.len() > 20, "the sources were not found: {found:?}");
+    for path in found {
+        let text = fs::read_to_string(&path).expect("a source file");
+        let lines = text.lines().count();
+        assert!(lines <= FILE_LINES_MAX, "{} has {lines} lines, more than {FILE_LINES_MAX}", path.display());
+        let first = text.lines().find(|line| !line.starts_with("#!")).unwrap_or_default();
+        assert!(first.starts_with("//!"), "{} does not begin with what it is for", path.display());
+    }
+}
