@@ -249,7 +249,7 @@ fn log_panic(done: Result<(), tokio::task::JoinError>) {
     }
 }
 
-async fn serve_http<S>(stream: S, router: Router, peer: Option<Peer>, shutdown: CancellationToken)
+pub(super) async fn serve_http<S>(stream: S, router: Router, peer: Option<Peer>, shutdown: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
