@@ -376,3 +376,44 @@ async fn over_tls_handlers_know_the_member_and_links_go_their_own_way() {
     shutdown.cancel();
     served.await.unwrap();
 }
+
+#[tokio::test]
+async fn a_member_that_is_removed_loses_its_open_connections() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::create(&dir.path().join("ca"), SystemTime::now()).unwrap();
+    let issue = |p: &Principal| Credentials::new(authority.issue(p, SystemTime::now()).unwrap());
+    let (a, b) = (Principal::Node("a".parse().unwrap()), Principal::Node("b".parse().unwrap()));
+    let removed = Arc::new(std::sync::Mutex::new(None));
+    let list = removed.clone();
+    let acceptor = Acceptor::new(&issue(&Principal::Volt), Accept::Members, move |peer| {
+        if list.lock().unwrap().as_ref() == Some(peer) { Admission::Revoked } else { Admission::Admit }
+    })
+    .unwrap();
+    let shutdown = CancellationToken::new();
+    let until = shutdown.clone();
+    let changes = async move || lines(stream::once(async { 1 }).chain(stream::pending()), until);
+    let (removals, changed) = tokio::sync::watch::channel(());
+    let server =
+        TlsServer::new(acceptor, Router::new().route("/changes", get(changes)).route("/who", get(who)))
+            .with_removals(changed);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let served = tokio::spawn(server.serve(listener, shutdown.clone()));
+    let client = |p: &Principal| {
+        let credentials = issue(p);
+        Client::new(Target::Tls { address: address.clone(), principal: Principal::Volt, credentials })
+    };
+    let (client_a, client_b) = (client(&a), client(&b));
+    let mut of_a = client_a.stream_lines::<u32>("/changes").await.unwrap();
+    let mut of_b = client_b.stream_lines::<u32>("/changes").await.unwrap();
+    assert_eq!((of_a.next().await.unwrap().unwrap(), of_b.next().await.unwrap().unwrap()), (1, 1));
+
+    *removed.lock().unwrap() = Some(a);
+    removals.send(()).unwrap();
+    assert!(matches!(of_a.next().await, Some(Err(ClientError::Lost { .. }))));
+    assert!(matches!(client_a.get::<String>("/who").await, Err(ClientError::Connect(_))));
+    assert_eq!(client_b.get::<String>("/who").await.unwrap(), b.uri());
+    assert!(futures_util::FutureExt::now_or_never(of_b.next()).is_none(), "the stream of another goes on");
+    shutdown.cancel();
+    served.await.unwrap();
+}

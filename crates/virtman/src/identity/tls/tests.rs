@@ -206,6 +206,30 @@ async fn a_removed_member_is_told_so_while_others_come_in() {
 }
 
 #[tokio::test]
+async fn a_refused_peer_that_is_still_sending_learns_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = cluster(dir.path(), "ca");
+    let port =
+        Acceptor::new(&issue(&authority, &node("b")), Accept::Members, |_| Admission::Revoked).unwrap();
+    let expected = member(&issue(&authority, &node("a")), &node("b"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (server, why) = tokio::join!(greet(&listener, &port), async {
+        let mut stream = connect(&address, &expected, Alpn::Http).await.unwrap();
+        // From here on the refusal is there; a server that had closed would answer each write by a reset.
+        stream.get_ref().0.readable().await.unwrap();
+        for _ in 0..4 {
+            stream.write_all(&[0; 1024]).await.unwrap();
+            stream.flush().await.unwrap();
+        }
+        let error = stream.read(&mut [0; 1]).await.unwrap_err();
+        refusal(&error).expect("an alert that we know")
+    });
+    assert!(why.contains("removed from the cluster"), "{why}");
+    assert!(matches!(server, Err(AcceptError::Handshake(_))), "{server:?}");
+}
+
+#[tokio::test]
 async fn an_expired_certificate_is_refused_by_both_sides() {
     let dir = tempfile::tempdir().unwrap();
     let authority = cluster(dir.path(), "ca");
