@@ -26,15 +26,15 @@ use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{ApiError, Peer};
 use crate::identity::Principal;
-use crate::identity::tls::{self, Accepted, Acceptor};
+use crate::identity::tls::{self, AcceptError, Accepted, Acceptor, Admission};
 
 /// Connections of one listener: 10,000 nodes hold up to three each with Volt.
 const CONNECTIONS_MAX: usize = 32 * 1024;
@@ -124,12 +124,13 @@ pub struct TlsServer {
     api: Router,
     join: Option<Router>,
     link: Option<OnLink>,
+    removals: Option<watch::Receiver<()>>,
 }
 
 impl TlsServer {
     /// Serves `api` to members; its handlers find [`Peer::Remote`].
     pub fn new(acceptor: Acceptor, api: Router) -> Self {
-        Self { acceptor, api: finished(api), join: None, link: None }
+        Self { acceptor, api: finished(api), join: None, link: None, removals: None }
     }
 
     /// Serves `join` to connections without a certificate that ask for nothing else. The acceptor must
@@ -141,6 +142,12 @@ impl TlsServer {
     /// Hands link connections to `link`.
     pub fn with_link(self, link: OnLink) -> Self {
         Self { link: Some(link), ..self }
+    }
+
+    /// Whenever `removals` changes, asks the acceptor again about everybody connected, and closes the
+    /// connections of members that are no longer admitted.
+    pub fn with_removals(self, removals: watch::Receiver<()>) -> Self {
+        Self { removals: Some(removals), ..self }
     }
 
     /// Serves until `shutdown`.
@@ -160,11 +167,11 @@ impl TlsServer {
         unproven: Arc<Semaphore>,
         shutdown: CancellationToken,
     ) {
-        // The permit covers the handshake, and a join to its end.
-        let Ok(permit) = unproven.acquire().await else { return };
         let accepted = async {
+            // The permit covers the handshake, and a join to its end.
+            let permit = unproven.acquire().await.expect("nobody closes this semaphore");
             tls::prepare(&tcp)?;
-            self.acceptor.accept(tcp).await
+            Ok::<_, AcceptError>((permit, self.acceptor.accept(tcp).await?))
         };
         let accepted = tokio::select! {
             () = shutdown.cancelled() => return,
@@ -172,25 +179,44 @@ impl TlsServer {
         };
         match accepted {
             Err(error) => debug!(%error, "refused a connection"),
-            Ok(Accepted::Join { stream }) => {
+            Ok((_permit, Accepted::Join { stream })) => {
                 let Some(join) = self.join.clone() else { return };
                 let served = serve_http(stream, join, None, shutdown);
                 if tokio::time::timeout(JOIN_TIME_MAX, served).await.is_err() {
                     debug!("closed a join that took longer than {JOIN_TIME_MAX:?}");
                 }
             }
-            Ok(Accepted::Http { peer, stream }) => {
+            Ok((permit, Accepted::Http { peer, stream })) => {
                 drop(permit);
-                serve_http(stream, self.api.clone(), Some(Peer::Remote(peer)), shutdown).await;
+                let served = serve_http(stream, self.api.clone(), Some(Peer::Remote(peer.clone())), shutdown);
+                self.while_admitted(&peer, served).await;
             }
-            Ok(Accepted::Link { peer, stream }) => {
+            Ok((permit, Accepted::Link { peer, stream })) => {
                 drop(permit);
                 let Some(link) = &self.link else { return };
+                let served = link(peer.clone(), stream);
                 tokio::select! {
                     () = shutdown.cancelled() => {}
-                    () = link(peer, stream) => {}
+                    () = self.while_admitted(&peer, served) => {}
                 }
             }
+        }
+    }
+
+    /// Serves until done, or until `peer` is removed: then all that it has open is dropped.
+    async fn while_admitted(&self, peer: &Principal, served: impl Future<Output = ()>) {
+        let removed = async {
+            let Some(mut removals) = self.removals.clone() else { return std::future::pending().await };
+            // Asked before the first wait too: the removal may have come during the handshake.
+            while self.acceptor.admits(peer) == Admission::Admit {
+                if removals.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
+            }
+        };
+        tokio::select! {
+            () = served => {}
+            () = removed => info!(%peer, "closed a connection of a removed member"),
         }
     }
 }
@@ -249,7 +275,7 @@ fn log_panic(done: Result<(), tokio::task::JoinError>) {
     }
 }
 
-async fn serve_http<S>(stream: S, router: Router, peer: Option<Peer>, shutdown: CancellationToken)
+pub(super) async fn serve_http<S>(stream: S, router: Router, peer: Option<Peer>, shutdown: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {

@@ -170,3 +170,207 @@ impl From<IdentityError> for ApiError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::path::Path;
+    use std::sync::Mutex;
+    use std::time::Duration;
+
+    use tokio::net::TcpListener;
+    use tokio::task::JoinHandle;
+    use tokio_util::sync::{CancellationToken, DropGuard};
+
+    use super::super::tls::{Accept, Acceptor, Admission};
+    use super::super::{Credentials, Fingerprint, Grant, TOKEN_LIFETIME};
+    use super::*;
+    use crate::http::TlsServer;
+
+    /// Tokens in memory, with one member that was there before.
+    struct Book {
+        grants: Mutex<Vec<Grant>>,
+        member: NodeName,
+    }
+
+    impl Tokens for Book {
+        fn redeem<'a>(
+            &'a self,
+            secret: &'a SecretHash,
+            node: &'a NodeName,
+            now: SystemTime,
+        ) -> BoxFuture<'a, Result<(), JoinRefusal>> {
+            Box::pin(async move {
+                let mut grants = self.grants.lock().unwrap();
+                let at = grants.iter().position(|g| g.secret_hash == *secret);
+                let at = at.ok_or(JoinRefusal::UnknownToken)?;
+                grants[at].admits(node, now)?;
+                if grants[at].node.is_none() && *node == self.member {
+                    return Err(JoinRefusal::NameTaken(node.clone()));
+                }
+                grants.remove(at);
+                Ok(())
+            })
+        }
+    }
+
+    /// A Volt on a port of its own, which ends with it.
+    struct Volt {
+        authority: Arc<Authority>,
+        book: Arc<Book>,
+        address: SocketAddr,
+        _served: JoinHandle<()>,
+        _shutdown: DropGuard,
+    }
+
+    impl Volt {
+        async fn start(dir: &Path) -> Self {
+            let now = SystemTime::now();
+            let authority = Arc::new(Authority::create(&dir.join("ca"), now).unwrap());
+            let book = Arc::new(Book { grants: Mutex::default(), member: name("member") });
+            let credentials = Credentials::new(authority.issue(&Principal::Volt, now).unwrap());
+            let acceptor =
+                Acceptor::new(&credentials, Accept::MembersAndJoins, |_| Admission::Admit).unwrap();
+            let server = TlsServer::new(acceptor, renew_router(authority.clone()))
+                .with_join(join_router(authority.clone(), book.clone()));
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let shutdown = CancellationToken::new();
+            let served = tokio::spawn(server.serve(listener, shutdown.clone()));
+            Self { authority, book, address, _served: served, _shutdown: shutdown.drop_guard() }
+        }
+
+        fn give_token(&self, expires: SystemTime, node: Option<NodeName>) -> Token {
+            let token = Token::new(&self.address.to_string(), self.authority.ca().fingerprint()).unwrap();
+            self.book.grants.lock().unwrap().push(token.grant(expires, node));
+            token
+        }
+
+        fn client(&self, identity: Identity) -> Client {
+            Client::new(Target::Tls {
+                address: self.address.to_string(),
+                principal: Principal::Volt,
+                credentials: Credentials::new(identity),
+            })
+        }
+    }
+
+    fn name(text: &str) -> NodeName {
+        text.parse().unwrap()
+    }
+
+    fn in_an_hour() -> SystemTime {
+        SystemTime::now() + TOKEN_LIFETIME
+    }
+
+    fn code(result: Result<Identity, EnrollError>) -> String {
+        match result {
+            Err(EnrollError::Client(ClientError::Refused(error))) => error.code.into_owned(),
+            other => panic!("expected a refusal, got {other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_joins_once_with_a_token_and_renews_with_its_certificate() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let token: Token = volt.give_token(in_an_hour(), None).to_string().parse().unwrap();
+
+        let identity = join(&token, &name("a")).await.unwrap();
+        assert_eq!(*identity.principal(), Principal::Node(name("a")));
+        identity.save(&dir.path().join("a")).unwrap();
+        assert_eq!(code(join(&token, &name("b")).await), "unknown_token");
+
+        let client = volt.client(Identity::load(&dir.path().join("a")).unwrap());
+        let renewed = renew(&client, &identity).await.unwrap();
+        assert!(renewed.expires() >= identity.expires());
+        renewed.save(&dir.path().join("a")).unwrap();
+    }
+
+    #[tokio::test]
+    async fn of_two_that_join_at_once_with_one_token_one_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let token = volt.give_token(in_an_hour(), None);
+        let (a, b) = (name("a"), name("b"));
+        let (a, b) = tokio::join!(join(&token, &a), join(&token, &b));
+        let refused = if a.is_ok() { b } else { a };
+        assert_eq!(code(refused), "unknown_token");
+    }
+
+    #[tokio::test]
+    async fn an_expired_token_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let token = volt.give_token(SystemTime::now() - Duration::from_secs(1), None);
+        assert_eq!(code(join(&token, &name("a")).await), "token_expired");
+    }
+
+    #[tokio::test]
+    async fn a_token_for_one_name_serves_no_other_and_is_not_used_up_by_the_attempt() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let token = volt.give_token(in_an_hour(), Some(name("a")));
+        assert_eq!(code(join(&token, &name("b")).await), "wrong_name");
+        join(&token, &name("a")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_name_of_a_member_is_taken_unless_the_token_is_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let open = volt.give_token(in_an_hour(), None);
+        assert_eq!(code(join(&open, &name("member")).await), "name_taken");
+        let named = volt.give_token(in_an_hour(), Some(name("member")));
+        join(&named, &name("member")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_secret_is_not_shown_to_a_volt_of_another_cluster() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let right = volt.give_token(in_an_hour(), None);
+        let wrong = Token::new(right.address(), Fingerprint::of(b"another CA")).unwrap();
+        volt.book.grants.lock().unwrap().push(wrong.grant(in_an_hour(), None));
+        let error = join(&wrong, &name("a")).await.unwrap_err();
+        assert!(matches!(error, EnrollError::Client(ClientError::Connect(_))), "{error}");
+        // Had the secret arrived, its grant would be gone.
+        assert_eq!(volt.book.grants.lock().unwrap().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_bad_request_does_not_use_up_the_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let token = volt.give_token(in_an_hour(), None);
+        let client = Client::new(Target::Join { address: token.address().to_owned(), ca: token.ca() });
+        let request =
+            JoinRequest { secret: *token.secret(), node: name("a"), csr: "not a request".to_owned() };
+        let error = client.post::<JoinAnswer>(JOIN_PATH, &request).await.unwrap_err();
+        assert!(matches!(&error, ClientError::Refused(e) if e.code == "bad_certificate_request"), "{error}");
+        let escaping = serde_json::json!({ "secret": token.secret(), "node": "../a", "csr": "" });
+        let error = client.post::<JoinAnswer>(JOIN_PATH, &escaping).await.unwrap_err();
+        assert!(matches!(&error, ClientError::Refused(e) if e.code == "bad_body"), "{error}");
+        join(&token, &name("a")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_certificate_reaches_nothing_but_the_join() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let ca = volt.authority.ca().fingerprint();
+        let client = Client::new(Target::Join { address: volt.address.to_string(), ca });
+        let request = RenewRequest { csr: Key::generate().unwrap().csr().unwrap() };
+        let error = client.post::<RenewAnswer>(RENEW_PATH, &request).await.unwrap_err();
+        assert!(matches!(&error, ClientError::Refused(e) if e.code == "no_such_path"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_administrator_does_not_renew_by_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let volt = Volt::start(dir.path()).await;
+        let eve = Principal::Admin("eve".parse().unwrap());
+        let issue = || volt.authority.issue(&eve, SystemTime::now()).unwrap();
+        assert_eq!(code(renew(&volt.client(issue()), &issue()).await), "not_a_node");
+    }
+}

@@ -52,6 +52,7 @@ pub struct Acceptor {
     members: Arc<ServerConfig>,
     joins: Option<Arc<ServerConfig>>,
     plain: Arc<ServerConfig>,
+    admit: Arc<Admit>,
 }
 
 /// A connection whose peer is known, or is about to join.
@@ -101,7 +102,8 @@ impl Acceptor {
         admit: impl Fn(&Principal) -> Admission + Send + Sync + 'static,
     ) -> Result<Self, IdentityError> {
         let chain = chain_verifier(credentials.current().ca()).map_err(IdentityError::Mismatch)?;
-        let verifier = Arc::new(MemberVerifier { chain, admit: Box::new(admit) });
+        let admit: Arc<Admit> = Arc::new(admit);
+        let verifier = Arc::new(MemberVerifier { chain, admit: admit.clone() });
         let config = |client_certificate: ClientCertificate, protocols: &[Alpn]| {
             let versions = ServerConfig::builder_with_provider(provider())
                 .with_protocol_versions(&[&rustls::version::TLS13])
@@ -123,7 +125,14 @@ impl Acceptor {
                 Accept::MembersAndJoins => Some(config(ClientCertificate::Unasked, &[Alpn::Join])),
             },
             plain: config(ClientCertificate::Required, &[]),
+            admit,
         })
+    }
+
+    /// What the owner says of `peer` now. The handshake asked already; who holds connections open asks
+    /// again when members are removed.
+    pub fn admits(&self, peer: &Principal) -> Admission {
+        (self.admit)(peer)
     }
 
     /// Makes a TLS connection of `io`, within [`HANDSHAKE_TIME_MAX`].
@@ -220,7 +229,7 @@ fn peer<S>(stream: &TlsStream<S>) -> io::Result<Principal> {
 /// Verifies the chain, then that it names a principal, then that this one is still admitted.
 struct MemberVerifier {
     chain: Arc<dyn ClientCertVerifier>,
-    admit: Box<Admit>,
+    admit: Arc<Admit>,
 }
 
 impl fmt::Debug for MemberVerifier {
