@@ -26,6 +26,8 @@ mod qmp;
 mod ready;
 pub(crate) mod seed;
 mod spec;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use accel::{Accel, AccelChoice, AccelWish};
 pub(crate) use qemu::{Qemu, Stopped, VmState};

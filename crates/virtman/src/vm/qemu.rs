@@ -207,7 +207,9 @@ impl Qemu {
 
 /// Takes away what the last run left, and keeps what its console printed.
 fn make_room(files: &VmFiles) -> Result<(), VmError> {
-    for stale in [files.pidfile(), files.qmp_socket(), files.console_socket(), files.agent_socket()] {
+    for stale in
+        [files.pidfile(), files.log(), files.qmp_socket(), files.console_socket(), files.agent_socket()]
+    {
         accept_missing(fs::remove_file(&stale)).map_err(VmError::file(stale))?;
     }
     let log = files.console_log();
@@ -231,7 +233,8 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), VmError> {
 
 /// Runs QEMU until it is in the background, or has refused.
 async fn launch(files: &VmFiles, arguments: &[String]) -> Result<(), VmError> {
-    let log = fs::File::create(files.log()).map_err(VmError::file(files.log()))?;
+    let log = fs::File::options().create(true).append(true).open(files.log());
+    let log = log.map_err(VmError::file(files.log()))?;
     let spawned = Command::new(QEMU)
         .args(arguments)
         .stdin(Stdio::null())

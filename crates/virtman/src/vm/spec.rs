@@ -19,11 +19,6 @@ const NBD_RECONNECT_SECONDS: u32 = 365 * 24 * 3600;
 /// each VM; a Linux boot translates less than 100 MiB.
 const TCG_BUFFER_MIB: u32 = 128;
 
-/// The processor that TCG plays: the oldest that today's 64-bit systems run on (x86-64-v2). Each newer one
-/// makes guests choose vector instructions that TCG is slower at: a Debian boot on `max` takes 1.2 times as
-/// long.
-const TCG_CPU: &str = "Nehalem";
-
 /// Longest path of a UNIX socket in bytes: the system's 108 with a zero at the end.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -135,11 +130,13 @@ pub(super) fn arguments(spec: &VmSpec, files: &VmFiles) -> Result<Vec<String>, V
     line.flag("-no-user-config").flag("-nodefaults").flag("-daemonize");
     line.add("-display", "none");
     line.add("-pidfile", told(&files.pidfile())?);
+    // Without this, what QEMU says later would go nowhere once it is in the background.
+    line.add("-D", told(&files.log())?);
     line.add("-machine", "q35,usb=off,vmport=off");
     match spec.accel {
         Accel::Kvm => line.add("-accel", "kvm").add("-cpu", "host"),
         Accel::Tcg => {
-            line.add("-accel", format!("tcg,thread=multi,tb-size={TCG_BUFFER_MIB}")).add("-cpu", TCG_CPU)
+            line.add("-accel", format!("tcg,thread=multi,tb-size={TCG_BUFFER_MIB}")).add("-cpu", "max")
         }
     };
     line.add("-m", format!("{}M", spec.memory_mib)).add("-smp", spec.cpus.to_string());

@@ -1,0 +1,252 @@
+//! The runner against a real QEMU and a foreign NBD server (`qemu-nbd`).
+//!
+//! The guest is one boot sector, so that a whole life takes a second: it prints `ready`, and for each byte
+//! that its console gets it reads the second sector of its disk and prints the text there, or `error`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+
+use super::*;
+
+/// Bounds a test that would otherwise hang; nothing that passes comes near it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[rustfmt::skip]
+const ECHOING_GUEST: [u8; 108] = [
+    0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, // ax, ds, es, ss = 0
+    0xbc, 0x00, 0x7c, 0x88, 0xd3, 0xfb,             // sp = 0x7c00, bl = the boot drive, interrupts on
+    0xbe, 0x4e, 0x7c, 0xe8, 0x22, 0x00,             // print "ready"
+    0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf8, // 0x14: wait for a byte at the serial port
+    0xba, 0xf8, 0x03, 0xec,                         // take it
+    0xb4, 0x42, 0x88, 0xda, 0xbe, 0x5c, 0x7c, 0xcd, 0x13, // read the second sector to 0x8000
+    0xbe, 0x00, 0x80, 0x73, 0x03, 0xbe, 0x55, 0x7c, // si = what was read, or "error"
+    0xe8, 0x02, 0x00, 0xeb, 0xde,                   // print it; wait again
+    0xac, 0x84, 0xc0, 0x74, 0x12, 0x88, 0xc1,       // 0x36, print: the next character, until a zero
+    0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb, // wait until the serial port takes it
+    0x88, 0xc8, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xe9, 0xc3, // write it; the next
+    b'r', b'e', b'a', b'd', b'y', b'\n', 0,         // 0x4e
+    b'e', b'r', b'r', b'o', b'r', b'\n', 0,         // 0x55
+    0x10, 0x00, 0x01, 0x00, 0x00, 0x80, 0x00, 0x00, // 0x5c: one sector, to 0000:8000,
+    0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, // from sector 1
+];
+
+/// A directory with a disk, its NBD server and a VM, all of which end with it.
+struct Bench {
+    dir: tempfile::TempDir,
+    format: &'static str,
+}
+
+impl Bench {
+    /// A disk with the echoing guest; `None`, said aloud, where the programs are missing.
+    fn new() -> Option<Bench> {
+        let bench = Bench::without_disk("raw")?;
+        let mut disk = vec![0; 1 << 20];
+        disk[..ECHOING_GUEST.len()].copy_from_slice(&ECHOING_GUEST);
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        disk[512..518].copy_from_slice(b"first\n");
+        fs::write(bench.path("disk"), disk).unwrap();
+        bench.serve_disk();
+        Some(bench)
+    }
+
+    /// A private disk on top of a qcow2 image.
+    fn on_image(image: &str) -> Option<Bench> {
+        let bench = Bench::without_disk("qcow2")?;
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image])
+            .arg(bench.path("disk"))
+            .status()
+            .unwrap();
+        assert!(made.success());
+        bench.serve_disk();
+        Some(bench)
+    }
+
+    fn without_disk(format: &'static str) -> Option<Bench> {
+        for program in [QEMU, "qemu-nbd"] {
+            if Command::new(program).arg("--version").output().is_err() {
+                eprintln!("skipped: {program} is not installed");
+                return None;
+            }
+        }
+        Some(Bench { dir: tempfile::tempdir().unwrap(), format })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn vm_dir(&self) -> PathBuf {
+        // A comma, because it separates QEMU's options.
+        self.path("vms,readonly=on")
+    }
+
+    fn serve_disk(&self) {
+        let served = Command::new("qemu-nbd")
+            .args(["--fork", "--persistent", "--export-name=vm-1", "--discard=unmap"])
+            .arg(format!("--format={}", self.format))
+            .arg(format!("--pid-file={}", self.path("nbd.pid").display()))
+            .arg(format!("--socket={}", self.path("nbd.sock").display()))
+            .arg(self.path("disk"))
+            .status()
+            .unwrap();
+        assert!(served.success());
+    }
+
+    fn kill_disk_server(&self) {
+        let Ok(text) = fs::read_to_string(self.path("nbd.pid")) else { return };
+        let pid = Pid::from_raw(text.trim().parse().unwrap()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+        fs::remove_file(self.path("nbd.pid")).unwrap();
+    }
+
+    fn spec(&self) -> VmSpec {
+        VmSpec {
+            name: "vm-1".parse().unwrap(),
+            disk: VmDisk { socket: self.path("nbd.sock"), export: "vm-1".to_owned() },
+            seed: None,
+            memory_mib: 32,
+            cpus: 1,
+            accel: Accel::Tcg,
+            boot: None,
+            network: Network::None,
+        }
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if let Some(vm) = process::Process::of_pidfile(&self.vm_dir().join("qemu.pid")) {
+            vm.kill().unwrap();
+        }
+        self.kill_disk_server();
+    }
+}
+
+async fn wait_for(vm: &Qemu, pattern: &str) -> Result<Duration, ReadyError> {
+    format!("console:{pattern}").parse::<Ready>().unwrap().wait(vm, PATIENCE).await
+}
+
+async fn type_key(vm: &Qemu) {
+    UnixStream::connect(vm.console_socket()).await.unwrap().write_all(b"x").await.unwrap();
+}
+
+fn write_second_sector(disk: &Path, text: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    fs::File::options().write(true).open(disk).unwrap().write_all_at(text, 512).unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_is_found_again_by_a_later_daemon_and_waits_while_its_disk_server_is_away() {
+    let Some(bench) = Bench::new() else { return };
+    let vm = Qemu::start(&bench.vm_dir(), &bench.spec()).await.unwrap();
+    wait_for(&vm, "^ready$").await.unwrap();
+    let pid = vm.pid();
+    drop(vm);
+
+    let vm = Qemu::adopt(&bench.vm_dir()).expect("the guest outlives what started it");
+    assert_eq!((vm.pid(), vm.name().as_str(), vm.accel()), (pid, "vm-1", Accel::Tcg));
+    assert_eq!(vm.state().await.unwrap(), VmState::Running);
+    type_key(&vm).await;
+    wait_for(&vm, "^first$").await.unwrap();
+
+    bench.kill_disk_server();
+    write_second_sector(&bench.path("disk"), b"after\n");
+    type_key(&vm).await;
+    bench.serve_disk();
+    wait_for(&vm, "^(after|error)$").await.unwrap();
+    let printed = fs::read_to_string(bench.vm_dir().join("console.log")).unwrap();
+    assert!(printed.ends_with("after\n"), "the guest saw latency and no error: {printed:?}");
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_shut_down_is_ended_and_its_next_start_begins_a_new_console() {
+    let Some(bench) = Bench::new() else { return };
+    let vm = Qemu::start(&bench.vm_dir(), &bench.spec()).await.unwrap();
+    wait_for(&vm, "^ready$").await.unwrap();
+    let again = Qemu::start(&bench.vm_dir(), &bench.spec()).await;
+    assert!(matches!(again, Err(VmError::Running { pid }) if pid == vm.pid()), "{again:?}");
+
+    assert_eq!(vm.stop(Duration::ZERO).await.unwrap(), Stopped::ByQemu);
+    assert_eq!(vm.state().await.unwrap(), VmState::Ended);
+    assert!(Qemu::adopt(&bench.vm_dir()).is_none());
+    assert!(matches!(wait_for(&vm, "^never$").await, Err(ReadyError::Ended)));
+
+    let vm = Qemu::start(&bench.vm_dir(), &bench.spec()).await.unwrap();
+    wait_for(&vm, "^ready$").await.unwrap();
+    let before = fs::read_to_string(bench.vm_dir().join("console.log.1")).unwrap();
+    assert_eq!(before, "ready\n", "what the last run printed is kept");
+    vm.kill().await.unwrap();
+    assert!(Qemu::adopt(&bench.vm_dir()).is_none(), "a killed guest is not found");
+}
+
+#[tokio::test]
+async fn a_vm_whose_disk_server_is_away_ends_all_the_same() {
+    let Some(bench) = Bench::new() else { return };
+    let vm = Qemu::start(&bench.vm_dir(), &bench.spec()).await.unwrap();
+    wait_for(&vm, "^ready$").await.unwrap();
+    bench.kill_disk_server();
+    type_key(&vm).await;
+    vm.stop(Duration::ZERO).await.unwrap();
+    assert!(Qemu::adopt(&bench.vm_dir()).is_none());
+}
+
+#[tokio::test]
+async fn qemus_own_words_say_why_it_did_not_start() {
+    let Some(bench) = Bench::new() else { return };
+    let mut spec = bench.spec();
+    spec.disk.export = "no,such".to_owned();
+    let error = Qemu::start(&bench.vm_dir(), &spec).await.unwrap_err();
+    assert!(matches!(&error, VmError::Refused(words) if words.contains("no,such")), "{error}");
+    assert!(Qemu::adopt(&bench.vm_dir()).is_none());
+}
+
+#[tokio::test]
+async fn a_forwarded_port_is_not_ready_because_qemu_listens_on_it() {
+    let Some(bench) = Bench::new() else { return };
+    let mut spec = bench.spec();
+    spec.network = Network::User { guest_ports: vec![22] };
+    let vm = Qemu::start(&bench.vm_dir(), &spec).await.unwrap();
+    let port = vm.forwarded_port(22).await.unwrap().expect("the port is forwarded");
+    tokio::net::TcpStream::connect(("127.0.0.1", port)).await.expect("QEMU itself accepts");
+    let moment = Duration::from_millis(500);
+    let refused = Ready::Tcp(22).wait(&vm, moment).await;
+    assert!(matches!(refused, Err(ReadyError::Late(_))), "this guest has no network: {refused:?}");
+    let unknown = Ready::Tcp(80).wait(&vm, moment).await;
+    assert!(matches!(unknown, Err(ReadyError::NotForwarded(80))), "{unknown:?}");
+}
+
+#[tokio::test]
+#[ignore = "takes a minute without KVM: set VIRTMAN_GUEST_IMAGE to an image made by scripts/guest-image"]
+async fn a_debian_guest_takes_its_name_from_the_seed_and_shuts_down_when_asked() {
+    let image = std::env::var("VIRTMAN_GUEST_IMAGE").expect("VIRTMAN_GUEST_IMAGE names an image");
+    let Some(bench) = Bench::on_image(&image) else { return };
+    let choice = AccelWish::Auto.decide().await.unwrap();
+    println!("{choice}");
+    let name = "guest-7".parse().unwrap();
+    let seed =
+        seed::Identity::new(&name, &"i-1".parse().unwrap(), &["ssh-ed25519 AAAA me".to_owned()]).unwrap();
+    fs::write(bench.path("seed"), seed.disk().unwrap()).unwrap();
+    let mut spec = bench.spec();
+    spec.name = name;
+    spec.accel = choice.accel;
+    spec.memory_mib = 512;
+    spec.seed = Some(bench.path("seed"));
+    spec.network = Network::User { guest_ports: vec![22] };
+
+    let vm = Qemu::start(&bench.vm_dir(), &spec).await.unwrap();
+    let first = wait_for(&vm, ".").await.unwrap();
+    bench.kill_disk_server();
+    bench.serve_disk();
+    let login = wait_for(&vm, "^guest-7 login:").await.unwrap();
+    let ssh = Ready::Tcp(22).wait(&vm, PATIENCE).await.unwrap();
+    let agent = Ready::Agent.wait(&vm, PATIENCE).await.unwrap();
+    println!("first output {first:?}, login {login:?}, ssh by {ssh:?}, agent by {agent:?}");
+    assert_eq!(vm.stop(PATIENCE).await.unwrap(), Stopped::ByGuest);
+}
