@@ -169,6 +169,13 @@ impl Client {
         Ok(())
     }
 
+    /// The range from first to last byte of the blocks that the server demands, around a range on the disk.
+    fn whole_blocks(&self, offset: u64, len: u64) -> (u64, u64) {
+        let align = u64::from(self.agreed.align_bytes);
+        let end = (offset + len).next_multiple_of(align).min(self.agreed.size_bytes);
+        (offset / align * align, end)
+    }
+
     /// The pieces of a range that each fit one request of at most `longest` bytes.
     fn pieces(offset: u64, len: u64, longest: u64) -> impl Iterator<Item = (u64, u64)> {
         let (mut at, end) = (offset, offset + len);
@@ -232,17 +239,19 @@ impl Client {
 
     async fn read_range(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         self.check(offset, buf.len() as u64)?;
-        let align = u64::from(self.agreed.align_bytes);
-        // One block less than the most, so that a piece that is widened to whole blocks still fits.
-        let longest = (self.payload_bytes_max() - align).max(align);
-        for (at, len) in Client::pieces(offset, buf.len() as u64, longest) {
-            let start = at / align * align;
-            let end = (at + len).next_multiple_of(align).min(self.agreed.size_bytes);
-            let Answer::Data(data) = self.ask(Command::Read, 0, start, end - start).await? else {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let wanted_end = offset + buf.len() as u64;
+        let (start, end) = self.whole_blocks(offset, buf.len() as u64);
+        for (at, len) in Client::pieces(start, end - start, self.payload_bytes_max()) {
+            let Answer::Data(data) = self.ask(Command::Read, 0, at, len).await? else {
                 return Err(DiskError::Io("the answer to a read holds no data".to_owned()));
             };
-            let (from, to) = ((at - start) as usize, (at - offset) as usize);
-            buf[to..to + len as usize].copy_from_slice(&data[from..from + len as usize]);
+            // What was read only to fill the first and last block is left out.
+            let (from, to) = (at.max(offset), (at + len).min(wanted_end));
+            let wanted = &data[(from - at) as usize..(to - at) as usize];
+            buf[(from - offset) as usize..(to - offset) as usize].copy_from_slice(wanted);
         }
         Ok(())
     }
@@ -269,8 +278,7 @@ impl Client {
             return Ok(if len == 0 { Vec::new() } else { vec![Extent { len, kind: ExtentKind::Data }] });
         }
         let align = u64::from(self.agreed.align_bytes);
-        let start = offset / align * align;
-        let end = (offset + len).next_multiple_of(align).min(self.agreed.size_bytes);
+        let (start, end) = self.whole_blocks(offset, len);
         let asked = (end - start).min(RANGE_BYTES_MAX);
         let Answer::Extents(mut extents) = self.ask(Command::BlockStatus, 0, start, asked).await? else {
             return Err(DiskError::Io("the answer to a block status holds no extents".to_owned()));

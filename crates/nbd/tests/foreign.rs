@@ -363,9 +363,17 @@ async fn alignment_that_a_server_demands_is_kept_by_reads_and_asked_of_writes() 
     let image = dir.path().join("disk.raw");
     let bytes = sample(1 << 20);
     std::fs::write(&image, &bytes).unwrap();
-    let policy = ["blocksize-minimum=4096", "blocksize-error-policy=error"];
     let file = image.to_str().unwrap();
-    let args = ["--filter=blocksize-policy", "file", file, policy[0], policy[1]];
+    // Reads that are widened to whole blocks must still not be longer than the server takes.
+    let args = [
+        "--filter=blocksize-policy",
+        "file",
+        file,
+        "blocksize-minimum=4096",
+        "blocksize-preferred=4096",
+        "blocksize-maximum=8192",
+        "blocksize-error-policy=error",
+    ];
     let mut nbdkit = Foreign::nbdkit(&dir, &args);
     let client = nbdkit.connect("", &Options::default()).await;
     assert_eq!(client.agreed().align_bytes, 4096);
