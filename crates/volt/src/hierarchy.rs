@@ -255,14 +255,13 @@ impl Hierarchy {
             let forest = &former.forests[0];
             if forest.contains(key) { forest.rank(key) } else { 0 }
         };
-        let mut order: Vec<(Key, Seat)> = Vec::new();
-        let ranks: BTreeMap<Key, u32> = former.seats.keys().map(|&key| (key, rank(key))).collect();
-        order.extend(former.seats);
-        order.sort_by_key(|(key, _)| (ranks[key], *key));
-        for (key, seat) in order {
+        let mut order: Vec<(u32, Key)> = former.seats.keys().map(|&key| (rank(key), key)).collect();
+        order.sort_unstable();
+        for (_, key) in order {
+            let seat = &former.seats[&key];
             self.attach(roster, key, seat.role, None, Stage::Planning);
             if let Some(fresh) = self.seats.get_mut(&key) {
-                (fresh.told, fresh.confirm_by) = (seat.told, seat.confirm_by);
+                (fresh.told, fresh.confirm_by) = (seat.told.clone(), seat.confirm_by);
             }
             self.settle(roster, Stage::Planning);
         }

@@ -55,7 +55,7 @@ fn a_lease_runs_out_only_without_a_heartbeat() {
 }
 
 #[test]
-fn a_child_that_lost_its_parent_is_placed_elsewhere_with_its_children_and_may_return_after_a_lease() {
+fn a_child_that_lost_its_parent_is_placed_elsewhere_with_its_children() {
     let mut cluster = Cluster::grown(2, 1, 14);
     cluster.lost("n003", "n001");
     let parent = cluster.parent("n003").unwrap();
@@ -67,6 +67,20 @@ fn a_child_that_lost_its_parent_is_placed_elsewhere_with_its_children_and_may_re
     assert_eq!(cluster.depth(), 5, "its subtree went to the bottom");
     cluster.pass(LEASE);
     assert_eq!(cluster.depth(), 4, "leaves rise to where there is room");
+}
+
+#[test]
+fn a_lost_alternate_is_listed_again_after_a_lease() {
+    let mut cluster = Cluster::grown(2, 1, 0);
+    cluster.join("p", Role::Origin);
+    cluster.join("n001", Role::Relay);
+    assert_eq!(cluster.peers("n001"), ["o", "p"]);
+    cluster.lost("n001", "p");
+    assert_eq!(cluster.peers("n001"), ["o"]);
+    cluster.pass(Millis(LEASE.0 - 1));
+    assert_eq!(cluster.peers("n001"), ["o"]);
+    cluster.pass(Millis(1));
+    assert_eq!(cluster.peers("n001"), ["o", "p"]);
 }
 
 #[test]
