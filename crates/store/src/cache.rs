@@ -39,8 +39,8 @@ use self::shard::{Index, Shard};
 use self::slot::{Seen, Slot, Stage};
 use self::source::Cached;
 use self::writer::Writer;
-use crate::asyncio;
 use crate::media::{FileMedia, InUse};
+use crate::{Media, asyncio};
 
 /// Most media in a group: four bits of a slot's number.
 const MEDIA_MAX: usize = 16;
@@ -142,9 +142,9 @@ impl SlotId {
 }
 
 /// The media of a group, and with them all slots.
-struct Media(Box<[Medium]>);
+struct MediumSet(Box<[Medium]>);
 
-impl Media {
+impl MediumSet {
     fn medium(&self, id: SlotId) -> &Medium {
         &self.0[id.medium()]
     }
@@ -180,7 +180,7 @@ fn add(counter: &AtomicU64, count: u64) {
 
 /// Several local media used as one cache of chunks.
 pub struct CacheGroup {
-    media: Media,
+    media: MediumSet,
     shards: Box<[Shard]>,
     writer: Writer,
     counters: Counters,
@@ -211,8 +211,8 @@ impl CacheGroup {
 
     /// A group over media that are open already, used up to their present length. Each comes with its
     /// name for messages. Blocks as [`CacheGroup::open`] does.
-    pub fn from_media(media: Vec<(String, Arc<dyn crate::Media>)>) -> Result<Arc<CacheGroup>, CacheError> {
-        let open = |(name, media): (String, Arc<dyn crate::Media>)| {
+    pub fn from_media(media: Vec<(String, Arc<dyn Media>)>) -> Result<Arc<CacheGroup>, CacheError> {
+        let open = |(name, media): (String, Arc<dyn Media>)| {
             let size_bytes =
                 media.len_bytes().map_err(|source| CacheError::Io { medium: name.clone(), source })?;
             Medium::open(name, media, size_bytes)
@@ -231,7 +231,7 @@ impl CacheGroup {
         let shards = (slots / SLOTS_PER_SHARD).clamp(1, SHARDS_MAX).next_power_of_two();
         let group = CacheGroup {
             writer: Writer::new(media.len()),
-            media: Media(media.into()),
+            media: MediumSet(media.into()),
             shards: (0..shards).map(|_| Shard::default()).collect(),
             counters: Counters::default(),
         };
@@ -421,7 +421,7 @@ fn open_file(spec: &MediaSpec) -> Result<(FileMedia, u64), Result<InUse, io::Err
     let file = FileMedia::open_or_create(&spec.path).map_err(Err)?;
     file.lock().map_err(Err)?.map_err(Ok)?;
     let size_bytes = if file.is_device() {
-        spec.size_bytes.min(crate::Media::len_bytes(&file).map_err(Err)?)
+        spec.size_bytes.min(Media::len_bytes(&file).map_err(Err)?)
     } else {
         spec.size_bytes
     };

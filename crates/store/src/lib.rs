@@ -11,11 +11,9 @@
 //! - No buffer of a caller is ever seen by another thread, so a future may be dropped at any await.
 //! - Opening, creating and removing block the calling thread; everything else is asynchronous.
 
-#[allow(dead_code)]
 mod asyncio;
 mod cache;
 pub mod faulty;
-#[allow(dead_code)]
 mod media;
 mod overlay;
 

@@ -18,7 +18,7 @@ use block::ChunkHash;
 use super::flight::Flight;
 use super::slot::Stage;
 use super::table::Table;
-use super::{Media, SlotId};
+use super::{MediumSet, SlotId};
 
 /// Probation's share of the slots is one in this many.
 const PROBATION_SHARE: usize = 10;
@@ -83,7 +83,7 @@ impl Shard {
     }
 
     /// Enters a chunk that a slot now holds.
-    pub(super) fn enter(&self, media: &Media, id: SlotId, hash: &ChunkHash) {
+    pub(super) fn enter(&self, media: &MediumSet, id: SlotId, hash: &ChunkHash) {
         let mut index = self.lock();
         let epoch = index.arrive(self);
         media.slot(id).fill(hash, Stage::Ready, epoch);
@@ -103,7 +103,7 @@ impl Index {
     }
 
     /// The slot that holds the chunk.
-    pub(super) fn find(&self, media: &Media, hash: &ChunkHash) -> Option<SlotId> {
+    pub(super) fn find(&self, media: &MediumSet, hash: &ChunkHash) -> Option<SlotId> {
         self.table.find(hash.prefix(), |id| media.slot(id).see_chunk(hash).is_some())
     }
 
@@ -114,7 +114,7 @@ impl Index {
     }
 
     /// Takes over a slot with what the directory says is in it; `false` if another slot has it already.
-    pub(super) fn add_found(&mut self, media: &Media, id: SlotId, hash: &ChunkHash) -> bool {
+    pub(super) fn add_found(&mut self, media: &MediumSet, id: SlotId, hash: &ChunkHash) -> bool {
         if self.find(media, hash).is_some() {
             return false;
         }
@@ -138,7 +138,7 @@ impl Index {
 
     /// Drops a chunk; its slot is free at once. Searches the queues, which is cheap against the read of the
     /// whole chunk that showed that it is wrong.
-    pub(super) fn drop_chunk(&mut self, media: &Media, id: SlotId) {
+    pub(super) fn drop_chunk(&mut self, media: &MediumSet, id: SlotId) {
         self.unlink(media, id);
         for queue in [&mut self.probation, &mut self.main] {
             if let Some(at) = queue.iter().position(|&other| other == id) {
@@ -149,7 +149,7 @@ impl Index {
     }
 
     /// Empties a slot that is in neither queue any more.
-    fn unlink(&mut self, media: &Media, id: SlotId) {
+    fn unlink(&mut self, media: &MediumSet, id: SlotId) {
         let slot = media.slot(id);
         self.table.remove(slot.prefix(), id, |id| media.slot(id).prefix());
         slot.empty();
@@ -157,7 +157,7 @@ impl Index {
 
     /// A slot for a new chunk, emptied: a free one or that of the chunk which is needed least. `None` if
     /// there is no slot on a medium that works.
-    pub(super) fn reserve(&mut self, media: &Media) -> Option<Reserved> {
+    pub(super) fn reserve(&mut self, media: &MediumSet) -> Option<Reserved> {
         let mut evicted = 0;
         // A slot on a failed medium is taken out of circulation as it comes by, so this ends.
         loop {
@@ -179,7 +179,7 @@ impl Index {
 
     /// Takes the slot that is needed least out of its queue. Ends, because each turn of main uses up one
     /// of the few uses that a slot remembers.
-    fn choose(&mut self, media: &Media) -> Option<SlotId> {
+    fn choose(&mut self, media: &MediumSet) -> Option<SlotId> {
         loop {
             let is_probation_full = self.probation.len() * PROBATION_SHARE > self.capacity;
             if is_probation_full || self.main.is_empty() {

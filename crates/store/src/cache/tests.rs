@@ -10,7 +10,6 @@ use rand::{Rng, SeedableRng};
 use tokio::sync::{Semaphore, watch};
 
 use super::*;
-use crate::Media as _;
 use crate::faulty::{FaultyMedia, TearUnit};
 use block::WrongChunk;
 

@@ -116,7 +116,6 @@ async fn concurrent_writes_to_parts_of_one_block_lose_nothing() {
     let writes = pieces.iter().zip(0..).map(|(piece, n)| disk.write(1000 + n * 300, piece));
     join_all(writes).await.into_iter().for_each(Result::unwrap);
     let expected = [vec![9; 1000], pieces.concat(), vec![0; 12_288 - 10_000]].concat();
-    let expected = [&expected[..]].concat();
     assert_eq!(read(&disk, 0, 12_288).await, expected);
 }
 
