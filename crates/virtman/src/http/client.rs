@@ -45,7 +45,7 @@ const IDLE_TIME_MAX: Duration = Duration::from_secs(HEAD_TIME_MAX.as_secs() / 2)
 
 /// Where requests go.
 #[derive(Debug, Clone)]
-pub enum Target {
+pub(crate) enum Target {
     /// The daemon on this host that listens on this socket.
     Unix(PathBuf),
     /// A member of the cluster.
@@ -68,7 +68,7 @@ pub enum Target {
 
 /// A request brought no result.
 #[derive(Debug, thiserror::Error)]
-pub enum ClientError {
+pub(crate) enum ClientError {
     /// There is no connection, and the server did not act.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -98,7 +98,7 @@ pub enum ClientError {
 
 /// Sends requests to one target.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     target: Target,
     answer_time_max: Duration,
     kept: Mutex<Option<Connection>>,
@@ -117,17 +117,17 @@ struct Connection {
 
 impl Client {
     /// Connects at the first request.
-    pub fn new(target: Target) -> Self {
+    pub(crate) fn new(target: Target) -> Self {
         Self { target, answer_time_max: ANSWER_TIME_MAX, kept: Mutex::new(None) }
     }
 
     /// Waits `limit` for each answer.
-    pub fn with_answer_time_max(self, limit: Duration) -> Self {
+    pub(crate) fn with_answer_time_max(self, limit: Duration) -> Self {
         Self { answer_time_max: limit, ..self }
     }
 
     /// Where requests go.
-    pub fn target(&self) -> &Target {
+    pub(crate) fn target(&self) -> &Target {
         &self.target
     }
 
@@ -135,7 +135,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.exchange(Method::GET, path, Bytes::new()).await
     }
 
@@ -143,7 +143,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+    pub(crate) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.exchange(Method::DELETE, path, Bytes::new()).await
     }
 
@@ -151,7 +151,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn post<T: DeserializeOwned>(
+    pub(crate) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
@@ -164,7 +164,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn put<T: DeserializeOwned>(
+    pub(crate) async fn put<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
@@ -179,7 +179,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn stream_lines<T: DeserializeOwned + Send + 'static>(
+    pub(crate) async fn stream_lines<T: DeserializeOwned + Send + 'static>(
         &self,
         path: &str,
     ) -> Result<BoxStream<'static, Result<T, ClientError>>, ClientError> {

@@ -14,7 +14,7 @@ use crate::identity::Principal;
 
 /// Who asks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Peer {
+pub(crate) enum Peer {
     /// Somebody on this host who may open our UNIX socket.
     Local,
     /// A member of the cluster.
@@ -43,7 +43,7 @@ impl<S: Sync> FromRequestParts<S> for Peer {
 /// A JSON body, of a request or an answer.
 #[derive(Debug, FromRequest)]
 #[from_request(via(axum::Json), rejection(ApiError))]
-pub struct Json<T>(pub T);
+pub(crate) struct Json<T>(pub T);
 
 impl<T: Serialize> IntoResponse for Json<T> {
     fn into_response(self) -> Response {
@@ -54,12 +54,12 @@ impl<T: Serialize> IntoResponse for Json<T> {
 /// The variable parts of the path.
 #[derive(Debug, FromRequestParts)]
 #[from_request(via(axum::extract::Path), rejection(ApiError))]
-pub struct Path<T>(pub T);
+pub(crate) struct Path<T>(pub T);
 
 /// The query.
 #[derive(Debug, FromRequestParts)]
 #[from_request(via(axum::extract::Query), rejection(ApiError))]
-pub struct Query<T>(pub T);
+pub(crate) struct Query<T>(pub T);
 
 impl From<JsonRejection> for ApiError {
     fn from(rejection: JsonRejection) -> Self {

@@ -29,7 +29,7 @@ pub(super) const LINE_BYTES_MAX: usize = 4 << 20;
 /// off at once, so that it does not hold up a server that drains.
 ///
 /// `values` is polled only as fast as the peer reads: its owner bounds what waits in it.
-pub fn lines<T: Serialize>(
+pub(crate) fn lines<T: Serialize>(
     values: impl Stream<Item = T> + Send + 'static,
     shutdown: CancellationToken,
 ) -> Response {

@@ -22,8 +22,8 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
-pub use client::{Client, ClientError, Target};
-pub use error::{ApiError, ErrorBody, ErrorDetail};
-pub use extract::{Json, Path, Peer, Query};
-pub use lines::lines;
-pub use serve::{OnLink, TlsServer, UnixServer, bind_unix};
+pub(crate) use client::{Client, ClientError, Target};
+pub(crate) use error::{ApiError, ErrorBody, ErrorDetail};
+pub(crate) use extract::{Json, Path, Peer, Query};
+pub(crate) use lines::lines;
+pub(crate) use serve::{OnLink, TlsServer, UnixServer, bind_unix};

@@ -66,7 +66,7 @@ const BACKLOG: i32 = 1024;
 
 /// A bound UNIX socket; its file goes with it.
 #[derive(Debug)]
-pub struct UnixServer {
+pub(crate) struct UnixServer {
     listener: UnixListener,
     path: PathBuf,
 }
@@ -76,7 +76,7 @@ pub struct UnixServer {
 /// # Errors
 /// `AddrInUse` if somebody listens there or the path is something else than a socket; what the system
 /// says otherwise.
-pub fn bind_unix(path: &Path) -> io::Result<UnixServer> {
+pub(crate) fn bind_unix(path: &Path) -> io::Result<UnixServer> {
     let in_use = |why: &str| io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {why}", path.display()));
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => return Err(in_use("is there and is no socket")),
@@ -98,7 +98,7 @@ pub fn bind_unix(path: &Path) -> io::Result<UnixServer> {
 
 impl UnixServer {
     /// Serves `router` to [`Peer::Local`] until `shutdown`.
-    pub async fn serve(self, router: Router, shutdown: CancellationToken) {
+    pub(crate) async fn serve(self, router: Router, shutdown: CancellationToken) {
         let router = finished(router);
         let accept = |cx: &mut Context<'_>| self.listener.poll_accept(cx).map_ok(|(stream, _)| stream);
         each_connection(accept, &shutdown, |stream| {
@@ -116,10 +116,10 @@ impl Drop for UnixServer {
 }
 
 /// Takes over a link connection; the connection is closed when the future is dropped at shutdown.
-pub type OnLink = Arc<dyn Fn(Principal, TlsStream<TcpStream>) -> BoxFuture<'static, ()> + Send + Sync>;
+pub(crate) type OnLink = Arc<dyn Fn(Principal, TlsStream<TcpStream>) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// What one TLS port serves.
-pub struct TlsServer {
+pub(crate) struct TlsServer {
     acceptor: Acceptor,
     api: Router,
     join: Option<Router>,
@@ -129,29 +129,29 @@ pub struct TlsServer {
 
 impl TlsServer {
     /// Serves `api` to members; its handlers find [`Peer::Remote`].
-    pub fn new(acceptor: Acceptor, api: Router) -> Self {
+    pub(crate) fn new(acceptor: Acceptor, api: Router) -> Self {
         Self { acceptor, api: finished(api), join: None, link: None, removals: None }
     }
 
     /// Serves `join` to connections without a certificate that ask for nothing else. The acceptor must
     /// accept such ones. Its handlers have no [`Peer`].
-    pub fn with_join(self, join: Router) -> Self {
+    pub(crate) fn with_join(self, join: Router) -> Self {
         Self { join: Some(finished(join)), ..self }
     }
 
     /// Hands link connections to `link`.
-    pub fn with_link(self, link: OnLink) -> Self {
+    pub(crate) fn with_link(self, link: OnLink) -> Self {
         Self { link: Some(link), ..self }
     }
 
     /// Whenever `removals` changes, asks the acceptor again about everybody connected, and closes the
     /// connections of members that are no longer admitted.
-    pub fn with_removals(self, removals: watch::Receiver<()>) -> Self {
+    pub(crate) fn with_removals(self, removals: watch::Receiver<()>) -> Self {
         Self { removals: Some(removals), ..self }
     }
 
     /// Serves until `shutdown`.
-    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) {
+    pub(crate) async fn serve(self, listener: TcpListener, shutdown: CancellationToken) {
         let shared = Arc::new(self);
         let unproven = Arc::new(Semaphore::new(UNPROVEN_MAX));
         let accept = |cx: &mut Context<'_>| listener.poll_accept(cx).map_ok(|(stream, _)| stream);

@@ -28,16 +28,16 @@ use super::files::{self, Secrecy};
 use super::{Fingerprint, IdentityError, Principal};
 
 /// How long the CA is valid: its renewal means that every node joins again.
-pub const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+pub(crate) const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// How long an issued certificate is valid. Nodes renew theirs when a third of it is left.
-pub const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
+pub(crate) const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
 
 /// How far the validity is backdated: clocks of fresh hosts may lag Volt's by a time zone's mistake.
 const BACKDATED: Duration = Duration::from_secs(24 * 3600);
 
 /// Longest certificate request in bytes; one for a P-256 key has less than 1 KiB.
-pub const REQUEST_BYTES_MAX: usize = 8 * 1024;
+pub(crate) const REQUEST_BYTES_MAX: usize = 8 * 1024;
 
 /// Bytes of an uncompressed point on P-256, the only kind of key that is certified.
 const PUBLIC_KEY_BYTES: usize = 65;
@@ -47,7 +47,7 @@ const CERTIFICATE_FILE: &str = "ca.pem";
 
 /// The public half of the authority: what every member trusts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ca {
+pub(crate) struct Ca {
     pem: String,
     der: CertificateDer<'static>,
 }
@@ -57,7 +57,7 @@ impl Ca {
     ///
     /// # Errors
     /// The text holds no certificate, or more than one.
-    pub fn from_pem(pem: &str) -> Result<Self, String> {
+    pub(crate) fn from_pem(pem: &str) -> Result<Self, String> {
         let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
         match ders.map_err(|e| format!("is no PEM: {e}"))?.as_slice() {
             [der] => Ok(Self { pem: pem.to_owned(), der: der.clone() }),
@@ -66,23 +66,23 @@ impl Ca {
     }
 
     /// The certificate in PEM.
-    pub fn pem(&self) -> &str {
+    pub(crate) fn pem(&self) -> &str {
         &self.pem
     }
 
     /// The certificate in DER.
-    pub fn der(&self) -> &CertificateDer<'static> {
+    pub(crate) fn der(&self) -> &CertificateDer<'static> {
         &self.der
     }
 
     /// What join tokens carry.
-    pub fn fingerprint(&self) -> Fingerprint {
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
         Fingerprint::of(&self.der)
     }
 }
 
 /// The certificate authority of one cluster.
-pub struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     ca: Ca,
 }
@@ -92,7 +92,7 @@ impl Authority {
     ///
     /// # Errors
     /// [`IdentityError::Exists`] if `dir` exists and is not empty; [`IdentityError::Io`].
-    pub fn create(dir: &Path, now: SystemTime) -> Result<Self, IdentityError> {
+    pub(crate) fn create(dir: &Path, now: SystemTime) -> Result<Self, IdentityError> {
         if fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) {
             return Err(IdentityError::Exists { path: dir.to_owned() });
         }
@@ -128,7 +128,7 @@ impl Authority {
     ///
     /// # Errors
     /// [`IdentityError::Missing`] if there is none; [`IdentityError::Broken`]; [`IdentityError::Io`].
-    pub fn open(dir: &Path) -> Result<Self, IdentityError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, IdentityError> {
         let broken = |name: &str, why: String| IdentityError::broken(&dir.join(name), why);
         let ca =
             Ca::from_pem(&files::read(dir, CERTIFICATE_FILE)?).map_err(|e| broken(CERTIFICATE_FILE, e))?;
@@ -145,7 +145,7 @@ impl Authority {
     }
 
     /// What members trust.
-    pub fn ca(&self) -> &Ca {
+    pub(crate) fn ca(&self) -> &Ca {
         &self.ca
     }
 
@@ -154,7 +154,7 @@ impl Authority {
     ///
     /// # Errors
     /// [`IdentityError::Crypto`].
-    pub fn issue(&self, principal: &Principal, now: SystemTime) -> Result<Identity, IdentityError> {
+    pub(crate) fn issue(&self, principal: &Principal, now: SystemTime) -> Result<Identity, IdentityError> {
         let key = Key::generate()?;
         let certificate = self.sign(principal, key.pair(), now)?;
         Identity::new(&certificate, key, self.ca.clone()).map_err(IdentityError::Mismatch)
@@ -166,7 +166,7 @@ impl Authority {
     ///
     /// # Errors
     /// [`IdentityError::Request`] if `csr` is none of ours; [`IdentityError::Crypto`].
-    pub fn sign_csr(
+    pub(crate) fn sign_csr(
         &self,
         csr: &str,
         principal: &Principal,

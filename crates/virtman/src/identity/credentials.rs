@@ -35,14 +35,14 @@ const CA_FILE: &str = "ca.pem";
 const RENEWAL_MARGIN: Duration = Duration::from_secs(CERTIFICATE_LIFETIME.as_secs() / 3);
 
 /// A private key (ECDSA P-256), which never leaves its host.
-pub struct Key(KeyPair);
+pub(crate) struct Key(KeyPair);
 
 impl Key {
     /// A new random key.
     ///
     /// # Errors
     /// [`IdentityError::Crypto`].
-    pub fn generate() -> Result<Self, IdentityError> {
+    pub(crate) fn generate() -> Result<Self, IdentityError> {
         KeyPair::generate().map(Self).map_err(|e| IdentityError::crypto("make a key", &e))
     }
 
@@ -55,7 +55,7 @@ impl Key {
     ///
     /// # Errors
     /// [`IdentityError::Crypto`].
-    pub fn csr(&self) -> Result<String, IdentityError> {
+    pub(crate) fn csr(&self) -> Result<String, IdentityError> {
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params
@@ -82,7 +82,7 @@ impl fmt::Debug for Key {
 
 /// One member's key and certificate, which belong together and come from `ca`.
 #[derive(Debug)]
-pub struct Identity {
+pub(crate) struct Identity {
     principal: Principal,
     certificate_pem: String,
     key: Key,
@@ -96,7 +96,7 @@ impl Identity {
     ///
     /// # Errors
     /// What does not fit together.
-    pub fn new(certificate_pem: &str, key: Key, ca: Ca) -> Result<Self, String> {
+    pub(crate) fn new(certificate_pem: &str, key: Key, ca: Ca) -> Result<Self, String> {
         let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|e| format!("the certificate is no PEM: {e}"))?;
         let principal = Principal::of_certificate(&der).map_err(|e| e.to_string())?;
@@ -128,7 +128,7 @@ impl Identity {
     /// # Errors
     /// [`IdentityError::Missing`] if this host did not join; [`IdentityError::Broken`];
     /// [`IdentityError::Io`].
-    pub fn load(dir: &Path) -> Result<Self, IdentityError> {
+    pub(crate) fn load(dir: &Path) -> Result<Self, IdentityError> {
         let certificate = files::read(dir, CERTIFICATE_FILE)?;
         let key = Key::from_pem(&files::read(dir, KEY_FILE)?)
             .map_err(|e| IdentityError::broken(&dir.join(KEY_FILE), format!("is no private key: {e}")))?;
@@ -142,7 +142,7 @@ impl Identity {
     /// # Errors
     /// [`IdentityError::Exists`] if `dir` has the identity of another principal, cluster or key;
     /// [`IdentityError::Io`].
-    pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
+    pub(crate) fn save(&self, dir: &Path) -> Result<(), IdentityError> {
         files::create_private_dir(dir)?;
         match Self::load(dir) {
             Ok(old) if old.same_member(self) && old.key.0.der_bytes() == self.key.0.der_bytes() => {}
@@ -157,22 +157,22 @@ impl Identity {
     }
 
     /// Who this is.
-    pub fn principal(&self) -> &Principal {
+    pub(crate) fn principal(&self) -> &Principal {
         &self.principal
     }
 
     /// The CA that issued the certificate, and the only one that is trusted.
-    pub fn ca(&self) -> &Ca {
+    pub(crate) fn ca(&self) -> &Ca {
         &self.ca
     }
 
     /// When the certificate ends.
-    pub fn expires(&self) -> SystemTime {
+    pub(crate) fn expires(&self) -> SystemTime {
         self.expires
     }
 
     /// Whether it is time to ask Volt for a new certificate.
-    pub fn needs_renewal(&self, now: SystemTime) -> bool {
+    pub(crate) fn needs_renewal(&self, now: SystemTime) -> bool {
         now + RENEWAL_MARGIN >= self.expires
     }
 
@@ -180,7 +180,7 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError::Crypto`].
-    pub fn csr(&self) -> Result<String, IdentityError> {
+    pub(crate) fn csr(&self) -> Result<String, IdentityError> {
         self.key.csr()
     }
 
@@ -188,7 +188,7 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError::Mismatch`] if the certificate is for another principal, key or cluster.
-    pub fn renewed(&self, certificate_pem: &str) -> Result<Self, IdentityError> {
+    pub(crate) fn renewed(&self, certificate_pem: &str) -> Result<Self, IdentityError> {
         let renewed = Self::new(certificate_pem, self.key.duplicate(), self.ca.clone())
             .map_err(IdentityError::Mismatch)?;
         if renewed.same_member(self) {
@@ -208,18 +208,18 @@ impl Identity {
 
 /// The identity of a running daemon, shared by all that listens and dials.
 #[derive(Debug)]
-pub struct Credentials {
+pub(crate) struct Credentials {
     current: RwLock<Arc<Identity>>,
 }
 
 impl Credentials {
     /// Starts with `identity`.
-    pub fn new(identity: Identity) -> Arc<Self> {
+    pub(crate) fn new(identity: Identity) -> Arc<Self> {
         Arc::new(Self { current: RwLock::new(Arc::new(identity)) })
     }
 
     /// The identity as it is now.
-    pub fn current(&self) -> Arc<Identity> {
+    pub(crate) fn current(&self) -> Arc<Identity> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -228,7 +228,7 @@ impl Credentials {
     /// # Errors
     /// [`IdentityError::Mismatch`] if it is that of another member: what verifies peers was built for
     /// this one.
-    pub fn replace(&self, identity: Identity) -> Result<(), IdentityError> {
+    pub(crate) fn replace(&self, identity: Identity) -> Result<(), IdentityError> {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         if !current.same_member(&identity) {
             return Err(IdentityError::Mismatch(format!(

@@ -26,7 +26,7 @@ const JOIN_PATH: &str = "/v1/join";
 const RENEW_PATH: &str = "/v1/renew";
 
 /// Volt's memory of the tokens that it gave out.
-pub trait Tokens: Send + Sync {
+pub(crate) trait Tokens: Send + Sync {
     /// Uses up the token with this hash so that `node` may join at `now`: finds its
     /// [`Grant`](super::Grant), asks it ([`admits`](super::Grant::admits)), refuses the name of an
     /// existing node unless the grant is for that very name, and forgets it. All in one step, and durable
@@ -66,7 +66,7 @@ struct RenewAnswer {
 
 /// A node got no certificate.
 #[derive(Debug, thiserror::Error)]
-pub enum EnrollError {
+pub(crate) enum EnrollError {
     /// Volt could not be asked, or refused.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -76,12 +76,12 @@ pub enum EnrollError {
 }
 
 /// The routes for peers that have a token and no certificate.
-pub fn join_router(authority: Arc<Authority>, tokens: Arc<dyn Tokens>) -> Router {
+pub(crate) fn join_router(authority: Arc<Authority>, tokens: Arc<dyn Tokens>) -> Router {
     Router::new().route(JOIN_PATH, post(answer_join)).with_state((authority, tokens))
 }
 
 /// The routes for nodes whose certificate is about to end.
-pub fn renew_router(authority: Arc<Authority>) -> Router {
+pub(crate) fn renew_router(authority: Arc<Authority>) -> Router {
     Router::new().route(RENEW_PATH, post(answer_renew)).with_state(authority)
 }
 
@@ -117,7 +117,7 @@ async fn answer_renew(
 ///
 /// # Errors
 /// [`EnrollError`]. With [`ClientError::Lost`] the token may be used up too.
-pub async fn join(token: &Token, node: &NodeName) -> Result<Identity, EnrollError> {
+pub(crate) async fn join(token: &Token, node: &NodeName) -> Result<Identity, EnrollError> {
     let key = Key::generate()?;
     let client = Client::new(Target::Join { address: token.address().to_owned(), ca: token.ca() });
     let request = JoinRequest { secret: *token.secret(), node: node.clone(), csr: key.csr()? };
@@ -140,7 +140,7 @@ pub async fn join(token: &Token, node: &NodeName) -> Result<Identity, EnrollErro
 ///
 /// # Errors
 /// [`EnrollError`]; the old certificate goes on until it expires.
-pub async fn renew(volt: &Client, identity: &Identity) -> Result<Identity, EnrollError> {
+pub(crate) async fn renew(volt: &Client, identity: &Identity) -> Result<Identity, EnrollError> {
     let answer: RenewAnswer = volt.post(RENEW_PATH, &RenewRequest { csr: identity.csr()? }).await?;
     Ok(identity.renewed(&answer.certificate)?)
 }

@@ -15,23 +15,25 @@
 
 mod authority;
 mod credentials;
-pub mod enroll;
+pub(crate) mod enroll;
 mod files;
 mod principal;
-pub mod tls;
+pub(crate) mod tls;
 mod token;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use authority::{AUTHORITY_LIFETIME, Authority, CERTIFICATE_LIFETIME, Ca};
-pub use credentials::{Credentials, Identity, Key};
-pub use principal::{AdminName, Principal, PrincipalError};
-pub use token::{Fingerprint, Grant, JoinRefusal, Secret, SecretHash, TOKEN_LIFETIME, Token, TokenError};
+pub(crate) use authority::{AUTHORITY_LIFETIME, Authority, CERTIFICATE_LIFETIME, Ca};
+pub(crate) use credentials::{Credentials, Identity, Key};
+pub(crate) use principal::{AdminName, Principal, PrincipalError};
+pub(crate) use token::{
+    Fingerprint, Grant, JoinRefusal, Secret, SecretHash, TOKEN_LIFETIME, Token, TokenError,
+};
 
 /// An authority or identity could not be made, read or kept.
 #[derive(Debug, thiserror::Error)]
-pub enum IdentityError {
+pub(crate) enum IdentityError {
     /// There is one, which is never overwritten.
     #[error("{path:?} exists already and is not overwritten: remove it yourself if you no longer need it")]
     Exists {

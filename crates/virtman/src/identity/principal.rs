@@ -20,11 +20,11 @@ const SCHEME: &str = "virtman://";
 
 /// The name of a person or program that administers the cluster; the same characters as a node's name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct AdminName(NodeName);
+pub(crate) struct AdminName(NodeName);
 
 impl AdminName {
     /// The name as it was given.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         self.0.as_str()
     }
 }
@@ -32,7 +32,7 @@ impl AdminName {
 /// No principal could be read from a text or a certificate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct PrincipalError(String);
+pub(crate) struct PrincipalError(String);
 
 impl FromStr for AdminName {
     type Err = PrincipalError;
@@ -51,7 +51,7 @@ impl fmt::Display for AdminName {
 
 /// Who a certificate speaks for: the coordinator, one node, or one administrator.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Principal {
+pub(crate) enum Principal {
     /// The coordinator.
     Volt,
     /// One host that runs `virtman compute`.
@@ -62,7 +62,7 @@ pub enum Principal {
 
 impl Principal {
     /// The URI that stands in the certificate.
-    pub fn uri(&self) -> String {
+    pub(crate) fn uri(&self) -> String {
         match self {
             Self::Volt => format!("{SCHEME}volt"),
             Self::Node(name) => format!("{SCHEME}node/{name}"),
@@ -74,7 +74,7 @@ impl Principal {
     ///
     /// # Errors
     /// The certificate does not parse, or has not exactly one `virtman://` name.
-    pub fn of_certificate(der: &CertificateDer<'_>) -> Result<Self, PrincipalError> {
+    pub(crate) fn of_certificate(der: &CertificateDer<'_>) -> Result<Self, PrincipalError> {
         let certificate = parse(der)?;
         let names = certificate
             .subject_alternative_name()

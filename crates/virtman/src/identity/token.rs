@@ -18,20 +18,20 @@ use block::NodeName;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How long a token lives unless told otherwise: time enough to install a rack, and not until tomorrow.
-pub const TOKEN_LIFETIME: Duration = Duration::from_secs(3600);
+pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// What a token begins with; the digit is the version of the form.
 const PREFIX: &str = "vmt1_";
 
 /// Longest address of Volt in bytes: a DNS name (253) with a port.
-pub const ADDRESS_BYTES_MAX: usize = 260;
+pub(crate) const ADDRESS_BYTES_MAX: usize = 260;
 
 const HASH_BYTES: usize = 32;
 const CHECKSUM_BYTES: usize = 4;
 
 /// A text is no token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TokenError {
+pub(crate) enum TokenError {
     /// It is of another kind or damaged.
     #[error("this is no join token ({0}): copy the whole line that 'virtman volt token' printed")]
     Malformed(&'static str),
@@ -45,7 +45,7 @@ macro_rules! bytes32 {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
-        pub struct $name([u8; HASH_BYTES]);
+        pub(crate) struct $name([u8; HASH_BYTES]);
 
         /// Takes the same time wherever the values differ.
         impl PartialEq for $name {
@@ -58,7 +58,7 @@ macro_rules! bytes32 {
 
         impl $name {
             /// The bytes themselves.
-            pub fn as_bytes(&self) -> &[u8; HASH_BYTES] {
+            pub(crate) fn as_bytes(&self) -> &[u8; HASH_BYTES] {
                 &self.0
             }
         }
@@ -100,7 +100,7 @@ bytes32!(
 
 impl Fingerprint {
     /// The fingerprint of a certificate in DER.
-    pub fn of(der: &[u8]) -> Self {
+    pub(crate) fn of(der: &[u8]) -> Self {
         Self(*blake3::hash(der).as_bytes())
     }
 }
@@ -131,14 +131,14 @@ impl fmt::Debug for SecretHash {
 
 impl Secret {
     /// The hash that Volt stores. The secret has 256 random bits, so no slow hash is needed.
-    pub fn hash(&self) -> SecretHash {
+    pub(crate) fn hash(&self) -> SecretHash {
         SecretHash(blake3::derive_key("VirtMan 2026-11 secret of a join token", &self.0))
     }
 }
 
 /// A one-time right to join, as the operator carries it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Token {
+pub(crate) struct Token {
     address: String,
     ca: Fingerprint,
     secret: Secret,
@@ -149,28 +149,28 @@ impl Token {
     ///
     /// # Errors
     /// The address has another form.
-    pub fn new(address: &str, ca: Fingerprint) -> Result<Self, TokenError> {
+    pub(crate) fn new(address: &str, ca: Fingerprint) -> Result<Self, TokenError> {
         check_address(address)?;
         Ok(Self { address: address.to_owned(), ca, secret: Secret(rand::random()) })
     }
 
     /// Where Volt listens, as `HOST:PORT`.
-    pub fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
     /// The CA whose certificate Volt must show.
-    pub fn ca(&self) -> Fingerprint {
+    pub(crate) fn ca(&self) -> Fingerprint {
         self.ca
     }
 
     /// What proves the right to join.
-    pub fn secret(&self) -> &Secret {
+    pub(crate) fn secret(&self) -> &Secret {
         &self.secret
     }
 
     /// What Volt keeps of this token: valid until `expires`, and only for `node` if one is given.
-    pub fn grant(&self, expires: SystemTime, node: Option<NodeName>) -> Grant {
+    pub(crate) fn grant(&self, expires: SystemTime, node: Option<NodeName>) -> Grant {
         let expires = expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         Grant { secret_hash: self.secret.hash(), expires_unix_seconds: expires, node }
     }
@@ -225,7 +225,7 @@ impl FromStr for Token {
 
 /// Why a join is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum JoinRefusal {
+pub(crate) enum JoinRefusal {
     /// Never given out, or used.
     #[error("the token is unknown or was used before: ask for a new one with 'virtman volt token'")]
     UnknownToken,
@@ -252,13 +252,13 @@ pub enum JoinRefusal {
 
 /// What Volt keeps of a token that it gave out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Grant {
+pub(crate) struct Grant {
     /// The hash of its secret, by which it is found.
-    pub secret_hash: SecretHash,
+    pub(crate) secret_hash: SecretHash,
     /// When it ends, in seconds since 1970.
-    pub expires_unix_seconds: u64,
+    pub(crate) expires_unix_seconds: u64,
     /// The only node that may use it; who has such a token may also replace that node.
-    pub node: Option<NodeName>,
+    pub(crate) node: Option<NodeName>,
 }
 
 impl Grant {
@@ -266,7 +266,7 @@ impl Grant {
     ///
     /// # Errors
     /// The token has expired, or is for another node. It is not used up by that.
-    pub fn admits(&self, node: &NodeName, now: SystemTime) -> Result<(), JoinRefusal> {
+    pub(crate) fn admits(&self, node: &NodeName, now: SystemTime) -> Result<(), JoinRefusal> {
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         if now >= self.expires_unix_seconds {
             return Err(JoinRefusal::Expired);

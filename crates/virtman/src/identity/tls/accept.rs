@@ -28,7 +28,7 @@ const UNREAD_BYTES_MAX: u64 = 64 * 1024;
 
 /// What the owner of a listener says to a member with a valid certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Admission {
+pub(crate) enum Admission {
     /// Come in.
     Admit,
     /// Its certificate counts no more: the member was removed.
@@ -37,7 +37,7 @@ pub enum Admission {
 
 /// Which protocols a port serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Accept {
+pub(crate) enum Accept {
     /// The API and the link, to members only.
     Members,
     /// Besides, the join, to holders of a token. Volt's port alone.
@@ -48,7 +48,7 @@ type Admit = dyn Fn(&Principal) -> Admission + Send + Sync;
 
 /// Makes TLS connections of accepted ones.
 #[derive(Clone)]
-pub struct Acceptor {
+pub(crate) struct Acceptor {
     members: Arc<ServerConfig>,
     joins: Option<Arc<ServerConfig>>,
     plain: Arc<ServerConfig>,
@@ -57,7 +57,7 @@ pub struct Acceptor {
 
 /// A connection whose peer is known, or is about to join.
 #[derive(Debug)]
-pub enum Accepted<S> {
+pub(crate) enum Accepted<S> {
     /// A member speaks HTTP.
     Http {
         /// Who.
@@ -81,7 +81,7 @@ pub enum Accepted<S> {
 
 /// No connection was made. All of it is the peer's doing and worth a line at DEBUG.
 #[derive(Debug, thiserror::Error)]
-pub enum AcceptError {
+pub(crate) enum AcceptError {
     /// The peer was too slow.
     #[error("the TLS handshake took longer than {HANDSHAKE_TIME_MAX:?}")]
     Timeout,
@@ -96,7 +96,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// [`IdentityError::Mismatch`] if the CA certificate cannot serve as root.
-    pub fn new(
+    pub(crate) fn new(
         credentials: &Arc<Credentials>,
         accept: Accept,
         admit: impl Fn(&Principal) -> Admission + Send + Sync + 'static,
@@ -131,7 +131,7 @@ impl Acceptor {
 
     /// What the owner says of `peer` now. The handshake asked already; who holds connections open asks
     /// again when members are removed.
-    pub fn admits(&self, peer: &Principal) -> Admission {
+    pub(crate) fn admits(&self, peer: &Principal) -> Admission {
         (self.admit)(peer)
     }
 
@@ -142,7 +142,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// [`AcceptError`]; the peer got an alert that says why.
-    pub async fn accept<S>(&self, io: S) -> Result<Accepted<S>, AcceptError>
+    pub(crate) async fn accept<S>(&self, io: S) -> Result<Accepted<S>, AcceptError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -169,7 +169,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// [`AcceptError`].
-    pub async fn accept_starttls<S>(&self, io: S) -> Result<(Principal, TlsStream<S>), AcceptError>
+    pub(crate) async fn accept_starttls<S>(&self, io: S) -> Result<(Principal, TlsStream<S>), AcceptError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {

@@ -26,7 +26,7 @@ use super::{Alpn, CONNECT_TIME_MAX, prepare, provider, roots};
 
 /// Whom a connection must lead to, and as whom it is made.
 #[derive(Debug, Clone)]
-pub enum Expected {
+pub(crate) enum Expected {
     /// A member of our cluster, to which we show our certificate.
     Member {
         /// Who we are.
@@ -40,7 +40,7 @@ pub enum Expected {
 
 /// No connection was made, and nothing of ours was sent.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// Nobody answers there. It may pass.
     #[error("cannot connect to {address}: {source}")]
     Unreachable {
@@ -78,7 +78,7 @@ pub enum ConnectError {
 ///
 /// # Errors
 /// [`ConnectError`].
-pub async fn connect(
+pub(crate) async fn connect(
     address: &str,
     expected: &Expected,
     protocol: Alpn,
@@ -124,7 +124,7 @@ fn client_config(expected: &Expected, protocol: Alpn) -> Result<ClientConfig, ru
 
 /// If `error`, which a read or write on a connection gave, is the peer's refusal of our certificate: what
 /// is wrong and what to do.
-pub fn refusal(error: &io::Error) -> Option<&'static str> {
+pub(crate) fn refusal(error: &io::Error) -> Option<&'static str> {
     let rustls::Error::AlertReceived(alert) = tls_error(error)? else { return None };
     match alert {
         AlertDescription::CertificateRevoked => Some(

@@ -23,22 +23,22 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use tokio::net::TcpStream;
 
-pub use accept::{Accept, AcceptError, Accepted, Acceptor, Admission};
-pub use connect::{ConnectError, Expected, connect, refusal};
+pub(crate) use accept::{Accept, AcceptError, Accepted, Acceptor, Admission};
+pub(crate) use connect::{ConnectError, Expected, connect, refusal};
 
 use super::Ca;
 
 /// How long a peer may take for its handshake: three round trips around the world, retransmitted once,
 /// and a busy host. An honest peer needs milliseconds.
-pub const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// How long dialling may take in all: short enough that a dead parent is noticed before a guest's own
 /// disk timeout (30 s), long enough for one lost SYN (1 s) and a second (2 s).
-pub const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+pub(crate) const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// What is spoken inside a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Alpn {
+pub(crate) enum Alpn {
     /// The API.
     Http,
     /// Chunks between nodes.
@@ -49,7 +49,7 @@ pub enum Alpn {
 
 impl Alpn {
     /// The name on the wire (RFC 7301).
-    pub fn name(self) -> &'static [u8] {
+    pub(crate) fn name(self) -> &'static [u8] {
         match self {
             Self::Http => b"http/1.1",
             Self::Link => b"virtman-link/1",
@@ -66,7 +66,7 @@ const UNACKNOWLEDGED_TIME_MAX: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 /// What the system says.
-pub fn prepare(tcp: &TcpStream) -> io::Result<()> {
+pub(crate) fn prepare(tcp: &TcpStream) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     let millis = u32::try_from(UNACKNOWLEDGED_TIME_MAX.as_millis()).expect("some seconds fit");
     rustix::net::sockopt::set_tcp_user_timeout(tcp, millis)?;
