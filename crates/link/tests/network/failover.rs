@@ -24,7 +24,7 @@ async fn a_liar_is_reported_and_not_asked_again_and_readers_get_the_right_bytes(
     let mut node = Node::new(&net, "child", &["liar", "origin"]);
     node.get(0).await;
     let lied = Report::Lied { node: name("liar"), chunk: chunk(0).hash() };
-    assert_eq!(node.reports.recv().await, Some(lied));
+    assert_eq!(node.report().await, lied);
     // Neither time short of the ban nor leaving the plan makes it trusted again.
     for n in 1..20 {
         sleep(Duration::from_secs(10)).await;
@@ -52,7 +52,7 @@ async fn a_parent_that_dies_in_the_middle_of_a_transfer_costs_no_error() {
     }
     assert!(begin.elapsed() < Duration::from_millis(10), "failover waits for no timer");
     assert_eq!((origin.asked(), node.counter(|s| &s.failovers)), (40, 40));
-    assert_eq!(node.reports.recv().await, Some(Report::Lost { node: name("parent") }));
+    assert_eq!(node.report().await, Report::Lost { node: name("parent") });
 }
 
 #[tokio::test(start_paused = true)]
@@ -63,9 +63,9 @@ async fn after_a_failover_the_better_parent_is_used_again_once_it_is_back() {
     let mut node = Node::new(&net, "child", &["parent", "origin"]);
     node.get(0).await;
     assert_eq!((parent.asked(), origin.asked()), (0, 1));
-    assert_eq!(node.reports.recv().await, Some(Report::Lost { node: name("parent") }));
+    assert_eq!(node.report().await, Report::Lost { node: name("parent") });
     net.listen("parent", parent.clone());
-    assert_eq!(node.reports.recv().await, Some(Report::Back { node: name("parent") }));
+    assert_eq!(node.report().await, Report::Back { node: name("parent") });
     node.get(1).await;
     assert_eq!((parent.asked(), origin.asked()), (1, 1));
 }
@@ -115,7 +115,7 @@ async fn a_parent_that_falls_silent_is_dropped_and_one_that_waits_itself_is_not(
     let begin = Instant::now();
     node.get(0).await;
     assert_eq!(begin.elapsed().as_secs(), SILENCE_MAX_BUSY.as_secs());
-    assert_eq!(node.reports.recv().await, Some(Report::Lost { node: name("frozen") }));
+    assert_eq!(node.report().await, Report::Lost { node: name("frozen") });
 
     let waiting = Memory::new(Mood::Hangs);
     net.listen("waiting", waiting.clone());

@@ -299,12 +299,18 @@ impl Node {
 
     pub(crate) fn start(&self, n: u32) -> JoinHandle<Result<Chunk, FetchError>> {
         let fetcher = self.fetcher.clone();
-        tokio::spawn(async move { fetcher.fetch(chunk(n).hash(), GUEST).await })
+        tokio::spawn(async move {
+            let fetch = fetcher.fetch(chunk(n).hash(), GUEST);
+            timeout(STUCK, fetch).await.expect("a fetch in time")
+        })
     }
 
     pub(crate) async fn get(&self, n: u32) {
-        let fetched = timeout(STUCK, self.fetcher.fetch(chunk(n).hash(), GUEST)).await;
-        assert_eq!(fetched.expect("a fetch in time").unwrap(), chunk(n));
+        assert_eq!(self.start(n).await.unwrap().unwrap(), chunk(n));
+    }
+
+    pub(crate) async fn report(&mut self) -> Report {
+        timeout(STUCK, self.reports.recv()).await.expect("a report in time").unwrap()
     }
 
     pub(crate) fn counter(&self, counter: fn(&Stats) -> &AtomicU64) -> u64 {
