@@ -1,0 +1,293 @@
+//! A cluster of real processes on loopback: one Volt, some nodes, and the command line to drive them.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::tools::{both, wait_for};
+
+/// How long a daemon may take to be ready: it takes milliseconds, but the machine may be busy.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long any command may take unless its test says otherwise.
+const COMMAND_TIMEOUT_SECONDS: &str = "300";
+
+/// A cluster that ends with its value.
+pub(crate) struct Cluster {
+    dir: TempDir,
+    volt_address: String,
+    volt: Option<Child>,
+    nodes: BTreeMap<String, Node>,
+}
+
+struct Node {
+    process: Option<Child>,
+    address: String,
+    options: Vec<String>,
+}
+
+impl Cluster {
+    /// Volt alone.
+    pub(crate) fn start() -> Cluster {
+        Cluster::start_with(&[])
+    }
+
+    /// Volt alone, with further options.
+    pub(crate) fn start_with(options: &[&str]) -> Cluster {
+        let dir = tempfile::Builder::new().prefix("vm-").tempdir().unwrap();
+        let volt_address = free_address();
+        let mut cluster = Cluster { dir, volt_address, volt: None, nodes: BTreeMap::new() };
+        cluster.ok(&["volt", "init", "--address", &cluster.volt_address]);
+        cluster.start_volt(options);
+        cluster
+    }
+
+    /// Volt and these nodes, each up.
+    pub(crate) fn with_nodes(names: &[&str]) -> Cluster {
+        let mut cluster = Cluster::start();
+        for name in names {
+            cluster.add_node(name, &[]);
+        }
+        cluster
+    }
+
+    /// Volt and nodes of which the first is the origin of `file` under `image`, and the others have it
+    /// attached, in this order: a binary tree.
+    pub(crate) fn with_image(names: &[&str], image: &str, file: &Path) -> Cluster {
+        let cluster = Cluster::with_nodes(names);
+        cluster.ok(&["--node", names[0], "image", "add", image, file.to_str().unwrap()]);
+        for name in &names[1..] {
+            cluster.ok(&["--node", name, "image", "attach", image]);
+        }
+        cluster
+    }
+
+    /// A directory for the test's own files.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The directory of a node.
+    pub(crate) fn node_dir(&self, name: &str) -> PathBuf {
+        self.path(name)
+    }
+
+    /// Joins a node and waits until Volt has it.
+    pub(crate) fn add_node(&mut self, name: &str, options: &[&str]) {
+        let token = self.ok(&["volt", "token"]);
+        let mut options: Vec<String> = options.iter().map(ToString::to_string).collect();
+        options
+            .extend(["--cache".to_owned(), format!("{}=2G", self.path(&format!("{name}.cache")).display())]);
+        let mut join =
+            vec!["--join".to_owned(), token.trim().to_owned(), "--name".to_owned(), name.to_owned()];
+        join.extend(options.iter().cloned());
+        let address = free_address();
+        let process = self.spawn_node(name, &address, &join);
+        self.nodes.insert(name.to_owned(), Node { process: Some(process), address, options });
+        self.wait_up(name);
+    }
+
+    /// Ends a node's daemon as a power cut would: no signal handler runs.
+    pub(crate) fn kill_node(&mut self, name: &str) {
+        end(self.nodes.get_mut(name).expect("a node of the test").process.take());
+    }
+
+    /// Starts a killed node again, at its address, and waits until its API answers.
+    pub(crate) fn restart_node(&mut self, name: &str) {
+        let (address, options) = {
+            let node = &self.nodes[name];
+            (node.address.clone(), node.options.clone())
+        };
+        let process = self.spawn_node(name, &address, &options);
+        self.nodes.get_mut(name).expect("a node of the test").process = Some(process);
+        wait_for(&format!("node {name} answers again"), START_LIMIT, || {
+            let output = self.run_at(name, &["list"]);
+            output.status.success().then_some(())
+        });
+    }
+
+    /// Waits until Volt counts a node as up.
+    pub(crate) fn wait_up(&self, name: &str) {
+        wait_for(&format!("node {name} is up"), START_LIMIT, || {
+            (self.node_state(name).as_deref() == Some("up")).then_some(())
+        });
+    }
+
+    /// What Volt thinks of a node: `up`, `down` or `quarantined`.
+    pub(crate) fn node_state(&self, name: &str) -> Option<String> {
+        let output = self.run(&["--json", "status"]);
+        let status: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let nodes = status["nodes"].as_array()?;
+        let node = nodes.iter().find(|node| node["node"] == name)?;
+        node["state"].as_str().map(str::to_owned)
+    }
+
+    /// What a node says of itself.
+    pub(crate) fn node_status(&self, name: &str) -> Value {
+        let status = self.json(&["status"]);
+        let nodes = status["nodes"].as_array().expect("nodes");
+        let node = nodes.iter().find(|node| node["node"] == name).expect("the node joined");
+        assert!(node["now"].is_object(), "node {name} does not answer: {node}");
+        node["now"].clone()
+    }
+
+    /// Ends Volt as a power cut would.
+    pub(crate) fn kill_volt(&mut self) {
+        end(self.volt.take());
+    }
+
+    /// Starts Volt, and waits until it answers.
+    pub(crate) fn start_volt(&mut self, options: &[&str]) {
+        let mut command = self.command(&["volt", "--listen", &self.volt_address]);
+        self.volt = Some(self.spawn(command.args(options), "volt"));
+        wait_for("Volt answers", START_LIMIT, || self.run(&["status"]).status.success().then_some(()));
+    }
+
+    /// The parent of each node in the hierarchy of `image`; the origin has none.
+    pub(crate) fn parents(&self, image: &str) -> BTreeMap<String, Option<String>> {
+        let trees = self.json(&["tree", image]);
+        let stripe = trees[0]["stripes"][0].as_array().cloned().unwrap_or_default();
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        stripe.iter().map(|at| (text(&at["node"]).expect("a name"), text(&at["parent"]))).collect()
+    }
+
+    /// How many steps below the origin a node is.
+    pub(crate) fn depth(&self, image: &str, node: &str) -> usize {
+        let parents = self.parents(image);
+        let up = |name: &String| parents.get(name).cloned().flatten();
+        std::iter::successors(up(&node.to_owned()), up).count()
+    }
+
+    /// Runs a command to its end, whatever comes of it.
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.bounded(args).output().expect("timeout runs")
+    }
+
+    /// Runs a command of the node `name` as somebody on its host would.
+    pub(crate) fn run_at(&self, name: &str, args: &[&str]) -> Output {
+        let dir = self.node_dir(name);
+        let mut all = vec!["--dir", dir.to_str().unwrap()];
+        all.extend(args);
+        self.run(&all)
+    }
+
+    /// Runs a command that must succeed, and returns its standard output.
+    pub(crate) fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "virtman {args:?} failed:\n{}", both(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs a command that must fail, and returns what it says.
+    pub(crate) fn refused(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(!output.status.success(), "virtman {args:?} should fail, but printed:\n{}", both(&output));
+        assert!(output.stdout.is_empty(), "a failure belongs on standard error: {}", both(&output));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// Runs a command that must succeed, and returns its JSON.
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
+        let mut all = vec!["--json"];
+        all.extend(args);
+        let text = self.ok(&all);
+        serde_json::from_str(&text)
+            .unwrap_or_else(|e| panic!("virtman {args:?} printed no JSON ({e}): {text}"))
+    }
+
+    /// The NBD URI of a VM's disk.
+    pub(crate) fn disk(&self, node: &str, vm: &str) -> String {
+        format!("nbd+unix:///{vm}?socket={}/disks/{vm}.sock", self.node_dir(node).display())
+    }
+
+    /// The NBD URI of an image as a node sees it. `file` is the image's name with `+` for `:`.
+    pub(crate) fn volume(&self, node: &str, file: &str) -> String {
+        format!("nbd+unix:///?socket={}/volumes/{file}.sock", self.node_dir(node).display())
+    }
+
+    /// What a node's daemon logged so far.
+    pub(crate) fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.path(&format!("{name}.log"))).unwrap_or_default()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_virtman"));
+        command.env("VIRTMAN_HOME", self.dir.path()).env_remove("VIRTMAN_NODE_DIR").args(args);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn bounded(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.arg(COMMAND_TIMEOUT_SECONDS).arg(env!("CARGO_BIN_EXE_virtman")).args(args);
+        command.env("VIRTMAN_HOME", self.dir.path()).env_remove("VIRTMAN_NODE_DIR").stdin(Stdio::null());
+        command
+    }
+
+    fn spawn_node(&self, name: &str, address: &str, options: &[String]) -> Child {
+        let dir = self.node_dir(name);
+        let mut command = self.command(&["--dir", dir.to_str().unwrap(), "compute", "--listen", address]);
+        self.spawn(command.args(options), name)
+    }
+
+    fn spawn(&self, command: &mut Command, name: &str) -> Child {
+        let log = File::options().create(true).append(true).open(self.path(&format!("{name}.log"))).unwrap();
+        let child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn();
+        child.unwrap_or_else(|e| panic!("{name} cannot be started: {e}"))
+    }
+
+    /// The processes of guests, which outlive their daemons by design.
+    fn guests(&self) -> Vec<String> {
+        let mut pids = Vec::new();
+        for name in self.nodes.keys() {
+            let vms = fs::read_dir(self.node_dir(name).join("vms")).into_iter().flatten().flatten();
+            for vm in vms {
+                let pidfile = vm.path().join("qemu.pid");
+                let Ok(pid) = fs::read_to_string(&pidfile) else { continue };
+                let command = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+                let ours = String::from_utf8_lossy(&command).contains(&*pidfile.to_string_lossy());
+                pids.extend(ours.then(|| pid.trim().to_owned()));
+            }
+        }
+        pids
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for pid in self.guests() {
+            let _ = Command::new("kill").args(["-9", &pid]).status();
+        }
+        for node in self.nodes.values_mut() {
+            end(node.process.take());
+        }
+        end(self.volt.take());
+        if std::thread::panicking() {
+            for name in std::iter::once("volt").chain(self.nodes.keys().map(String::as_str)) {
+                let log = self.log(name);
+                let tail: Vec<&str> = log.lines().rev().take(40).collect();
+                eprintln!("--- end of the log of {name}");
+                tail.iter().rev().for_each(|line| eprintln!("{line}"));
+            }
+        }
+    }
+}
+
+fn end(process: Option<Child>) {
+    if let Some(mut process) = process {
+        let _ = process.kill();
+        let _ = process.wait();
+    }
+}
+
+/// A loopback address on which nobody listens. Another process may take it before it is used; the daemon
+/// then says so in its log and the test fails, which in practice does not happen.
+fn free_address() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}

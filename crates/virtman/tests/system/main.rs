@@ -1,0 +1,8 @@
+//! System tests: the real binary, real guests, foreign clients, and faults.
+//!
+//! Everything runs on loopback and in temporary directories; every process that a test starts is ended
+//! with the test, also when it fails. Guests need the image that `scripts/guest-image` builds, named by
+//! `VIRTMAN_GUEST_IMAGE`; `scripts/test` sees to both.
+
+mod cluster;
+mod tools;
