@@ -65,14 +65,14 @@ pub(crate) struct BootArgs {
     #[arg(long, value_name = "FILE")]
     ssh_key: Vec<PathBuf>,
     /// Boot this kernel instead of the disk's boot loader; a path on the nodes
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "append")]
     kernel: Option<PathBuf>,
     /// Its initial ramdisk
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
-    /// Its command line
-    #[arg(long, default_value = "root=LABEL=root console=ttyS0", requires = "kernel")]
-    append: String,
+    /// Its command line, such as `root=/dev/vda1 ro console=ttyS0`
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    append: Option<String>,
 }
 
 /// What `boot` did, as JSON.
@@ -125,7 +125,8 @@ pub(super) async fn run(context: &Context, args: &BootArgs) -> Outcome {
     let plan = Arc::new(plan(args)?);
     let image: ImageRecord = context.volt()?.get(&format!("/v1/images/{}", args.image)).await?;
     let cluster = context.cluster().await?;
-    let chosen: Vec<&NodeRecord> = match args.nodes.as_slice() {
+    let only = if args.nodes.is_empty() { context.named_node() } else { args.nodes.as_slice() };
+    let chosen: Vec<&NodeRecord> = match only {
         [] => cluster.nodes.iter().filter(|node| node.state == NodeState::Up).collect(),
         names => names.iter().map(|name| find_node(&cluster, name)).collect::<Outcome<_>>()?,
     };
@@ -160,7 +161,7 @@ pub(super) async fn run(context: &Context, args: &BootArgs) -> Outcome {
         vms.push(line);
     }
     progress.finish();
-    vms.sort_by(|a, b| natural(&a.vm).cmp(&natural(&b.vm)));
+    vms.sort_by_key(|line| natural(&line.vm));
 
     let mut nodes = Vec::new();
     for place in &places {
@@ -207,7 +208,7 @@ fn plan(args: &BootArgs) -> Outcome<Plan> {
         kernel: args.kernel.as_ref().map(|kernel| KernelBoot {
             kernel: kernel.clone(),
             initrd: args.initrd.clone(),
-            append: args.append.clone(),
+            append: args.append.clone().unwrap_or_default(),
         }),
         forward_ports,
     };

@@ -76,6 +76,11 @@ impl Context {
         self.global.json
     }
 
+    /// The node that `--node` names: one or none.
+    pub(super) fn named_node(&self) -> &[NodeName] {
+        self.global.node.as_slice()
+    }
+
     fn admin_dir(&self) -> PathBuf {
         self.global.home.join("admin")
     }

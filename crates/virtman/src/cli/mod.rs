@@ -42,23 +42,26 @@ Examples:
   virtman boot --image debian:12 --count 40             boot 40 VMs, spread over all hosts
   virtman tree                                          see who fetches from whom";
 
+/// Heading of the options that every command takes.
+const GLOBAL: &str = "Options of every command";
+
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Global {
     /// Directory of VirtMan's state on this host: `volt/`, `node/` and `admin/` lie in it
-    #[arg(long, global = true, env = "VIRTMAN_HOME", default_value = "/var/lib/virtman", value_name = "DIR")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "VIRTMAN_HOME", default_value = "/var/lib/virtman", value_name = "DIR")]
     pub(crate) home: PathBuf,
 
     /// Directory of the node to talk to or to run, if it is not HOME/node
-    #[arg(long, global = true, env = "VIRTMAN_NODE_DIR", value_name = "DIR")]
+    #[arg(long, global = true, help_heading = GLOBAL, env = "VIRTMAN_NODE_DIR", value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
 
     /// Talk to this node of the cluster, wherever it is, instead of the one on this host
-    #[arg(long, global = true, value_name = "NODE")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "NODE")]
     pub(crate) node: Option<NodeName>,
 
     /// Print JSON instead of tables
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub(crate) json: bool,
 }
 
