@@ -35,6 +35,8 @@ pub(crate) struct Images {
     uplinks: Arc<Uplinks>,
     attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
     changed: Notify,
+    /// Placements that Volt pushed for the image that is being attached, before its answer was dealt with.
+    early: Mutex<Option<(ImageId, Placement)>>,
     /// Held while an image is attached or detached.
     pub(super) changing: tokio::sync::Mutex<()>,
 }
@@ -100,6 +102,7 @@ impl Images {
             uplinks,
             attached: RwLock::default(),
             changed: Notify::new(),
+            early: Mutex::new(None),
             changing: tokio::sync::Mutex::new(()),
         }
     }
@@ -144,6 +147,11 @@ impl Images {
         all
     }
 
+    /// To be called before Volt is asked to attach an image: forgets pushes from before.
+    pub(crate) fn expect_placement(&self) {
+        *self.early.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Serves an image that Volt placed this node for, or gives one that is served a further name.
     /// The caller holds `changing`.
     pub(crate) fn attach(&self, record: &ImageRecord, placement: Placement) -> Result<Arc<Attached>, String> {
@@ -166,8 +174,17 @@ impl Images {
             None => self.make(root, placement)?,
         };
         self.add_export(&attached, record.name.clone())?;
-        self.save(&attached)?;
+        // A push that overtook Volt's answer is newer than the answer. Under the lock, a push either finds
+        // the image or leaves its placement here.
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
         self.insert(Arc::clone(&attached));
+        if let Some((id, placement)) = early.take()
+            && id == attached.id
+        {
+            attached.place(placement);
+        }
+        drop(early);
+        self.save(&attached)?;
         Ok(attached)
     }
 
@@ -192,7 +209,14 @@ impl Images {
 
     /// Volt moved this node in an image's hierarchy.
     pub(crate) fn place(&self, id: &ImageId, placement: Placement) {
-        let Some(attached) = self.by_id(id) else { return };
+        let attached = {
+            let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(attached) = self.by_id(id) else {
+                *early = Some((*id, placement));
+                return;
+            };
+            attached
+        };
         if !attached.place(placement) {
             return;
         }
@@ -227,7 +251,9 @@ impl Images {
     fn upstream(&self, id: &ImageId, placement: &Placement) -> Result<Upstream, String> {
         let dir = self.origin_dir(id);
         if dir.exists() {
-            return Ok(Upstream::Origin(Arc::new(OriginImage::open(&dir).map_err(|e| e.to_string())?)));
+            return Ok(Upstream::Origin(Arc::new(
+                tokio::task::block_in_place(|| OriginImage::open(&dir)).map_err(|e| e.to_string())?,
+            )));
         }
         let fetcher = Arc::new(Fetcher::new(*id, Arc::clone(&self.uplinks)));
         fetcher.set_parents(&parents_of(placement));
@@ -270,7 +296,8 @@ impl Images {
             }
         };
         let file = self.record_file(&attached.id);
-        files::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
+        tokio::task::block_in_place(|| files::write_record(&file, &record))
+            .map_err(|e| format!("cannot write {}: {e}", file.display()))
     }
 
     /// An image as the API shows it.

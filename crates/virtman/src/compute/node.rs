@@ -48,6 +48,7 @@ impl Node {
         if let Some(attached) = self.images.by_name(name) {
             return Ok(attached);
         }
+        self.images.expect_placement();
         let answer = self.volt.attach(name.to_string(), Role::Relay, None).await.map_err(from_volt)?;
         let record = answer.image.ok_or_else(|| {
             ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
@@ -108,6 +109,7 @@ impl Node {
     ) -> Result<NodeImage, ApiError> {
         let request = RegisterImage { root_page: BASE64.encode(imported.root.encode()) };
         let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
+        self.images.expect_placement();
         let answer = self.volt.attach(record.id.to_string(), Role::Origin, None).await.map_err(from_volt)?;
         let record = ImageRecord { name: name.clone(), ..record };
         let attached = self.images.attach(&record, answer.placement).map_err(ApiError::internal)?;
@@ -200,7 +202,7 @@ impl Node {
 
     /// Starts a guest on a VM's disk.
     pub(crate) async fn start(&self, name: &VmName, request: &StartVm) -> Result<VmStarted, ApiError> {
-        let accel = self.accel.clone().decide().await.map_err(|e| ApiError::internal(e.to_string()))?;
+        let accel = self.accel.decide().await.map_err(|e| ApiError::internal(e.to_string()))?;
         self.vms.start(name, request, &accel).await
     }
 

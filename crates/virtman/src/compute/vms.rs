@@ -25,7 +25,7 @@ use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
 use crate::vm::seed::SeedError;
-use crate::vm::{AccelChoice, DirectBoot, Network, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
+use crate::vm::{AccelChoice, DirectBoot, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
 /// Locks that serialize operations on a VM. More than enough that two VMs seldom share one.
 const LOCKS: usize = 64;
@@ -43,7 +43,6 @@ pub(crate) struct Vms {
 /// One VM with its disk open and exported.
 pub(crate) struct Entry {
     record: Record,
-    attached: Arc<Attached>,
     disk: Arc<WatchedDisk<Overlay>>,
     guest: Mutex<Guest>,
     _export: ExportSocket,
@@ -162,14 +161,12 @@ impl Vms {
             created_unix_ms: now_unix_ms(),
         };
         let dir = self.dir(name);
-        let made = tokio::task::spawn_blocking(move || {
-            make(&dir, record, &attached, asked).map(|ok| (ok, attached))
-        });
-        let ((record, overlay), attached) = made
+        let made = tokio::task::spawn_blocking(move || make(&dir, record, &attached, asked));
+        let (record, overlay) = made
             .await
             .map_err(|e| ApiError::internal(format!("creating '{name}' was interrupted: {e}")))?
             .map_err(|reason| ApiError::internal(format!("cannot create the disk of '{name}': {reason}")))?;
-        let entry = self.export(record, attached, overlay).map_err(ApiError::internal)?;
+        let entry = self.export(record, overlay).map_err(ApiError::internal)?;
         let vm = self.describe(&entry);
         self.insert(entry);
         Ok(vm)
@@ -223,7 +220,7 @@ impl Vms {
                 initrd: k.initrd.clone(),
                 append: k.append.clone(),
             }),
-            network: Network::User { guest_ports: request.forward_ports.clone() },
+            forward_ports: request.forward_ports.clone(),
         };
         entry.disk.forget_first_read();
         let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
@@ -303,7 +300,7 @@ impl Vms {
         let dir = self.dir(&record.name);
         let overlay = Overlay::open(&dir.join("overlay"), Arc::clone(&attached.volume) as _)
             .map_err(|e| e.to_string())?;
-        let entry = self.export(record, attached, overlay)?;
+        let entry = self.export(record, overlay)?;
         if let Some(guest) = Qemu::adopt(&dir) {
             tracing::info!(vm = %entry.record.name, pid = guest.pid(), "guest still runs");
             watch(&entry, guest);
@@ -311,17 +308,12 @@ impl Vms {
         Ok(entry)
     }
 
-    fn export(
-        &self,
-        record: Record,
-        attached: Arc<Attached>,
-        overlay: Overlay,
-    ) -> Result<Arc<Entry>, String> {
+    fn export(&self, record: Record, overlay: Overlay) -> Result<Arc<Entry>, String> {
         let disk = Arc::new(WatchedDisk::new(overlay));
         let socket = self.disk_socket(&record.name);
         let export = ExportSocket::open(socket.clone(), record.name.to_string(), Arc::clone(&disk) as _)
             .map_err(|e| format!("cannot open the socket {}: {e}", socket.display()))?;
-        Ok(Arc::new(Entry { record, attached, disk, guest: Mutex::new(Guest::None), _export: export }))
+        Ok(Arc::new(Entry { record, disk, guest: Mutex::new(Guest::None), _export: export }))
     }
 
     fn insert(&self, entry: Arc<Entry>) {
@@ -348,11 +340,6 @@ impl Entry {
     /// The VM's name.
     pub(crate) fn name(&self) -> &VmName {
         &self.record.name
-    }
-
-    /// The image below.
-    pub(crate) fn attached(&self) -> &Arc<Attached> {
-        &self.attached
     }
 
     /// The guest, if it runs.
@@ -428,7 +415,8 @@ fn write_seed(file: &Path, record: &Record, request: &StartVm) -> Result<PathBuf
     if let Some(user_data) = &request.user_data {
         identity = identity.with_user_data(user_data.as_bytes()).map_err(unfit)?;
     }
-    fs::write(file, identity.disk().map_err(unfit)?)
+    let disk = identity.disk().map_err(unfit)?;
+    tokio::task::block_in_place(|| fs::write(file, disk))
         .map_err(|e| ApiError::internal(format!("cannot write {}: {e}", file.display())))?;
     Ok(file.to_owned())
 }
