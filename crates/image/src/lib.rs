@@ -2,7 +2,7 @@
 //!
 //! - [`RootPage`]: the few bytes that name and size a whole image; its hash is the [`ImageId`](block::ImageId).
 //! - [`ImageVolume`]: an image as a read-only [`Disk`](block::Disk) over any [`ChunkSource`](block::ChunkSource).
-//! - [`import`]: reads a raw, qcow2, vmdk or vhdx file once and leaves a manifest beside it.
+//! - [`import()`]: reads a raw, qcow2, vmdk or vhdx file once and leaves a manifest beside it.
 //! - [`OriginImage`]: serves the chunks of an imported image from that file, as a `ChunkSource`.
 //!
 //! Invariants:

@@ -3,13 +3,13 @@
 //! - [`Child`] and [`Parent`] are the two ends of a link as state machines: no socket, no clock, no runtime.
 //!   [`wire`] is their frames; `docs/formats/link.md` describes the bytes.
 //! - [`policy`] says which parent to ask next and when to try a failed one again: pure as well.
-//! - [`serve`] puts a `Parent` on a stream; [`Uplinks`] keeps one `Child` per parent, for all images; a
+//! - [`serve()`] puts a `Parent` on a stream; [`Uplinks`] keeps one `Child` per parent, for all images; a
 //!   [`Fetcher`] is one image's [`ChunkSource`](block::ChunkSource) over them.
 //!
 //! Invariants:
 //! - No chunk leaves this crate upward unless it was verified by this node.
 //! - Foreign bytes end a link at worst; they never panic and never cost more than the bounds in [`limits`].
-//! - This crate knows no TLS and no addresses: streams come from a [`Dial`] or are handed to [`serve`], with
+//! - This crate knows no TLS and no addresses: streams come from a [`Dial`] or are handed to [`serve()`], with
 //!   the peer's name proven.
 
 mod child;

@@ -2,7 +2,7 @@
 //! same host and over the cluster's TLS for all others.
 //!
 //! - [`UnixServer`] and [`TlsServer`] serve an `axum::Router`; [`Peer`] tells its handlers who asks.
-//! - [`Client`] asks, keeps its connection, and follows a long answer of JSON lines ([`lines`]), with
+//! - [`Client`] asks, keeps its connection, and follows a long answer of JSON lines ([`lines()`]), with
 //!   which Volt pushes changes to nodes.
 //! - [`ApiError`] is the one form in which a request is refused, on both sides.
 //!
@@ -23,7 +23,7 @@ mod serve;
 mod tests;
 
 pub(crate) use client::{Client, ClientError, Target};
-pub(crate) use error::{ApiError, ErrorBody, ErrorDetail};
+pub(crate) use error::ApiError;
 pub(crate) use extract::{Json, Path, Peer, Query};
 pub(crate) use lines::lines;
 pub(crate) use serve::{OnLink, TlsServer, UnixServer, bind_unix};

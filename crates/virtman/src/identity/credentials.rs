@@ -18,7 +18,6 @@ use rcgen::{CertificateParams, KeyPair, PublicKeyData};
 use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
@@ -164,11 +163,6 @@ impl Identity {
     /// The CA that issued the certificate, and the only one that is trusted.
     pub(crate) fn ca(&self) -> &Ca {
         &self.ca
-    }
-
-    /// When the certificate ends.
-    pub(crate) fn expires(&self) -> SystemTime {
-        self.expires
     }
 
     /// Whether it is time to ask Volt for a new certificate.
@@ -334,7 +328,7 @@ mod tests {
         let renewed = identity.renewed(&pem).unwrap();
         assert!(!renewed.needs_renewal(later));
         renewed.save(&home).unwrap();
-        assert_eq!(Identity::load(&home).unwrap().expires(), renewed.expires());
+        assert_eq!(Identity::load(&home).unwrap().expires, renewed.expires);
 
         let credentials = Credentials::new(identity);
         credentials.replace(renewed).unwrap();

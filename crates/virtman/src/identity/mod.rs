@@ -24,12 +24,10 @@ mod token;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub(crate) use authority::{AUTHORITY_LIFETIME, Authority, CERTIFICATE_LIFETIME, Ca};
+pub(crate) use authority::{Authority, Ca};
 pub(crate) use credentials::{Credentials, Identity, Key};
 pub(crate) use principal::{AdminName, Principal, PrincipalError};
-pub(crate) use token::{
-    Fingerprint, Grant, JoinRefusal, Secret, SecretHash, TOKEN_LIFETIME, Token, TokenError,
-};
+pub(crate) use token::{Fingerprint, Grant, JoinRefusal, Secret, SecretHash, TOKEN_LIFETIME, Token};
 
 /// An authority or identity could not be made, read or kept.
 #[derive(Debug, thiserror::Error)]

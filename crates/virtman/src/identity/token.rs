@@ -56,13 +56,6 @@ macro_rules! bytes32 {
 
         impl Eq for $name {}
 
-        impl $name {
-            /// The bytes themselves.
-            pub(crate) fn as_bytes(&self) -> &[u8; HASH_BYTES] {
-                &self.0
-            }
-        }
-
         impl FromStr for $name {
             type Err = TokenError;
             fn from_str(text: &str) -> Result<Self, TokenError> {
@@ -97,6 +90,13 @@ bytes32!(
     /// What Volt stores of a secret.
     SecretHash
 );
+
+impl SecretHash {
+    /// The bytes themselves, as a key of tables.
+    pub(crate) fn as_bytes(&self) -> &[u8; HASH_BYTES] {
+        &self.0
+    }
+}
 
 impl Fingerprint {
     /// The fingerprint of a certificate in DER.
@@ -323,11 +323,11 @@ mod tests {
     #[test]
     fn neither_debug_nor_the_grant_shows_the_secret() {
         let token = token();
-        let secret = URL_SAFE_NO_PAD.encode(token.secret().as_bytes());
+        let secret = URL_SAFE_NO_PAD.encode(token.secret().0);
         assert!(!format!("{token:?}").contains(&secret));
         let grant = serde_json::to_string(&token.grant(SystemTime::now(), None)).unwrap();
         assert!(!grant.contains(&secret), "{grant}");
-        assert!(!grant.contains(&URL_SAFE_NO_PAD.encode(blake3::hash(token.secret().as_bytes()).as_bytes())));
+        assert!(!grant.contains(&URL_SAFE_NO_PAD.encode(blake3::hash(&token.secret().0).as_bytes())));
     }
 
     #[test]

@@ -29,10 +29,10 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use accel::{Accel, AccelChoice, AccelWish};
-pub(crate) use qemu::{Qemu, Stopped, VmState};
-pub(crate) use ready::{Ready, ReadyError};
-pub(crate) use spec::{DirectBoot, Network, VmDisk, VmSpec};
+pub(crate) use accel::{AccelChoice, AccelWish};
+pub(crate) use qemu::Qemu;
+pub(crate) use ready::Ready;
+pub(crate) use spec::{DirectBoot, VmDisk, VmSpec};
 
 use std::io;
 use std::path::PathBuf;

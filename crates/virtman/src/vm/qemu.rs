@@ -25,6 +25,7 @@ use super::process::Process;
 use super::qmp::Qmp;
 use super::spec::{self, VmFiles, VmSpec};
 use super::{QEMU, VmError};
+use crate::api::now_unix_ms;
 
 /// How long QEMU may take until it is in the background. It opens the disk before, so this includes the NBD
 /// handshake; the rest takes 0.2 s.
@@ -53,17 +54,6 @@ pub(crate) struct Qemu {
     record: Record,
 }
 
-/// What a VM is doing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum VmState {
-    /// Its processors run.
-    Running,
-    /// The process lives, but the processors do not run; QEMU's own word says why.
-    Halted(String),
-    /// The process has ended.
-    Ended,
-}
-
 /// How a VM came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stopped {
@@ -87,11 +77,7 @@ impl Qemu {
             return Err(VmError::Running { pid: process.pid() });
         }
         make_room(&files)?;
-        let record = Record {
-            name: spec.name.clone(),
-            accel: spec.accel,
-            started_unix_ms: unix_ms(SystemTime::now()),
-        };
+        let record = Record { name: spec.name.clone(), accel: spec.accel, started_unix_ms: now_unix_ms() };
         let json = serde_json::to_vec(&record).expect("a record has only strings and numbers");
         write_atomically(&files.record(), &json)?;
         launch(&files, &arguments).await?;
@@ -112,11 +98,6 @@ impl Qemu {
     /// The VM's name.
     pub(crate) fn name(&self) -> &VmName {
         &self.record.name
-    }
-
-    /// How its instructions are run.
-    pub(crate) fn accel(&self) -> Accel {
-        self.record.accel
     }
 
     /// The number of its process.
@@ -144,21 +125,8 @@ impl Qemu {
         self.process.exited().await.map_err(VmError::file(self.files.pidfile()))
     }
 
-    /// What the VM is doing.
-    pub(crate) async fn state(&self) -> Result<VmState, VmError> {
-        match self.control("query-status", json!({})).await {
-            Ok(status) => match status["status"].as_str() {
-                Some("running") => Ok(VmState::Running),
-                Some(other) => Ok(VmState::Halted(other.to_owned())),
-                None => Err(VmError::Control("query-status gave no status".to_owned())),
-            },
-            Err(VmError::Gone) => Ok(VmState::Ended),
-            Err(error) => Err(error),
-        }
-    }
-
     /// The port of this host's loopback through which the guest's TCP port `guest_port` can be reached, if
-    /// [`Network::User`](super::Network::User) named that port.
+    /// [`VmSpec::forward_ports`] names it.
     pub(crate) async fn forwarded_port(&self, guest_port: u16) -> Result<Option<u16>, VmError> {
         let table = self.user_network().await?;
         Ok(table
@@ -270,11 +238,6 @@ fn quoted_log(files: &VmFiles) -> String {
     let text = String::from_utf8_lossy(end);
     let text: String = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if text.is_empty() { "it did not say why".to_owned() } else { text }
-}
-
-fn unix_ms(time: SystemTime) -> u64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// One line of QEMU's table of user-mode connections.

@@ -1,7 +1,7 @@
 //! NoCloud seed disks: how a booted guest learns its name, keys and user data.
 //!
-//! A seed is a FAT file system labelled `CIDATA` with the files `meta-data`, `user-data` and, if given,
-//! `network-config`, which cloud-init and its kin look for at boot. The same identity always gives the same
+//! A seed is a FAT file system labelled `CIDATA` with the files `meta-data` and `user-data`, which
+//! cloud-init and its kin look for at boot. The same identity always gives the same
 //! bytes: neither clock nor chance has a part in it.
 
 use std::io::{self, Cursor, Write};
@@ -9,9 +9,9 @@ use std::io::{self, Cursor, Write};
 use block::VmName;
 use fatfs::{Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider};
 
-/// Longest user data or network configuration in bytes. Clouds allow 16 to 64 KiB; this is room for a script
+/// Longest user data in bytes. Clouds allow 16 to 64 KiB; this is room for a script
 /// with an archive in it.
-pub(crate) const SEED_FILE_BYTES_MAX: usize = 512 * 1024;
+pub(crate) const USER_DATA_BYTES_MAX: usize = 512 * 1024;
 
 /// Most SSH keys that one seed holds.
 pub(crate) const SSH_KEYS_MAX: usize = 100;
@@ -19,7 +19,7 @@ pub(crate) const SSH_KEYS_MAX: usize = 100;
 /// Longest SSH key in bytes: an RSA key of 16,384 bits with a comment.
 const SSH_KEY_BYTES_MAX: usize = 4096;
 
-/// Size of a seed disk in bytes: two files of the greatest length, and the keys.
+/// Size of a seed disk in bytes: user data of the greatest length, or the keys.
 const SEED_BYTES: usize = 2 * 1024 * 1024;
 
 /// The label by which guests find the disk.
@@ -42,7 +42,6 @@ pub(crate) struct Identity {
     name: VmName,
     instance: String,
     user_data: String,
-    network_config: Option<String>,
 }
 
 impl Identity {
@@ -62,13 +61,13 @@ impl Identity {
         for key in ssh_keys {
             user_data.push_str(&format!("  - {}\n", quoted(checked_key(key)?)));
         }
-        Ok(Identity { name: name.clone(), instance: instance.to_string(), user_data, network_config: None })
+        Ok(Identity { name: name.clone(), instance: instance.to_string(), user_data })
     }
 
     /// With the user's own data instead: cloud-config, a script, or another kind that names itself on its
     /// first line. SSH keys then are the business of this data.
     pub(crate) fn with_user_data(self, bytes: &[u8]) -> Result<Identity, SeedError> {
-        let text = checked_text("user data", bytes)?;
+        let text = checked_text(bytes)?;
         let first = text.lines().next().unwrap_or_default().trim_end();
         let known = first == "#cloud-config"
             || first == "## template: jinja"
@@ -92,12 +91,6 @@ impl Identity {
         Ok(Identity { user_data: text, ..self })
     }
 
-    /// With a network configuration as cloud-init takes it (version 1 or 2, YAML).
-    pub(crate) fn with_network_config(self, bytes: &[u8]) -> Result<Identity, SeedError> {
-        let text = checked_text("network configuration", bytes)?;
-        Ok(Identity { network_config: Some(text), ..self })
-    }
-
     /// The bytes of the seed disk.
     pub(crate) fn disk(&self) -> Result<Vec<u8>, SeedError> {
         let mut disk = vec![0; SEED_BYTES];
@@ -106,17 +99,10 @@ impl Identity {
         let options = FsOptions::new().time_provider(&NO_CLOCK).update_accessed_date(false);
         let volume = FileSystem::new(Cursor::new(&mut disk), options)?;
         let meta_data = format!("instance-id: {}\nlocal-hostname: {}\n", quoted(&self.instance), self.name);
-        let files = [
-            ("meta-data", Some(&meta_data)),
-            ("user-data", Some(&self.user_data)),
-            ("network-config", self.network_config.as_ref()),
-        ];
-        for (name, text) in files {
-            if let Some(text) = text {
-                let mut file = volume.root_dir().create_file(name)?;
-                file.write_all(text.as_bytes())?;
-                file.flush()?;
-            }
+        for (name, text) in [("meta-data", &meta_data), ("user-data", &self.user_data)] {
+            let mut file = volume.root_dir().create_file(name)?;
+            file.write_all(text.as_bytes())?;
+            file.flush()?;
         }
         volume.unmount()?;
         Ok(disk)
@@ -138,16 +124,16 @@ impl TimeProvider for NoClock {
     }
 }
 
-fn checked_text(what: &str, bytes: &[u8]) -> Result<String, SeedError> {
-    if bytes.len() > SEED_FILE_BYTES_MAX {
+fn checked_text(bytes: &[u8]) -> Result<String, SeedError> {
+    if bytes.len() > USER_DATA_BYTES_MAX {
         let length = bytes.len();
         return Err(SeedError::Unfit(format!(
-            "the {what} has {length} bytes and may have {SEED_FILE_BYTES_MAX}"
+            "the user data has {length} bytes and may have {USER_DATA_BYTES_MAX}"
         )));
     }
     match std::str::from_utf8(bytes) {
         Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
-        _ => Err(SeedError::Unfit(format!("the {what} is no UTF-8 text"))),
+        _ => Err(SeedError::Unfit("the user data is no UTF-8 text".to_owned())),
     }
 }
 
@@ -194,7 +180,6 @@ mod tests {
         let meta_data = file(&disk, "meta-data").unwrap();
         assert_eq!(meta_data, "instance-id: \"i-1\"\nlocal-hostname: vm-1\n");
         assert_eq!(file(&disk, "user-data").unwrap(), "#cloud-config\n");
-        assert_eq!(file(&disk, "network-config"), None);
     }
 
     #[test]
@@ -203,18 +188,15 @@ mod tests {
     }
 
     #[test]
-    fn user_data_and_network_configuration_arrive_as_they_were_given() {
-        let script = format!("#!/bin/sh\n{}", "x".repeat(SEED_FILE_BYTES_MAX - 10));
-        let network = "y".repeat(SEED_FILE_BYTES_MAX);
-        let identity = identity().with_user_data(script.as_bytes()).unwrap();
-        let disk = identity.with_network_config(network.as_bytes()).unwrap().disk().unwrap();
+    fn user_data_arrives_as_it_was_given() {
+        let script = format!("#!/bin/sh\n{}", "x".repeat(USER_DATA_BYTES_MAX - 10));
+        let disk = identity().with_user_data(script.as_bytes()).unwrap().disk().unwrap();
         assert!(file(&disk, "user-data").unwrap() == script);
-        assert!(file(&disk, "network-config").unwrap() == network);
     }
 
     #[test]
     fn user_data_that_no_guest_would_understand_is_refused() {
-        let long = format!("#!/bin/sh\n{}", "x".repeat(SEED_FILE_BYTES_MAX));
+        let long = format!("#!/bin/sh\n{}", "x".repeat(USER_DATA_BYTES_MAX));
         for bad in
             [&b""[..], b"packages: [x]", b"#cloud-config: x", b"#!/bin/sh\n\0", b"\xff", long.as_bytes()]
         {

@@ -39,8 +39,10 @@ pub(crate) struct VmSpec {
     pub(crate) accel: Accel,
     /// Boot this kernel instead of what the disk's boot sector leads to.
     pub(crate) boot: Option<DirectBoot>,
-    /// What network it sees.
-    pub(crate) network: Network,
+    /// TCP ports of the guest that can each be reached through a port of the host's loopback, which is chosen at
+    /// start; see [`Qemu::forwarded_port`](super::Qemu::forwarded_port). The guest itself reaches out through
+    /// QEMU's user-mode network, that is, through the host's own sockets.
+    pub(crate) forward_ports: Vec<u16>,
 }
 
 /// An NBD export on a UNIX socket.
@@ -61,20 +63,6 @@ pub(crate) struct DirectBoot {
     pub(crate) initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub(crate) append: String,
-}
-
-/// What network a VM sees.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Network {
-    /// None at all.
-    None,
-    /// QEMU's user-mode network: the guest reaches out through the host's own sockets. Each of the guest's
-    /// TCP ports named here can be reached through a port of the host's loopback that is chosen at start;
-    /// see [`Qemu::forwarded_port`](super::Qemu::forwarded_port).
-    User {
-        /// TCP ports of the guest.
-        guest_ports: Vec<u16>,
-    },
 }
 
 /// Where in a VM's directory things are.
@@ -201,10 +189,9 @@ fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
 }
 
 fn add_network(line: &mut CommandLine, spec: &VmSpec) {
-    let Network::User { guest_ports } = &spec.network else { return };
     // Numbers only, so this needs no escaping.
     let forwards: String =
-        guest_ports.iter().map(|port| format!(",hostfwd=tcp:127.0.0.1:0-:{port}")).collect();
+        spec.forward_ports.iter().map(|port| format!(",hostfwd=tcp:127.0.0.1:0-:{port}")).collect();
     line.add("-netdev", format!("user,id=net{forwards}"));
     // An empty romfile skips the network boot firmware, which costs time and is never wanted.
     let mac = hardware_address(&spec.name);
@@ -278,7 +265,7 @@ mod tests {
             cpus: 1,
             accel: Accel::Tcg,
             boot: None,
-            network: Network::None,
+            forward_ports: Vec::new(),
         }
     }
 

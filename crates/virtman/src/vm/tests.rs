@@ -12,6 +12,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
+use super::accel::Accel;
+use super::qemu::Stopped;
+use super::ready::ReadyError;
 use super::*;
 
 /// Bounds a test that would otherwise hang; nothing that passes comes near it.
@@ -115,7 +118,7 @@ impl Bench {
             cpus: 1,
             accel: Accel::Tcg,
             boot: None,
-            network: Network::None,
+            forward_ports: Vec::new(),
         }
     }
 }
@@ -151,8 +154,7 @@ async fn a_guest_is_found_again_by_a_later_daemon_and_waits_while_its_disk_serve
     drop(vm);
 
     let vm = Qemu::adopt(&bench.vm_dir()).expect("the guest outlives what started it");
-    assert_eq!((vm.pid(), vm.name().as_str(), vm.accel()), (pid, "vm-1", Accel::Tcg));
-    assert_eq!(vm.state().await.unwrap(), VmState::Running);
+    assert_eq!((vm.pid(), vm.name().as_str()), (pid, "vm-1"));
     type_key(&vm).await;
     wait_for(&vm, "^first$").await.unwrap();
 
@@ -174,7 +176,6 @@ async fn a_guest_that_does_not_shut_down_is_ended_and_its_next_start_begins_a_ne
     assert!(matches!(again, Err(VmError::Running { pid }) if pid == vm.pid()), "{again:?}");
 
     assert_eq!(vm.stop(Duration::ZERO).await.unwrap(), Stopped::ByQemu);
-    assert_eq!(vm.state().await.unwrap(), VmState::Ended);
     assert!(Qemu::adopt(&bench.vm_dir()).is_none());
     assert!(matches!(wait_for(&vm, "^never$").await, Err(ReadyError::Ended)));
 
@@ -211,7 +212,7 @@ async fn qemus_own_words_say_why_it_did_not_start() {
 async fn a_forwarded_port_is_not_ready_because_qemu_listens_on_it() {
     let Some(bench) = Bench::new() else { return };
     let mut spec = bench.spec();
-    spec.network = Network::User { guest_ports: vec![22] };
+    spec.forward_ports = vec![22];
     let vm = Qemu::start(&bench.vm_dir(), &spec).await.unwrap();
     let port = vm.forwarded_port(22).await.unwrap().expect("the port is forwarded");
     tokio::net::TcpStream::connect(("127.0.0.1", port)).await.expect("QEMU itself accepts");
@@ -238,7 +239,7 @@ async fn a_debian_guest_takes_its_name_from_the_seed_and_shuts_down_when_asked()
     spec.accel = choice.accel;
     spec.memory_mib = 512;
     spec.seed = Some(bench.path("seed"));
-    spec.network = Network::User { guest_ports: vec![22] };
+    spec.forward_ports = vec![22];
 
     let vm = Qemu::start(&bench.vm_dir(), &spec).await.unwrap();
     let first = wait_for(&vm, ".").await.unwrap();

@@ -1,8 +1,8 @@
 //! TLS 1.3 between members of the cluster, with certificates on both sides.
 //!
-//! - [`Acceptor`] is the listening half, [`connect`] the dialling half.
+//! - [`Acceptor`] is the listening half, [`connect()`] the dialling half.
 //! - What is spoken inside is agreed by ALPN ([`Alpn`]), so one port serves the API and the link.
-//! - Chains are verified by webpki against the cluster's CA alone; then the peer's [`Principal`] is read
+//! - Chains are verified by webpki against the cluster's CA alone; then the peer's [`Principal`](super::Principal) is read
 //!   from its certificate and compared or handed on.
 //!
 //! No session is resumed: every handshake verifies certificates, expiry and revocation anew. Members
