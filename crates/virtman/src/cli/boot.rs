@@ -3,12 +3,12 @@
 //! Every step of every VM runs on its own; the first VM that is ready does not wait for the last disk.
 //! Repeating the command finds what is there: disks are kept, and guests that run are only waited for.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use block::{ImageName, NodeName, VmName};
@@ -143,22 +143,16 @@ pub(super) async fn run(context: &Context, args: &BootArgs) -> Outcome {
     }
     let origins = origins(context, &image, &cluster.nodes).await;
 
-    let progress = progress(&places);
+    let progress = Arc::new(progress(&places));
     let mut tasks = JoinSet::new();
     for (index, name) in names.into_iter().enumerate() {
         let (place, plan) = (Arc::clone(&places[index % places.len()]), Arc::clone(&plan));
-        tasks.spawn(async move { boot_one(name, &place, &plan).await });
+        let progress = Arc::clone(&progress);
+        tasks.spawn(async move { boot_one(name, &place, &plan, &progress).await });
     }
     let mut vms = Vec::new();
-    let mut accelerators = BTreeMap::new();
     while let Some(joined) = tasks.join_next().await {
-        let (line, accelerator) = joined.map_err(|e| Failure::new(format!("a boot was interrupted: {e}")))?;
-        if let Some(accelerator) = accelerator
-            && accelerators.insert(line.node.clone(), accelerator.clone()).is_none()
-        {
-            progress.say(&format!("node {} runs guests with {accelerator}", line.node));
-        }
-        vms.push(line);
+        vms.push(joined.map_err(|e| Failure::new(format!("a boot was interrupted: {e}")))?);
     }
     progress.finish();
     vms.sort_by_key(|line| natural(&line.vm));
@@ -274,16 +268,15 @@ async fn sent_bytes(node: &NodeClient) -> Option<u64> {
     node.client.get::<NodeStatus>("/v1/status").await.ok().map(|status| status.links.sent_wire_bytes)
 }
 
-async fn boot_one(vm: VmName, place: &Place, plan: &Plan) -> (VmLine, Option<String>) {
+async fn boot_one(vm: VmName, place: &Place, plan: &Plan, progress: &Progress) -> VmLine {
     let node = place.name.clone();
     let mut line = VmLine { vm, node, disk_ms: None, first_read_ms: None, ready_ms: None, error: None };
-    let mut accelerator = None;
     let steps = async {
         let path = format!("/v1/vms/{}", line.vm);
         let disk: Vm = place.patient.client.put(&path, &plan.create).await?;
         line.disk_ms = Some(disk.disk_ms);
         let started: VmStarted = place.patient.client.post(&format!("{path}/start"), &plan.start).await?;
-        accelerator = Some(started.accelerator);
+        progress.say_once(format!("Guests run with {}.", started.accelerator));
         let ready: VmReady = place.patient.client.post(&format!("{path}/wait"), &plan.wait).await?;
         line.first_read_ms = ready.first_read_ms;
         line.ready_ms = Some(ready.ready_ms);
@@ -298,7 +291,7 @@ async fn boot_one(vm: VmName, place: &Place, plan: &Plan) -> (VmLine, Option<Str
             line.error = Some(error.to_string());
         }
     }
-    (line, accelerator)
+    line
 }
 
 async fn node_line(place: &Place) -> NodeLine {
@@ -361,12 +354,13 @@ fn show(report: &Report) {
 struct Progress {
     bars: MultiProgress,
     updater: Option<tokio::task::JoinHandle<()>>,
+    said: Mutex<BTreeSet<String>>,
 }
 
 fn progress(places: &[Arc<Place>]) -> Progress {
     let bars = MultiProgress::new();
     if !std::io::stderr().is_terminal() {
-        return Progress { bars, updater: None };
+        return Progress { bars, updater: None, said: Mutex::default() };
     }
     let width = places.iter().map(|place| place.name.as_str().len()).max().unwrap_or(0);
     let template = format!("{{prefix:{width}}} [{{bar:24}}] {{pos}}/{{len}} ready{{msg}} {{elapsed}}");
@@ -400,21 +394,27 @@ fn progress(places: &[Arc<Place>]) -> Progress {
             tokio::time::sleep(PROGRESS_EVERY).await;
         }
     });
-    Progress { bars, updater: Some(updater) }
+    Progress { bars, updater: Some(updater), said: Mutex::default() }
 }
 
 impl Progress {
-    fn say(&self, line: &str) {
+    /// Says something that many VMs have to say, above the live lines.
+    fn say_once(&self, line: String) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.contains(&line) {
+            return;
+        }
         if self.updater.is_some() {
             // Nothing is lost if the line cannot be drawn: the terminal has gone.
-            let _ = self.bars.println(line);
+            let _ = self.bars.println(&line);
         } else {
-            note(line);
+            note(&line);
         }
+        said.insert(line);
     }
 
-    fn finish(self) {
-        if let Some(updater) = self.updater {
+    fn finish(&self) {
+        if let Some(updater) = &self.updater {
             updater.abort();
             // As above.
             let _ = self.bars.clear();
