@@ -1,0 +1,130 @@
+//! The map of an overlay, damaged in any way that checksums do not tell.
+//!
+//! Checked: it is refused or opened, and an overlay that was opened keeps what is written to it from then on
+//! and can be opened again.
+
+#![no_main]
+
+use std::sync::{Arc, LazyLock};
+
+use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
+use fuzz::Input;
+use store::{Media, MemoryMedia, Overlay};
+use tokio::runtime::{Builder, Runtime};
+
+static RUNTIME: LazyLock<Runtime> =
+    LazyLock::new(|| Builder::new_current_thread().build().expect("a runtime without drivers needs nothing"));
+
+/// Where the first record is unless the header says otherwise.
+const LOG_START: u64 = 8192;
+
+fn header(input: &mut Input<'_>) -> Vec<u8> {
+    let any = input.u64();
+    let size_bytes = input.pick(&[1 << 20, 4097, 1, DISK_BYTES_MAX, DISK_BYTES_MAX + 1, 0, any]);
+    let generation = input.pick(&[1, 2, 3, any]);
+    let log_start = input.pick(&[LOG_START, 2 * LOG_START, any]);
+    let snapshot_bytes = input.pick(&[24, 40, 64, any]);
+    let mut out = b"VMOVLMAP".to_vec();
+    out.extend(input.pick(&[1u32, 1, 1, 2]).to_le_bytes());
+    out.extend(input.pick(&[4096u32, 4096, 4096, 512]).to_le_bytes());
+    for field in [size_bytes, generation, log_start, snapshot_bytes] {
+        out.extend(field.to_le_bytes());
+    }
+    out.resize(60, 0);
+    let crc = crc32c::crc32c(&out);
+    out.extend(crc.to_le_bytes());
+    out
+}
+
+fn record(input: &mut Input<'_>) -> Vec<u8> {
+    let count = u32::from(input.u8()) % 4;
+    let mut out = vec![0; 4];
+    let anything = u32::from_le_bytes([input.u8(), 0, input.u8(), 0]);
+    out.extend(input.pick(&[count, count, count, anything]).to_le_bytes());
+    out.extend(input.pick(&[1u64, 2, 3]).to_le_bytes());
+    out.extend((u64::from(input.u8()) % 4).to_le_bytes());
+    for _ in 0..count {
+        let any = input.u64();
+        out.extend(input.pick(&[0, 1, 3, any]).to_le_bytes());
+        out.extend(input.u64().to_le_bytes());
+    }
+    let crc = crc32c::crc32c(&out[4..]) ^ u32::from(input.u8() == 255);
+    out[..4].copy_from_slice(&crc.to_le_bytes());
+    out
+}
+
+fn map(input: &mut Input<'_>) -> Arc<MemoryMedia> {
+    let map = Arc::new(MemoryMedia::new(0));
+    let write = |offset, bytes: &[u8]| map.write_at(offset, bytes).expect("memory takes all");
+    for slot in 0..u64::from(input.u8() % 3) {
+        write(slot * 4096, &header(input));
+    }
+    let mut at = input.pick(&[LOG_START, 2 * LOG_START]);
+    while !input.is_empty() {
+        let record = record(input);
+        write(at, &record);
+        at += record.len() as u64;
+    }
+    map
+}
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let map = map(&mut Input::new(bytes));
+    let data = Arc::new(MemoryMedia::new(DISK_BYTES_MAX));
+    let open = || Overlay::open_on(data.clone(), map.clone(), Arc::new(Nothing));
+    let Ok(overlay) = open() else { return };
+    let size_bytes = overlay.size_bytes();
+    assert!((1..=DISK_BYTES_MAX).contains(&size_bytes));
+    assert!(overlay.allocated_bytes() <= size_bytes.next_multiple_of(BLOCK_BYTES as u64));
+
+    let text = [7; 1];
+    let written = overlay.write_now(size_bytes - 1, &text).expect("the last byte is there");
+    assert_eq!(written, Now::Done);
+    RUNTIME.block_on(overlay.flush()).expect("memory takes all");
+    let allocated_bytes = overlay.allocated_bytes();
+    drop(overlay);
+
+    let overlay = open().expect("what was flushed can be opened");
+    assert_eq!(overlay.allocated_bytes(), allocated_bytes);
+    let mut found = [0; 1];
+    assert_eq!(overlay.read_now(size_bytes - 1, &mut found).expect("it is there"), Now::Done);
+    assert_eq!(found, text, "what was flushed is there");
+});
+
+/// A base without bytes.
+struct Nothing;
+
+impl Disk for Nothing {
+    fn size_bytes(&self) -> u64 {
+        0
+    }
+
+    fn access(&self) -> Access {
+        Access::ReadOnly
+    }
+
+    fn read<'a>(&'a self, _: u64, _: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn write<'a>(&'a self, _: u64, _: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        Box::pin(async { Err(DiskError::ReadOnly) })
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        Box::pin(async { Err(DiskError::ReadOnly) })
+    }
+
+    fn discard(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        Box::pin(async { Err(DiskError::ReadOnly) })
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn extents(&self, _: u64, _: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+}

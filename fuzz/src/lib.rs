@@ -1,0 +1,9 @@
+//! What the fuzz targets share.
+//!
+//! - [`Input`]: the fuzzer's bytes as a series of choices, for targets that go through many steps.
+//! - [`frames`]: chunks, and frames of a link that the input chooses.
+
+pub mod frames;
+mod input;
+
+pub use input::Input;
