@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::tools::{both, wait_for};
+use crate::tools::{Background, both, wait_for};
 
 /// How long a daemon may take to be ready: it takes milliseconds, but the machine may be busy.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -61,11 +61,25 @@ impl Cluster {
     /// attached, in this order: a binary tree.
     pub(crate) fn with_image(names: &[&str], image: &str, file: &Path) -> Cluster {
         let cluster = Cluster::with_nodes(names);
-        cluster.ok(&["--node", names[0], "image", "add", image, file.to_str().unwrap()]);
-        for name in &names[1..] {
-            cluster.ok(&["--node", name, "image", "attach", image]);
-        }
+        cluster.share(names, image, file);
         cluster
+    }
+
+    /// The same, but each node hangs below the one named before it: as many levels as there are nodes.
+    pub(crate) fn chain(names: &[&str], image: &str, file: &Path) -> Cluster {
+        let mut cluster = Cluster::start_with(&["--fan-out", "1"]);
+        for name in names {
+            cluster.add_node(name, &[]);
+        }
+        cluster.share(names, image, file);
+        cluster
+    }
+
+    fn share(&self, names: &[&str], image: &str, file: &Path) {
+        self.ok(&["--node", names[0], "image", "add", image, file.to_str().unwrap()]);
+        for name in &names[1..] {
+            self.ok(&["--node", name, "image", "attach", image]);
+        }
     }
 
     /// A directory for the test's own files.
@@ -192,6 +206,11 @@ impl Cluster {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
+    /// Starts a command that runs beside the test. What it prints is kept under `name`.
+    pub(crate) fn begin(&self, name: &str, args: &[&str]) -> Background {
+        Background::start(self.command(args), &self.path(name))
+    }
+
     /// Runs a command that must succeed, and returns its JSON.
     pub(crate) fn json(&self, args: &[&str]) -> Value {
         let mut all = vec!["--json"];
@@ -209,6 +228,16 @@ impl Cluster {
     /// The NBD URI of an image as a node sees it. `file` is the image's name with `+` for `:`.
     pub(crate) fn volume(&self, node: &str, file: &str) -> String {
         format!("nbd+unix:///?socket={}/volumes/{file}.sock", self.node_dir(node).display())
+    }
+
+    /// Where a node listens for children and administrators.
+    pub(crate) fn node_address(&self, name: &str) -> &str {
+        &self.nodes[name].address
+    }
+
+    /// Where Volt listens.
+    pub(crate) fn volt_address(&self) -> &str {
+        &self.volt_address
     }
 
     /// What a node's daemon logged so far.
@@ -288,6 +317,6 @@ fn end(process: Option<Child>) {
 
 /// A loopback address on which nobody listens. Another process may take it before it is used; the daemon
 /// then says so in its log and the test fails, which in practice does not happen.
-fn free_address() -> String {
+pub(crate) fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }

@@ -4,5 +4,9 @@
 //! with the test, also when it fails. Guests need the image that `scripts/guest-image` builds, named by
 //! `VIRTMAN_GUEST_IMAGE`; `scripts/test` sees to both.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic like tests")]
+
+mod agent;
 mod cluster;
+mod guests;
 mod tools;

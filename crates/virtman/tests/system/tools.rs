@@ -1,7 +1,9 @@
 //! Foreign programs that tests judge the product by, and small helpers around processes and time.
 
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a foreign tool may take: a whole image over three levels on a busy machine.
@@ -44,6 +46,59 @@ pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() ->
     }
 }
 
+/// A command that runs beside the test, and ends with its value at the latest.
+pub(crate) struct Background {
+    process: Child,
+    printed: PathBuf,
+    complained: PathBuf,
+}
+
+impl Background {
+    /// Starts `command`, and keeps what it prints in files whose names begin with `file`.
+    pub(crate) fn start(mut command: Command, file: &Path) -> Background {
+        let (printed, complained) = (file.with_extension("out"), file.with_extension("err"));
+        command.stdin(Stdio::piped());
+        command.stdout(File::create(&printed).unwrap()).stderr(File::create(&complained).unwrap());
+        Background { process: command.spawn().unwrap(), printed, complained }
+    }
+
+    /// Writes to its standard input.
+    pub(crate) fn say(&mut self, text: &str) {
+        self.process.stdin.as_mut().expect("it is a pipe").write_all(text.as_bytes()).unwrap();
+    }
+
+    /// What it printed on its standard output so far.
+    pub(crate) fn printed(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.printed).unwrap()).into_owned()
+    }
+
+    /// Fails the test if it has ended.
+    pub(crate) fn assert_running(&mut self) {
+        let ended = self.process.try_wait().unwrap();
+        assert!(ended.is_none(), "it ended: {ended:?}\n{}{}", self.printed(), self.complained());
+    }
+
+    /// Waits until it ends, which it must do with success, and returns its standard output.
+    pub(crate) fn finish(mut self, limit: Duration) -> String {
+        let what = format!("{} has finished", self.printed.display());
+        let status = wait_for(&what, limit, || self.process.try_wait().unwrap());
+        assert!(status.success(), "{status}\n{}{}", self.printed(), self.complained());
+        self.printed()
+    }
+
+    fn complained(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.complained).unwrap()).into_owned()
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
 /// The bootable Debian image that `scripts/guest-image` made.
 pub(crate) fn guest_image() -> PathBuf {
     let path = std::env::var_os("VIRTMAN_GUEST_IMAGE")
@@ -55,8 +110,8 @@ pub(crate) fn guest_image() -> PathBuf {
 
 /// Writes a raw disk of `mib` MiB with data, holes and zeroes in it, the same for the same seed.
 pub(crate) fn make_raw(path: &Path, mib: usize, seed: u64) {
-    use std::io::{Seek, SeekFrom, Write};
-    let mut file = std::fs::File::create(path).unwrap();
+    use std::io::{Seek, SeekFrom};
+    let mut file = File::create(path).unwrap();
     let mut state = seed | 1;
     for at in 0..mib {
         // One MiB in three stays a hole, one is written zeroes, one is data.
@@ -80,4 +135,21 @@ pub(crate) fn make_raw(path: &Path, mib: usize, seed: u64) {
         }
     }
     file.set_len((mib as u64) << 20).unwrap();
+}
+
+/// Compares two disks, files or URIs, over their whole length, byte for byte.
+pub(crate) fn assert_same(found: &str, expected: &Path) {
+    let expected = expected.to_str().unwrap();
+    tool("qemu-utils", "qemu-img", &["compare", "-f", "raw", "-F", "raw", found, expected]);
+}
+
+/// Runs commands of `qemu-io` on a raw disk, a file or a URI, one after the other.
+pub(crate) fn qemu_io(disk: &str, commands: &[&str]) -> String {
+    let mut args = vec!["-f", "raw"];
+    args.extend(commands.iter().flat_map(|command| ["-c", command]));
+    args.push(disk);
+    let said = tool("qemu-utils", "qemu-io", &args);
+    // A read with a pattern that differs is only printed by some versions.
+    assert!(!said.contains("Pattern verification failed"), "qemu-io {commands:?}: {said}");
+    said
 }
