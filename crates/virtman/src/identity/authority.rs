@@ -225,7 +225,8 @@ fn member_params(principal: &Principal, now: SystemTime) -> Result<CertificatePa
     params.distinguished_name = common_name(name);
     params.subject_alt_names.push(SanType::URI(principal.uri().try_into()?));
     params.is_ca = IsCa::ExplicitNoCa;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    // TLS 1.3 only signs; QEMU refuses certificates that do not permit key encipherment all the same.
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
     params.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
     params.use_authority_key_identifier_extension = true;
     match principal {

@@ -9,4 +9,5 @@
 mod agent;
 mod cluster;
 mod guests;
+mod storage;
 mod tools;
