@@ -24,7 +24,8 @@ impl ChunkHash {
     /// Marks a chunk whose bytes are all zero.
     pub const ZERO: ChunkHash = ChunkHash([0; 32]);
 
-    /// The name of the chunk with these bytes; [`ChunkHash::ZERO`] if all are zero.
+    /// The name of the chunk with these bytes; [`ChunkHash::ZERO`] if all are zero. Bytes that are fewer or
+    /// more than [`CHUNK_BYTES`] get a value too, but it names no chunk: [`Chunk::verify`] refuses them.
     pub fn of(bytes: &[u8]) -> ChunkHash {
         if is_all_zero(bytes) { ChunkHash::ZERO } else { ChunkHash(*blake3::hash(bytes).as_bytes()) }
     }
@@ -157,6 +158,12 @@ pub enum WrongChunk {
         /// What the bytes hash to.
         actual: ChunkHash,
     },
+    /// The compressed form is damaged.
+    #[error("the bytes that came as chunk {hash} cannot be unpacked")]
+    Packed {
+        /// The chunk that was expected.
+        hash: ChunkHash,
+    },
 }
 
 impl Chunk {
@@ -172,6 +179,17 @@ impl Chunk {
         Ok(Chunk { hash, bytes, packed: None })
     }
 
+    /// Checks that `packed` unpacks to the chunk `hash`, and keeps it, so that a relay can pass the chunk on
+    /// without compressing it again. `unpack` gives `None` for what it cannot unpack.
+    pub fn verify_packed(
+        hash: ChunkHash,
+        packed: Bytes,
+        unpack: impl FnOnce(&[u8]) -> Option<Bytes>,
+    ) -> Result<Chunk, WrongChunk> {
+        let bytes = unpack(&packed).ok_or(WrongChunk::Packed { hash })?;
+        Ok(Chunk { packed: Some(packed), ..Chunk::verify(hash, bytes)? })
+    }
+
     /// The all-zero chunk.
     pub fn zero() -> Chunk {
         static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
@@ -183,13 +201,6 @@ impl Chunk {
     pub fn of(bytes: Bytes) -> Chunk {
         assert_eq!(bytes.len(), CHUNK_BYTES, "a chunk has exactly CHUNK_BYTES bytes");
         Chunk { hash: ChunkHash::of(&bytes), bytes, packed: None }
-    }
-
-    /// Remembers the compressed form that the chunk arrived in, so that a relay can pass it on without
-    /// compressing again. The caller vouches that `packed` unpacks to this chunk: it just did that.
-    #[must_use]
-    pub fn with_packed(self, packed: Bytes) -> Chunk {
-        Chunk { packed: Some(packed), ..self }
     }
 
     /// The chunk's name.
@@ -235,6 +246,16 @@ mod tests {
         bad[CHUNK_BYTES - 1] ^= 1;
         assert!(Chunk::verify(hash, good).is_ok());
         assert!(matches!(Chunk::verify(hash, bad.into()), Err(WrongChunk::Hash { .. })));
+    }
+
+    #[test]
+    fn a_packed_form_is_kept_only_if_it_unpacks_to_the_chunk() {
+        let good = Chunk::of(Bytes::from(vec![7u8; CHUNK_BYTES]));
+        let packed = Bytes::from_static(b"packed");
+        let verify = |bytes: Option<Bytes>| Chunk::verify_packed(good.hash(), packed.clone(), |_| bytes);
+        assert_eq!(verify(Some(good.bytes().clone())).unwrap().packed(), Some(&packed));
+        assert!(matches!(verify(Some(Chunk::zero().bytes().clone())), Err(WrongChunk::Hash { .. })));
+        assert_eq!(verify(None), Err(WrongChunk::Packed { hash: good.hash() }));
     }
 
     #[test]

@@ -17,7 +17,8 @@ pub enum Access {
 pub enum Now {
     /// It is done.
     Done,
-    /// It would have to wait; nothing was changed. Use the asynchronous form.
+    /// It would have to wait; what the operation is about was not changed, but a buffer to be filled may
+    /// hold anything. Use the asynchronous form.
     Wait,
 }
 
@@ -120,7 +121,8 @@ pub trait Disk: Send + Sync {
     fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>>;
 
     /// What is known of `len` bytes from `offset`, in order, covering at least the first byte and at
-    /// most the whole range. Costs no fetch of data; may fetch manifest pages.
+    /// most the whole range, in at most [`EXTENTS_MAX`](crate::limits::EXTENTS_MAX) pieces: a caller that
+    /// wants more asks again from where the answer ends. Costs no fetch of data; may fetch manifest pages.
     fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>>;
 }
 

@@ -1,12 +1,12 @@
 //! Where in an image a byte lies.
 
-use crate::limits::CHUNK_BYTES;
+use crate::limits::{CHUNK_BYTES, DISK_BYTES_MAX};
 
 /// The position of a chunk in an image, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ChunkIndex(pub u64);
 
-/// The size of a disk, and the arithmetic that follows from it.
+/// The size of a disk, 1 to [`DISK_BYTES_MAX`] bytes, and the arithmetic that follows from it.
 ///
 /// The last chunk of an image whose size is no multiple of the chunk size is padded with zeroes, so
 /// that every chunk has the same length.
@@ -16,9 +16,9 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The geometry of a disk of `size_bytes`.
-    pub fn new(size_bytes: u64) -> Geometry {
-        Geometry { size_bytes }
+    /// The geometry of a disk of `size_bytes`; `None` unless that is 1 to [`DISK_BYTES_MAX`].
+    pub fn new(size_bytes: u64) -> Option<Geometry> {
+        (1..=DISK_BYTES_MAX).contains(&size_bytes).then_some(Geometry { size_bytes })
     }
 
     /// Size of the disk in bytes.
@@ -37,15 +37,16 @@ impl Geometry {
     }
 
     /// Cuts `len` bytes from `offset` at chunk boundaries: the chunk, the offset in it, and the length.
+    /// What lies beyond `u64::MAX` is left out: no disk [contains](Geometry::contains) it.
     pub fn split(offset: u64, len: usize) -> impl Iterator<Item = (ChunkIndex, usize, usize)> {
-        let end = offset + len as u64;
+        let end = offset.saturating_add(len as u64);
         let mut at = offset;
         std::iter::from_fn(move || {
             if at >= end {
                 return None;
             }
             let within = (at % CHUNK_BYTES as u64) as usize;
-            let piece = (CHUNK_BYTES - within).min((end - at) as usize);
+            let piece = (CHUNK_BYTES - within).min(usize::try_from(end - at).unwrap_or(CHUNK_BYTES));
             let index = ChunkIndex(at / CHUNK_BYTES as u64);
             at += piece as u64;
             Some((index, within, piece))
@@ -73,8 +74,22 @@ mod tests {
 
     #[test]
     fn a_range_that_wraps_around_is_not_on_the_disk() {
-        assert!(!Geometry::new(u64::MAX).contains(u64::MAX, 2));
-        assert!(Geometry::new(10).contains(10, 0));
-        assert!(!Geometry::new(10).contains(10, 1));
+        let disk = Geometry::new(10).unwrap();
+        assert!(!disk.contains(u64::MAX, 2));
+        assert!(disk.contains(10, 0));
+        assert!(!disk.contains(10, 1));
+    }
+
+    #[test]
+    fn a_range_that_wraps_around_is_cut_at_the_end_of_all_offsets() {
+        let pieces: Vec<_> = Geometry::split(u64::MAX - 1, 3).collect();
+        assert_eq!(pieces, [(ChunkIndex(u64::MAX / CHUNK_BYTES as u64), CHUNK_BYTES - 2, 1)]);
+    }
+
+    #[test]
+    fn no_disk_is_empty_or_larger_than_the_bound() {
+        assert_eq!(Geometry::new(0), None);
+        assert_eq!(Geometry::new(DISK_BYTES_MAX).map(|g| g.size_bytes()), Some(DISK_BYTES_MAX));
+        assert_eq!(Geometry::new(DISK_BYTES_MAX + 1), None);
     }
 }

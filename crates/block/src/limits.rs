@@ -19,6 +19,10 @@ pub const DISK_BYTES_MAX: u64 = 64 << 40;
 /// that NBD clients may assume without negotiation.
 pub const REQUEST_BYTES_MAX: usize = 32 << 20;
 
+/// Most extents in one answer of a [`Disk`](crate::Disk): 128 KiB of them, and what one NBD reply about
+/// allocation holds.
+pub const EXTENTS_MAX: usize = 8192;
+
 /// Longest name of a node, VM or image in bytes: fits a DNS label, an X.509 common name and, with a
 /// directory before it, a UNIX socket path (108 bytes).
 pub const NAME_BYTES_MAX: usize = 63;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::BoxFuture;
 
-use crate::{Chunk, ChunkHash, WrongChunk};
+use crate::{Chunk, ChunkHash, Now, WrongChunk};
 
 /// How urgently a chunk is wanted. A more urgent request overtakes a less urgent one everywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,11 +67,11 @@ pub trait ChunkSource: Send + Sync {
     /// Gets a chunk from wherever it is, waiting as long as it takes.
     fn fetch(&self, chunk: ChunkHash, priority: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>>;
 
-    /// Copies `buf.len()` bytes from `offset` within the chunk if that needs no waiting; `false` if the
-    /// chunk must be [fetched](ChunkSource::fetch). Never blocks. `offset + buf.len()` is at most
+    /// Copies `buf.len()` bytes from `offset` within the chunk if that needs no waiting; else the chunk must
+    /// be [fetched](ChunkSource::fetch), and what `buf` holds is undefined. Never blocks. `offset + buf.len()` is at most
     /// [`CHUNK_BYTES`](crate::limits::CHUNK_BYTES).
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> bool {
+    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
         let _ = (chunk, hint, offset, buf);
-        false
+        Now::Wait
     }
 }

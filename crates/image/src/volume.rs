@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use block::limits::{CHUNK_BYTES, HASHES_PER_PAGE};
+use block::limits::{CHUNK_BYTES, EXTENTS_MAX, HASHES_PER_PAGE};
 use block::{
     Access, BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, DiskError, Extent, ExtentKind,
     FetchError, Geometry, ImageId, Now, Priority, WrongChunk,
@@ -150,12 +150,12 @@ impl ImageVolume {
     }
 
     /// Copies a piece of a chunk from where it is at hand.
-    fn piece_now(&self, page: &Page, slot: usize, within: usize, buf: &mut [u8]) -> bool {
+    fn piece_now(&self, page: &Page, slot: usize, within: usize, buf: &mut [u8]) -> Now {
         match page.entry(slot) {
             Some((hash, hint)) if !hash.is_zero() => self.source.read_now(hash, hint, within, buf),
             _ => {
                 buf.fill(0);
-                true
+                Now::Done
             }
         }
     }
@@ -168,7 +168,7 @@ impl ImageVolume {
             rest = tail;
             let (id, slot) = PageId::of_chunk(chunk);
             let page = self.page(id, Priority::Guest).await?;
-            if !self.piece_now(&page, slot, within, piece) {
+            if self.piece_now(&page, slot, within, piece) == Now::Wait {
                 missing.push(Missing { hash: page.hash(slot), within, buf: piece });
             }
         }
@@ -210,8 +210,10 @@ impl ImageVolume {
             };
             let kind = if page.hash(slot).is_zero() { ExtentKind::Hole } else { ExtentKind::Data };
             let next = end.min((chunk.0 + 1) * CHUNK_BYTES as u64);
+            let is_full = extents.len() == EXTENTS_MAX;
             match extents.last_mut() {
                 Some(last) if last.kind == kind => last.len += next - at,
+                _ if is_full => break,
                 _ => extents.push(Extent { len: next - at, kind }),
             }
             current = Some((id, page));
@@ -242,7 +244,7 @@ impl Disk for ImageVolume {
             rest = tail;
             let (id, slot) = PageId::of_chunk(chunk);
             let Some(page) = self.pages.get(id) else { return Ok(Now::Wait) };
-            if !self.piece_now(&page, slot, within, piece) {
+            if self.piece_now(&page, slot, within, piece) == Now::Wait {
                 return Ok(Now::Wait);
             }
         }

@@ -338,10 +338,9 @@ impl Child {
 fn verified(hash: ChunkHash, payload: Payload) -> Option<Chunk> {
     match payload {
         Payload::Raw(bytes) => Chunk::verify(hash, bytes).ok(),
+        // A copy, because the chunk may be kept and the packed form is a small part of a read buffer.
         Payload::Zstd(packed) => {
-            let chunk = Chunk::verify(hash, pack::unpack(&packed)?).ok()?;
-            // A copy, because the chunk may be kept and the packed form is a small part of a read buffer.
-            Some(chunk.with_packed(Bytes::copy_from_slice(&packed)))
+            Chunk::verify_packed(hash, Bytes::copy_from_slice(&packed), pack::unpack).ok()
         }
     }
 }

@@ -14,7 +14,9 @@ use std::io;
 use std::sync::Arc;
 
 use block::limits::CHUNK_BYTES;
-use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint};
+use block::{
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+};
 use bytes::BytesMut;
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -182,7 +184,7 @@ impl Server {
     fn read_now(&mut self, image: &ImageId, chunk: &ChunkHash) -> Option<Reply> {
         let source = self.sources.source(image).now_or_never()??;
         self.spare.resize(CHUNK_BYTES, 0);
-        if !source.read_now(chunk, &SlotHint::default(), 0, &mut self.spare) {
+        if source.read_now(chunk, &SlotHint::default(), 0, &mut self.spare) == Now::Wait {
             return None;
         }
         Some(Reply::Have(Payload::Raw(std::mem::take(&mut self.spare).freeze())))

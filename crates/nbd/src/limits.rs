@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-pub use block::limits::REQUEST_BYTES_MAX;
+pub use block::limits::{EXTENTS_MAX, REQUEST_BYTES_MAX};
 
 /// Longest string of the protocol in bytes, as the specification sets it for names and messages.
 pub const STRING_BYTES_MAX: usize = 4096;
@@ -49,9 +49,6 @@ pub const HOLE_BYTES_MIN: u64 = 4096;
 
 /// Shortest read in bytes for which holes are looked up at all.
 pub const SPARSE_READ_BYTES_MIN: u64 = 64 << 10;
-
-/// Descriptors in one answer about allocation; the client asks again for the rest.
-pub const EXTENTS_MAX: usize = 8192;
 
 /// Bytes that are written or read at a time where a command has no payload but needs one (allocating
 /// zeroes, filling caches).

@@ -391,22 +391,22 @@ impl CacheGroup {
     }
 
     /// Copies from the slot, if it holds the chunk, verified, and its bytes are in memory.
-    fn copy_now(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> bool {
-        let Some(slot) = self.media.get(id) else { return false };
-        let Some(seen) = slot.see_chunk(hash) else { return false };
+    fn copy_now(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> Now {
+        let Some(slot) = self.media.get(id) else { return Now::Wait };
+        let Some(seen) = slot.see_chunk(hash) else { return Now::Wait };
         let medium = self.media.medium(id);
         if seen.stage() != Stage::Ready || medium.is_failed() {
-            return false;
+            return Now::Wait;
         }
         match medium.media().read_at_now(medium.slot_offset(id.index()) + offset as u64, buf) {
             Ok(Now::Done) if slot.is_still(seen) => {
                 self.note_hit(shard, id, seen);
-                true
+                Now::Done
             }
-            Ok(_) => false,
+            Ok(_) => Now::Wait,
             Err(error) => {
                 medium.note_error(&error);
-                false
+                Now::Wait
             }
         }
     }

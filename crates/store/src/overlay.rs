@@ -24,7 +24,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
+use block::limits::BLOCK_BYTES;
 use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, Now};
 use futures_util::FutureExt;
 
@@ -41,7 +41,7 @@ const BLOCK: u64 = BLOCK_BYTES as u64;
 /// page cache, little more than what handing the write to the blocking pool would cost.
 const WRITE_PIECE_BYTES: usize = 64 * 1024;
 
-/// Most extents in one answer; a caller that wants more asks again from where the answer ended.
+/// Most extents in one answer: fewer than a disk may give, because each of them costs a task switch.
 const EXTENTS_MAX: usize = 512;
 
 type Block = [u8; BLOCK_BYTES];
@@ -107,7 +107,7 @@ pub struct Overlay {
 }
 
 fn check_size(size_bytes: u64) -> Result<(), OverlayError> {
-    if size_bytes == 0 || size_bytes > DISK_BYTES_MAX {
+    if Geometry::new(size_bytes).is_none() {
         return Err(OverlayError::Size(size_bytes));
     }
     Ok(())
@@ -186,7 +186,8 @@ impl Overlay {
     }
 
     fn new(data: Arc<dyn Media>, log: MapLog, map: BlockMap, base: Arc<dyn Disk>) -> Overlay {
-        let geometry = Geometry::new(log.size_bytes());
+        let geometry =
+            Geometry::new(log.size_bytes()).expect("a log of another size is neither made nor opened");
         let map = Arc::new(map);
         let flusher = Arc::new(Flusher::new(Arc::clone(&data), Arc::clone(&map), log));
         Overlay { geometry, base, data, map, claims: Arc::default(), flusher }

@@ -1,6 +1,6 @@
 //! The arithmetic of a manifest: everything about the tree that follows from the size of the disk.
 
-use block::limits::{DISK_BYTES_MAX, HASHES_PER_PAGE};
+use block::limits::HASHES_PER_PAGE;
 use block::{ChunkIndex, Geometry};
 
 /// Bytes of one hash in a page.
@@ -49,12 +49,9 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    /// The shape of a disk of `size_bytes`; `None` unless that is 1 to [`DISK_BYTES_MAX`].
+    /// The shape of a disk of `size_bytes`; `None` if no disk has that size.
     pub(crate) fn of(size_bytes: u64) -> Option<Shape> {
-        if size_bytes == 0 || size_bytes > DISK_BYTES_MAX {
-            return None;
-        }
-        let geometry = Geometry::new(size_bytes);
+        let geometry = Geometry::new(size_bytes)?;
         let mut pages = [0; LEVELS_MAX];
         let mut names = geometry.chunk_count();
         let mut levels = 0;

@@ -57,12 +57,12 @@ impl ChunkSource for Keeping {
         })
     }
 
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> bool {
+    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
         let kept = self.kept.lock().unwrap();
-        let Some(found) = kept.get(chunk) else { return false };
+        let Some(found) = kept.get(chunk) else { return Now::Wait };
         hint.set(hint.get() + 1);
         buf.copy_from_slice(&found.bytes()[offset..offset + buf.len()]);
-        true
+        Now::Done
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use block::limits::CHUNK_BYTES;
-use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint};
+use block::{
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+};
 use link::{Dial, Fetcher, ParentAddr, Report, Sources, Stats, Stream, Tally, Uplinks, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::sync::{Notify, OnceCell, mpsc, watch};
@@ -124,13 +126,13 @@ impl ChunkSource for Memory {
         Box::pin(self.get(chunk))
     }
 
-    fn read_now(&self, hash: &ChunkHash, _: &SlotHint, _: usize, buf: &mut [u8]) -> bool {
+    fn read_now(&self, hash: &ChunkHash, _: &SlotHint, _: usize, buf: &mut [u8]) -> Now {
         if *self.mood.borrow() != Mood::Lies {
-            return false;
+            return Now::Wait;
         }
         *self.asked.lock().unwrap().entry(*hash).or_default() += 1;
         buf.fill(0xee);
-        true
+        Now::Done
     }
 }
 
@@ -142,12 +144,12 @@ impl ChunkSource for AtHand {
         Box::pin(async move { Err(FetchError::NotHere(chunk)) })
     }
 
-    fn read_now(&self, hash: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> bool {
+    fn read_now(&self, hash: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
         if *hash != self.0.hash() {
-            return false;
+            return Now::Wait;
         }
         buf.copy_from_slice(&self.0.bytes()[offset..offset + buf.len()]);
-        true
+        Now::Done
     }
 }
 

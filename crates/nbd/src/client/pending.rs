@@ -279,11 +279,11 @@ impl Entry {
     }
 }
 
-/// What the server said of a range of `len` bytes; what it said beyond is cut off.
+/// What the server said of a range of `len` bytes; what it said beyond, or in too many pieces, is cut off.
 fn extents(states: &[Status], len: u64) -> Vec<Extent> {
     let mut left = len;
     let mut out: Vec<Extent> = Vec::new();
-    for state in states {
+    for state in states.iter().take(EXTENTS_MAX) {
         let len = state.len.min(left);
         left -= len;
         let kind = if state.is_zero() { ExtentKind::Hole } else { ExtentKind::Data };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority, SlotHint};
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Now, Priority, SlotHint};
 use futures_util::FutureExt;
 
 use super::flight::Answer;
@@ -47,16 +47,16 @@ impl ChunkSource for Cached {
         self.get(chunk, priority).boxed()
     }
 
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> bool {
+    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
         if chunk.is_zero() {
             buf.fill(0);
-            return true;
+            return Now::Done;
         }
         let (group, shard) = (&self.group, self.group.shard(chunk));
         if let Some(id) = SlotId::from_hint(hint.get())
-            && group.copy_now(shard, id, chunk, offset, buf)
+            && group.copy_now(shard, id, chunk, offset, buf) == Now::Done
         {
-            return true;
+            return Now::Done;
         }
         let (found, arrived) = {
             let mut index = shard.lock();
@@ -73,9 +73,9 @@ impl ChunkSource for Cached {
             (None, Some(arrived)) => {
                 buf.copy_from_slice(&arrived.bytes()[offset..offset + buf.len()]);
                 add(&shard.hits, 1);
-                true
+                Now::Done
             }
-            (None, None) => false,
+            (None, None) => Now::Wait,
         }
     }
 }

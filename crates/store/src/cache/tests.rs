@@ -2,7 +2,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
-use block::{BoxFuture, FetchError, SlotHint};
+use block::{BoxFuture, FetchError, Now, SlotHint};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use rand::rngs::StdRng;
@@ -133,13 +133,13 @@ async fn a_part_is_read_at_once_with_and_without_a_hint() {
     let source = group.over(origin);
     let hint = SlotHint::default();
     let mut buf = [1; 8];
-    assert!(!source.read_now(&hash(1), &hint, 0, &mut buf), "it is not there yet");
+    assert_eq!(source.read_now(&hash(1), &hint, 0, &mut buf), Now::Wait, "it is not there yet");
     fetch_all(&source, [1]).await;
     group.settled().await;
     // The medium lets some reads wait, by its seed; not many in a row.
     let mut read = |hash: &ChunkHash, hint: &SlotHint| {
         buf.fill(0xee);
-        (0..50).any(|_| source.read_now(hash, hint, 2, &mut buf)).then_some(buf)
+        (0..50).any(|_| source.read_now(hash, hint, 2, &mut buf) == Now::Done).then_some(buf)
     };
     let expected: [u8; 8] = chunk(1).bytes()[2..10].try_into().unwrap();
     assert_eq!(read(&hash(1), &hint), Some(expected));
@@ -173,7 +173,8 @@ async fn a_hundred_concurrent_fetches_are_one() {
 #[tokio::test]
 async fn a_relay_gets_the_packed_form_as_it_came() {
     let mut origin = Origin::open(0);
-    let packed = chunk(0).with_packed(Bytes::from_static(b"packed"));
+    let unpacked = chunk(0).bytes().clone();
+    let packed = Chunk::verify_packed(hash(0), Bytes::from_static(b"packed"), |_| Some(unpacked)).unwrap();
     Arc::get_mut(&mut origin).unwrap().chunks.insert(hash(0), packed);
     let group = group(&[&medium(4, 1)]);
     let source = group.over(origin);
@@ -290,7 +291,11 @@ async fn a_restart_finds_the_chunks_again_without_upstream() {
     let source = after.over(origin.clone());
     assert_eq!(after.stats().resident_chunks, 12);
     let mut byte = [0];
-    assert!(!source.read_now(&hash(3), &SlotHint::default(), 0, &mut byte), "nothing unverified is used");
+    assert_eq!(
+        source.read_now(&hash(3), &SlotHint::default(), 0, &mut byte),
+        Now::Wait,
+        "nothing unverified is used"
+    );
     fetch_all(&source, 0..12).await;
     assert_eq!(origin.asked(), []);
 }
@@ -438,7 +443,7 @@ async fn random_fetches_and_restarts_agree_with_the_model() {
                 6..13 => {
                     let number = random.random_range(0..60);
                     let mut buf = [0; 100];
-                    if source.read_now(&hash(number), &SlotHint::default(), 0, &mut buf) {
+                    if source.read_now(&hash(number), &SlotHint::default(), 0, &mut buf) == Now::Done {
                         assert_eq!(buf, chunk(number).bytes()[..100], "seed {seed}: chunk {number}");
                     }
                 }

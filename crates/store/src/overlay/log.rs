@@ -15,7 +15,8 @@
 use std::io;
 use std::sync::Arc;
 
-use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
+use block::Geometry;
+use block::limits::BLOCK_BYTES;
 
 use super::map::Word;
 use crate::Media;
@@ -104,7 +105,7 @@ impl Header {
             snapshot_bytes: u64_at(bytes, 40),
         };
         let is_possible = u32_at(bytes, 12) == BLOCK_BYTES as u32
-            && (1..=DISK_BYTES_MAX).contains(&header.size_bytes)
+            && Geometry::new(header.size_bytes).is_some()
             && header.log_start >= LOG_START
             && header.snapshot_bytes >= RECORD_HEADER_BYTES as u64
             && header.generation < u64::MAX;

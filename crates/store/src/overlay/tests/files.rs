@@ -1,6 +1,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
+use block::limits::DISK_BYTES_MAX;
+
 use super::*;
 
 const SIZE: u64 = 8 << 20;
