@@ -95,7 +95,7 @@ impl Vms {
                 let id = record.image_id;
                 let attached =
                     attached(&id).ok_or_else(|| format!("its image {} is not attached", id.short()))?;
-                self.open(record, attached)
+                self.open(record, &attached)
             });
             match restored {
                 Ok(entry) => self.insert(entry),
@@ -296,7 +296,7 @@ impl Vms {
         self.get(name).ok().map(|entry| Arc::clone(&entry.disk) as _)
     }
 
-    fn open(&self, record: Record, attached: Arc<Attached>) -> Result<Arc<Entry>, String> {
+    fn open(&self, record: Record, attached: &Attached) -> Result<Arc<Entry>, String> {
         let dir = self.dir(&record.name);
         let overlay = Overlay::open(&dir.join("overlay"), Arc::clone(&attached.volume) as _)
             .map_err(|e| e.to_string())?;

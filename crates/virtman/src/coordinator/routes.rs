@@ -56,7 +56,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Volt>> {
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = VoltStatus)))]
 async fn status(State(volt): Shared, peer: Peer) -> Answer<VoltStatus> {
     any_member(&peer)?;
-    let nodes = volt.catalog.nodes().map_err(refusal)?;
+    let nodes = volt.catalog.nodes()?;
     let nodes = nodes
         .into_iter()
         .map(|(node, record)| {
@@ -70,7 +70,7 @@ async fn status(State(volt): Shared, peer: Peer) -> Answer<VoltStatus> {
             NodeRecord { node, address, location, state, version }
         })
         .collect();
-    let images = volt.catalog.images().map_err(refusal)?;
+    let images = volt.catalog.images()?;
     Ok(Json(VoltStatus { version: env!("CARGO_PKG_VERSION").to_owned(), nodes, images }))
 }
 
@@ -78,7 +78,7 @@ async fn status(State(volt): Shared, peer: Peer) -> Answer<VoltStatus> {
 #[utoipa::path(get, path = "/v1/images", responses((status = 200, body = Vec<ImageRecord>)))]
 async fn images(State(volt): Shared, peer: Peer) -> Answer<Vec<ImageRecord>> {
     any_member(&peer)?;
-    volt.catalog.images().map(Json).map_err(refusal)
+    Ok(Json(volt.catalog.images()?))
 }
 
 /// Searches the catalog: one image, by its name with tag or its id.
@@ -86,7 +86,7 @@ async fn images(State(volt): Shared, peer: Peer) -> Answer<Vec<ImageRecord>> {
     responses((status = 200, body = ImageRecord), (status = 404)))]
 async fn image(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Answer<ImageRecord> {
     any_member(&peer)?;
-    volt.catalog.image(&image).map(Json).map_err(refusal)
+    Ok(Json(volt.catalog.image(&image)?))
 }
 
 /// Registers an image: gives it a name and notes that the node that asks holds it whole.
@@ -122,7 +122,7 @@ async fn register_image(
         added_unix_ms: now_unix_ms(),
         origins: Vec::new(),
     };
-    let record = volt.catalog.add_image(&record, &origin).map_err(refusal)?;
+    let record = volt.catalog.add_image(&record, &origin)?;
     tracing::info!(image = %record.name, id = %record.id, %origin, "image registered");
     Ok(Json(record))
 }
@@ -134,7 +134,7 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
     any_member(&peer)?;
     let name: ImageName =
         name.parse().map_err(|e: NameError| ApiError::bad_request("bad_name", e.to_string()))?;
-    let record = volt.catalog.image(name.as_str()).map_err(refusal)?;
+    let record = volt.catalog.image(name.as_str())?;
     if let Peer::Remote(Principal::Node(node)) = &peer
         && !record.origins.contains(node)
     {
@@ -143,7 +143,7 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
             "a node can only remove images whose origin it is",
         ));
     }
-    let record = volt.catalog.remove_image(&name).map_err(refusal)?;
+    let record = volt.catalog.remove_image(&name)?;
     tracing::info!(image = %name, by = %peer, "image removed from the catalog");
     Ok(Json(record))
 }
@@ -153,7 +153,7 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
     responses((status = 200, body = TreeView), (status = 404)))]
 async fn tree(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Answer<TreeView> {
     any_member(&peer)?;
-    let image = volt.catalog.image(&image).map_err(refusal)?;
+    let image = volt.catalog.image(&image)?;
     let tree = volt.cluster.with_planner(|planner| planner.tree(&image.id));
     let place =
         |at: volt::TreeNode| TreeNode { node: at.node, parent: at.parent, depth: at.depth, role: at.role };
@@ -181,7 +181,7 @@ async fn new_token(State(volt): Shared, peer: Peer, Json(request): Json<NewToken
     let now = SystemTime::now();
     let expires = now + valid;
     let token = volt.new_join_token()?;
-    volt.catalog.add_token(&token.grant(expires, request.node.clone()), now).map_err(refusal)?;
+    volt.catalog.add_token(&token.grant(expires, request.node.clone()), now)?;
     tracing::info!(by = %peer, "join token issued");
     Ok(Json(TokenIssued { token: token.to_string(), expires_unix_ms: unix_ms(expires) }))
 }
@@ -197,13 +197,11 @@ async fn register_node(
 ) -> Answer<Registered> {
     itself(&peer, &node)?;
     let location = request.location;
-    volt.catalog
-        .update_node(&node, |record| {
-            record.address.clone_from(&request.address);
-            record.location = location.as_str().to_owned();
-            record.version.clone_from(&request.version);
-        })
-        .map_err(refusal)?;
+    volt.catalog.update_node(&node, |record| {
+        record.address.clone_from(&request.address);
+        record.location = location.as_str().to_owned();
+        record.version.clone_from(&request.version);
+    })?;
     let notices =
         volt.apply(Event::NodeUp { node: node.clone(), address: request.address.clone(), location });
     if notices.contains(&Notice::Full(node.clone())) {
@@ -225,7 +223,7 @@ async fn remove_node(
     Path(node): Path<NodeName>,
 ) -> Result<StatusCode, ApiError> {
     admin(&peer)?;
-    volt.catalog.remove_node(&node).map_err(refusal)?;
+    volt.catalog.remove_node(&node)?;
     volt.apply(Event::NodeDown { node: node.clone() });
     tracing::info!(%node, by = %peer, "node removed from the cluster");
     Ok(StatusCode::NO_CONTENT)
@@ -236,7 +234,7 @@ async fn remove_node(
     responses((status = 204), (status = 404)))]
 async fn pardon(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<StatusCode, ApiError> {
     admin(&peer)?;
-    volt.catalog.update_node(&node, |record| record.quarantined = false).map_err(refusal)?;
+    volt.catalog.update_node(&node, |record| record.quarantined = false)?;
     volt.apply(Event::Pardon { node: node.clone() });
     tracing::info!(%node, by = %peer, "node pardoned");
     Ok(StatusCode::NO_CONTENT)
@@ -280,7 +278,7 @@ async fn attach(
     let (id, image) = match (request.image.parse::<ImageId>(), volt.catalog.image(&request.image)) {
         (_, Ok(image)) => (image.id, Some(image)),
         (Ok(id), Err(CatalogError::NoImage(_))) => (id, None),
-        (_, Err(error)) => return Err(refusal(error)),
+        (_, Err(error)) => return Err(error.into()),
     };
     let is_origin = image.as_ref().is_some_and(|image| image.origins.contains(&node));
     if request.role == Role::Origin && image.is_some() && !is_origin {
@@ -370,19 +368,21 @@ fn known(notices: &[Notice], node: &NodeName) -> Result<(), ApiError> {
 }
 
 /// How a refusal of the catalog is told.
-fn refusal(error: CatalogError) -> ApiError {
-    let text = error.to_string();
-    match error {
-        CatalogError::NameTaken { .. } => ApiError::conflict("name_taken", text)
-            .with_hint("use another tag, or remove the name first with 'virtman image remove'"),
-        CatalogError::NoImage(_) => ApiError::not_found("no_such_image", text)
-            .with_hint("'virtman image list' shows those that there are"),
-        CatalogError::NoNode(_) => ApiError::not_found("no_such_node", text)
-            .with_hint("'virtman status' shows which nodes have joined"),
-        CatalogError::TooManyTokens => ApiError::conflict("too_many_tokens", text),
-        CatalogError::Storage(_) => {
-            tracing::error!(%text, "catalog");
-            ApiError::internal(text)
+impl From<CatalogError> for ApiError {
+    fn from(error: CatalogError) -> ApiError {
+        let text = error.to_string();
+        match error {
+            CatalogError::NameTaken { .. } => ApiError::conflict("name_taken", text)
+                .with_hint("use another tag, or remove the name first with 'virtman image remove'"),
+            CatalogError::NoImage(_) => ApiError::not_found("no_such_image", text)
+                .with_hint("'virtman image list' shows those that there are"),
+            CatalogError::NoNode(_) => ApiError::not_found("no_such_node", text)
+                .with_hint("'virtman status' shows which nodes have joined"),
+            CatalogError::TooManyTokens => ApiError::conflict("too_many_tokens", text),
+            CatalogError::Storage(_) => {
+                tracing::error!(%text, "catalog");
+                ApiError::internal(text)
+            }
         }
     }
 }

@@ -190,7 +190,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn post_lines<T: DeserializeOwned + Send + 'static>(
+    pub(crate) async fn post_lines<T: DeserializeOwned + Send + 'static>(
         &self,
         path: &str,
         body: &impl Serialize,

@@ -55,9 +55,8 @@ impl Identity {
             )));
         }
         let mut user_data = String::from("#cloud-config\n");
-        if !ssh_keys.is_empty() {
-            user_data.push_str("ssh_authorized_keys:\n");
-        }
+        // Without keys the data is an empty map, since cloud-init warns of no data at all.
+        user_data.push_str(if ssh_keys.is_empty() { "{}\n" } else { "ssh_authorized_keys:\n" });
         for key in ssh_keys {
             user_data.push_str(&format!("  - {}\n", quoted(checked_key(key)?)));
         }
@@ -179,7 +178,7 @@ mod tests {
         assert_eq!(volume.volume_label(), "CIDATA");
         let meta_data = file(&disk, "meta-data").unwrap();
         assert_eq!(meta_data, "instance-id: \"i-1\"\nlocal-hostname: vm-1\n");
-        assert_eq!(file(&disk, "user-data").unwrap(), "#cloud-config\n");
+        assert_eq!(file(&disk, "user-data").unwrap(), "#cloud-config\n{}\n");
     }
 
     #[test]

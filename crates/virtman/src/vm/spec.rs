@@ -172,8 +172,9 @@ fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
         "cache": { "direct": false, "no-flush": false },
     });
     line.add_json("-blockdev", &disk);
+    // Index 0 is that of a kernel given from outside, and QEMU takes no index twice.
     let device = json!({
-        "driver": "virtio-blk-pci", "drive": "disk", "id": "disk0", "bootindex": 0,
+        "driver": "virtio-blk-pci", "drive": "disk", "id": "disk0", "bootindex": 1,
         "discard": true, "write-zeroes": true, "write-cache": "on",
     });
     line.add_json("-device", &device);
