@@ -1,0 +1,130 @@
+//! A cluster of Volt and one node, as a user would start it, in a directory of the benchmark.
+
+use std::net::TcpListener;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::http::Api;
+use super::process::{Daemon, output};
+use super::{Bench, Outcome};
+
+/// How long a daemon may take until it is ready.
+const START_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// Room for cached chunks: the largest image with a little more.
+const CACHE_SIZE: &str = "3G";
+
+/// Volt and a node. Their files go with them.
+pub(super) struct Cluster<'a> {
+    bench: &'a Bench,
+    // Dropped before the directory that they write to.
+    node: Option<Daemon>,
+    _volt: Daemon,
+    home: tempfile::TempDir,
+}
+
+impl<'a> Cluster<'a> {
+    pub(super) fn start(bench: &'a Bench) -> Outcome<Cluster<'a>> {
+        let home = tempfile::Builder::new().prefix("").rand_bytes(2).tempdir_in(bench.dir.path());
+        let home = home.map_err(|e| format!("cannot make a directory for a cluster: {e}"))?;
+        let address = free_address()?;
+        let virtman = || in_home(bench, home.path());
+        output(virtman().args(["volt", "init", "--address", &address]))?;
+        let (volt, _) = spawn_until_ready(home.path(), virtman().args(["volt", "--listen", &address]))?;
+        let token = output(virtman().args(["volt", "token"]))?;
+        let mut cluster = Cluster { bench, node: None, _volt: volt, home };
+        cluster.start_node(&["--join", token.trim(), "--name", "origin"])?;
+        Ok(cluster)
+    }
+
+    /// A command of the program about this cluster.
+    pub(super) fn virtman(&self) -> Command {
+        in_home(self.bench, self.home.path())
+    }
+
+    /// Starts the node; how long it took until it was ready.
+    fn start_node(&mut self, args: &[&str]) -> Outcome<Duration> {
+        let cache = format!("{}={CACHE_SIZE}", self.home.path().join("chunks").display());
+        let mut command = self.virtman();
+        command.args(["compute", "--listen", "127.0.0.1:0", "--cache", &cache]).args(args);
+        let (node, took) = spawn_until_ready(self.home.path(), &mut command)?;
+        self.node = Some(node);
+        Ok(took)
+    }
+
+    /// Stops the node and starts it again; how long it took from its start until it was ready.
+    pub(super) fn restart_node(&mut self) -> Outcome<Duration> {
+        if let Some(node) = self.node.take() {
+            node.stop()?;
+        }
+        self.start_node(&[])
+    }
+
+    /// The node's process.
+    pub(super) fn node(&self) -> Outcome<&Daemon> {
+        self.node.as_ref().ok_or_else(|| "the node could not be started again".to_owned())
+    }
+
+    pub(super) fn api(&self) -> Outcome<Api> {
+        Api::connect(&self.home.path().join("node/api.sock"))
+    }
+
+    /// Adds an image and gives the NBD URI of its volume.
+    pub(super) fn add_image(&self, name: &str, file: &Path) -> Outcome<String> {
+        output(self.virtman().args(["image", "add", name]).arg(file))?;
+        let images = self.api()?.get("/v1/images")?;
+        let images = images.as_array().cloned().unwrap_or_default();
+        let image = images.iter().find(|image| image["names"][0] == format!("{name}:latest"));
+        let export = image.and_then(|image| image["export"].as_str().map(str::to_owned));
+        export.ok_or_else(|| format!("the node does not export image '{name}'"))
+    }
+
+    /// Gives a VM its disk and gives the disk's NBD URI.
+    pub(super) fn create(&self, vm: &str, image: &str) -> Outcome<String> {
+        let uri = output(self.virtman().args(["create", vm, "--image", image]))?;
+        Ok(uri.trim().to_owned())
+    }
+
+    pub(super) fn destroy(&self, vm: &str) -> Outcome {
+        output(self.virtman().args(["destroy", vm])).map(drop)
+    }
+}
+
+fn in_home(bench: &Bench, home: &Path) -> Command {
+    let mut command = bench.virtman.command();
+    command.arg("--home").arg(home);
+    command
+}
+
+/// An address on which nobody listens just now.
+fn free_address() -> Outcome<String> {
+    let listener = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    listener.map(|address| address.to_string()).map_err(|e| format!("there is no free port: {e}"))
+}
+
+/// Starts a daemon and waits until it says that it is ready, in the way in which service managers are told.
+fn spawn_until_ready(dir: &Path, command: &mut Command) -> Outcome<(Daemon, Duration)> {
+    let path: PathBuf = dir.join("ready");
+    // The socket of the daemon before.
+    let _ = std::fs::remove_file(&path);
+    let failed = |e: std::io::Error| format!("cannot listen at {}: {e}", path.display());
+    let socket = UnixDatagram::bind(&path).map_err(failed)?;
+    // In short steps, so that a daemon that ends is noticed.
+    socket.set_read_timeout(Some(Duration::from_millis(100))).map_err(failed)?;
+    let begin = Instant::now();
+    let mut daemon = Daemon::spawn(command.env("NOTIFY_SOCKET", &path))?;
+    let mut message = [0; 4096];
+    while begin.elapsed() < START_TIME_MAX {
+        if let Ok(len) = socket.recv(&mut message)
+            && message[..len].starts_with(b"READY=1")
+        {
+            return Ok((daemon, begin.elapsed()));
+        }
+        if let Some(why) = daemon.ended() {
+            return Err(why);
+        }
+    }
+    Err(format!("a daemon was not ready within {START_TIME_MAX:?}"))
+}

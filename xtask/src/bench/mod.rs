@@ -1,0 +1,119 @@
+//! Benchmarks of the release binary against foreign programs that do the same.
+//!
+//! What is measured is a ratio: ours and the peer take turns in one run, round by round, so that what else
+//! the machine does weighs on both. A figure is the median of the rounds, with the lowest and the highest.
+//! All files lie in one directory and all processes hang on guards, so that nothing outlives a run, whether
+//! it ends well or not.
+
+mod cluster;
+mod create;
+mod data;
+mod fio;
+mod http;
+mod image_add;
+mod link;
+mod machine;
+mod nbd;
+mod process;
+mod report;
+mod tools;
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use self::process::Virtman;
+use self::report::Report;
+
+/// How a benchmark fails: what is wrong and what to do.
+pub(crate) type Outcome<T = ()> = Result<T, String>;
+
+/// What to measure, and how.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum, default_value = "all")]
+    what: What,
+    /// How often ours and the peer take turns
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=101))]
+    rounds: u32,
+    /// Where the files go: a directory with 8 GiB of room and a path of at most 16 bytes, because sockets
+    /// lie in it; the system's directory for temporary files if absent
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Measure this program, such as an earlier build, instead of building one
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+    /// Print JSON instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// Local reads and writes through NBD, against qemu-storage-daemon
+    Nbd,
+    /// Adding an image, against reading and hashing its file
+    ImageAdd,
+    /// Chunks over a link, against a bare TLS connection
+    Link,
+    /// Creating disks on one node, against qemu-img, and the node's memory
+    Create,
+    /// All of them
+    All,
+}
+
+/// What every benchmark needs.
+struct Bench {
+    virtman: Virtman,
+    dir: tempfile::TempDir,
+    rounds: u32,
+}
+
+impl Bench {
+    /// Tells whoever waits at the terminal what goes on; the tables are for standard output.
+    fn note(&self, what: &str) {
+        eprintln!("bench: {what}");
+    }
+}
+
+/// Measures what was asked for and prints it.
+pub(crate) fn run(args: &BenchArgs) -> Outcome {
+    let wanted = |what| args.what == What::All || args.what == what;
+    tools::check(&[
+        (wanted(What::Nbd), &[tools::FIO, tools::QEMU_STORAGE_DAEMON]),
+        (wanted(What::ImageAdd), &[tools::B3SUM]),
+        (wanted(What::Create), &[tools::QEMU_IMG]),
+    ])?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("vmb");
+    let dir = match &args.dir {
+        Some(dir) => builder.tempdir_in(dir),
+        None => builder.tempdir(),
+    };
+    let dir = dir.map_err(|e| format!("cannot make a directory for the files: {e}"))?;
+    let virtman = match &args.program {
+        Some(path) => Virtman::at(path),
+        None => {
+            eprintln!("bench: building the program");
+            Virtman::build()?
+        }
+    };
+    let bench = Bench { virtman, dir, rounds: args.rounds };
+
+    let mut report = Report::new(machine::describe(bench.dir.path()), args.rounds);
+    if wanted(What::Nbd) {
+        report.tables.extend(nbd::run(&bench)?);
+    }
+    if wanted(What::ImageAdd) {
+        report.tables.push(image_add::run(&bench)?);
+    }
+    if wanted(What::Link) {
+        report.tables.push(link::run(&bench)?);
+    }
+    if wanted(What::Create) {
+        report.tables.extend(create::run(&bench)?);
+    }
+    report.machine.load_after = machine::load();
+    if args.json { report.print_json() } else { report.print() }
+}
