@@ -122,6 +122,10 @@ impl Run {
         Frame::Have { id, payload: honest_payload(chunk, input) }.encode(&mut self.on_the_way);
     }
 
+    fn send_lack(&mut self, id: RequestId) {
+        Frame::Lack { id, reason: LackReason::NotHere }.encode(&mut self.on_the_way);
+    }
+
     fn arrive(&mut self, len: usize) {
         if self.child.closed().is_some() {
             return;
@@ -197,7 +201,6 @@ impl Run {
     /// Lets the parent be honest from here on. Then everything is answered, unless the link is over or the
     /// stream was left in the middle of a frame.
     fn finish(mut self) {
-        let mut input = Input::new(&[]);
         self.arrive(self.on_the_way.len());
         self.take_events();
         if !self.closed_told && self.arrived.is_empty() {
@@ -209,7 +212,7 @@ impl Run {
                 self.transmit();
                 let mut ids: Vec<RequestId> = self.on_the_wire.keys().copied().collect();
                 ids.sort();
-                ids.into_iter().for_each(|id| self.send_chunk(id, &mut input));
+                ids.into_iter().for_each(|id| self.send_lack(id));
                 self.arrive(self.on_the_way.len());
                 self.take_events();
             }

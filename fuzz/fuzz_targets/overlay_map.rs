@@ -8,8 +8,8 @@
 use std::sync::{Arc, LazyLock};
 
 use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
-use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
-use fuzz::Input;
+use block::{Disk, Now};
+use fuzz::{Input, NoBase};
 use store::{Media, MemoryMedia, Overlay};
 use tokio::runtime::{Builder, Runtime};
 
@@ -72,7 +72,7 @@ fn map(input: &mut Input<'_>) -> Arc<MemoryMedia> {
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let map = map(&mut Input::new(bytes));
     let data = Arc::new(MemoryMedia::new(DISK_BYTES_MAX));
-    let open = || Overlay::open_on(data.clone(), map.clone(), Arc::new(Nothing));
+    let open = || Overlay::open_on(data.clone(), map.clone(), Arc::new(NoBase));
     let Ok(overlay) = open() else { return };
     let size_bytes = overlay.size_bytes();
     assert!((1..=DISK_BYTES_MAX).contains(&size_bytes));
@@ -91,40 +91,3 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     assert_eq!(overlay.read_now(size_bytes - 1, &mut found).expect("it is there"), Now::Done);
     assert_eq!(found, text, "what was flushed is there");
 });
-
-/// A base without bytes.
-struct Nothing;
-
-impl Disk for Nothing {
-    fn size_bytes(&self) -> u64 {
-        0
-    }
-
-    fn access(&self) -> Access {
-        Access::ReadOnly
-    }
-
-    fn read<'a>(&'a self, _: u64, _: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn write<'a>(&'a self, _: u64, _: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        Box::pin(async { Err(DiskError::ReadOnly) })
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(async { Err(DiskError::ReadOnly) })
-    }
-
-    fn discard(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(async { Err(DiskError::ReadOnly) })
-    }
-
-    fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn extents(&self, _: u64, _: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
-        Box::pin(async { Ok(Vec::new()) })
-    }
-}
