@@ -15,6 +15,7 @@ use super::Global;
 use crate::api::compute::Vm;
 use crate::api::volt::{NodeRecord, NodeState, VoltStatus};
 use crate::http::{Client, ClientError, Target};
+use crate::identity::tls::ConnectError;
 use crate::identity::{Credentials, Identity, Principal};
 
 /// File beside the administrator's identity that says where Volt is.
@@ -37,7 +38,13 @@ impl Failure {
 
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Failure {
-        Failure::new(error.to_string())
+        let remedy = match &error {
+            ClientError::Connect(ConnectError::Unreachable { .. }) => {
+                "; start 'virtman volt' or 'virtman compute' there"
+            }
+            _ => "",
+        };
+        Failure::new(format!("{error}{remedy}"))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use block::VmName;
+use block::{NodeName, VmName};
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{Column, Table, note, print_json, say};
@@ -24,10 +24,15 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
 }
 
 pub(super) async fn destroy(context: &Context, vms: &[VmName]) -> Outcome {
+    let mut destroyed = Vec::new();
     for name in vms {
         let (node, vm) = context.find_vm(name).await?;
         node.client.delete::<()>(&format!("/v1/vms/{name}")).await?;
         note(&format!("destroyed '{name}' on node {}", vm.node));
+        destroyed.push(vm);
+    }
+    if context.json() {
+        print_json(&destroyed);
     }
     Ok(())
 }
@@ -88,15 +93,25 @@ pub(super) async fn stop(context: &Context, args: &StopArgs) -> Outcome {
             (vm, answer)
         });
     }
-    let mut failed = Vec::new();
+    let (mut stopped, mut failed) = (Vec::new(), Vec::new());
     while let Some(joined) = tasks.join_next().await {
         match joined {
-            Ok((vm, Ok(_))) => note(&format!("stopped '{}' on node {}", vm.name, vm.node)),
+            Ok((_, Ok(vm))) => {
+                note(&format!("stopped '{}' on node {}", vm.name, vm.node));
+                stopped.push(vm);
+            }
             Ok((vm, Err(error))) => failed.push(format!("'{}' on node {}: {error}", vm.name, vm.node)),
             Err(error) => failed.push(error.to_string()),
         }
     }
-    if failed.is_empty() { Ok(()) } else { Err(Failure::new(failed.join("\n"))) }
+    if !failed.is_empty() {
+        return Err(Failure::new(failed.join("\n")));
+    }
+    if context.json() {
+        stopped.sort_by(|a, b| (&a.name, &a.node).cmp(&(&b.name, &b.node)));
+        print_json(&stopped);
+    }
+    Ok(())
 }
 
 /// What ending a guest may take beyond its grace.
@@ -123,17 +138,26 @@ pub(super) async fn attach_console(context: &Context, name: &VmName) -> Outcome 
     }
 }
 
-/// The VMs of all nodes that the command is about.
+/// The VMs of all nodes that the command is about. Nodes that do not answer are left out with a word, unless
+/// none answers at all.
 pub(super) async fn all_vms(context: &Context) -> Outcome<Vec<Vm>> {
+    let nodes = context.nodes().await?;
     let mut vms = Vec::new();
-    for node in context.nodes().await? {
+    let mut silent = Vec::new();
+    for node in &nodes {
         match node.client.get::<Vec<Vm>>("/v1/vms").await {
             Ok(mut some) => vms.append(&mut some),
-            Err(error) => {
-                let name = node.name.map(|n| n.to_string()).unwrap_or_default();
-                note(&format!("warning: node {name} does not answer: {error}"));
-            }
+            Err(error) => silent.push((&node.name, error)),
         }
+    }
+    if silent.len() == nodes.len()
+        && let Some((_, error)) = silent.pop()
+    {
+        return Err(error.into());
+    }
+    for (name, error) in silent {
+        let name = name.as_ref().map_or("on this host", NodeName::as_str);
+        note(&format!("warning: node {name} does not answer: {error}"));
     }
     vms.sort_by(|a, b| (&a.name, &a.node).cmp(&(&b.name, &b.node)));
     Ok(vms)
