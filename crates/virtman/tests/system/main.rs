@@ -8,6 +8,8 @@
 
 mod agent;
 mod cluster;
+mod daemons;
 mod guests;
+mod refusals;
 mod storage;
 mod tools;
