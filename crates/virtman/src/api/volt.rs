@@ -149,6 +149,13 @@ pub(crate) enum Push {
         #[schema(value_type = Object)]
         placement: Placement,
     },
+    /// These nodes, and no others, were removed from the cluster: what they have open is closed, and they
+    /// are refused. Said first, and whenever it changes.
+    Removed {
+        /// Their names.
+        #[schema(value_type = Vec<String>)]
+        nodes: Vec<NodeName>,
+    },
 }
 
 /// A node's state in Volt's eyes.

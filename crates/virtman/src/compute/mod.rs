@@ -35,7 +35,7 @@ use self::volt::{Introduction, VoltLink};
 use crate::coordinator::{listen, local_socket};
 use crate::http::{OnLink, TlsServer};
 use crate::identity::tls::{self, Accept, Acceptor, Admission, Alpn, Expected};
-use crate::identity::{Credentials, Identity, IdentityError, Principal, Token, enroll};
+use crate::identity::{Credentials, Identity, IdentityError, Principal, Removed, Token, enroll};
 
 /// Size of the cache if none was given, in bytes. The file is sparse: it takes what is cached.
 const CACHE_BYTES_DEFAULT: u64 = 10 << 30;
@@ -57,8 +57,9 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
 
     let cache = CacheGroup::open(cache_media(&layout, args)?).map_err(|e| e.to_string())?;
     let links = Arc::new(Stats::default());
-    let dialer = Arc::new(TlsDialer { credentials: Arc::clone(&credentials) });
-    let (uplinks, reports) = Uplinks::new(name.clone(), dialer, Arc::clone(&links));
+    let removed = Arc::new(Removed::default());
+    let dialer = TlsDialer { credentials: Arc::clone(&credentials), removed: Arc::clone(&removed) };
+    let (uplinks, reports) = Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links));
     let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks));
     let vms = Vms::new(name.clone(), layout.clone());
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
@@ -69,7 +70,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let unix = local_socket(&layout.api_socket())?;
     let listening = tcp.local_addr().map_err(|e| e.to_string())?;
     let address = advertised(args, listening)?;
-    let volt = VoltLink::new(name.clone(), volt_address, Arc::clone(&credentials));
+    let volt = VoltLink::new(name.clone(), volt_address, Arc::clone(&credentials), Arc::clone(&removed));
     let accel = args.accel.parse()?;
     let node = Arc::new(Node {
         name: name.clone(),
@@ -84,12 +85,13 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         shutdown: shutdown.clone(),
     });
 
-    let acceptor =
-        Acceptor::new(&credentials, Accept::Members, |_| Admission::Admit).map_err(|e| e.to_string())?;
+    let changes = removed.changes();
+    let acceptor = Acceptor::new(&credentials, Accept::Members, move |peer| removed.admit(peer))
+        .map_err(|e| e.to_string())?;
     let (routes, openapi) = routes::routes().split_for_parts();
     let api = routes.with_state(Arc::clone(&node)).merge(crate::api::openapi_router(openapi));
     let on_link = serve_children(name.clone(), Arc::clone(&images), links);
-    let server = TlsServer::new(acceptor, api.clone()).with_link(on_link);
+    let server = TlsServer::new(acceptor, api.clone()).with_link(on_link).with_removals(changes);
     let nbd = match args.nbd_listen {
         Some(address) => Some(TcpExports::listen(address, &credentials, Arc::clone(&node)).await?),
         None => None,
@@ -206,18 +208,20 @@ fn serve_children(own: NodeName, images: Arc<Images>, links: Arc<Stats>) -> OnLi
     })
 }
 
-/// Dials parents over the cluster's TLS.
+/// Dials parents over the cluster's TLS, unless they were removed.
 struct TlsDialer {
     credentials: Arc<Credentials>,
+    removed: Arc<Removed>,
 }
 
 impl Dial for TlsDialer {
     fn dial<'a>(&'a self, parent: &'a ParentAddr) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
         Box::pin(async move {
-            let expected = Expected::Member {
-                credentials: Arc::clone(&self.credentials),
-                principal: Principal::Node(parent.node.clone()),
-            };
+            let principal = Principal::Node(parent.node.clone());
+            if self.removed.admit(&principal) == Admission::Revoked {
+                return Err(io::Error::other(format!("{principal} was removed from the cluster")));
+            }
+            let expected = Expected::Member { credentials: Arc::clone(&self.credentials), principal };
             let stream =
                 tls::connect(&parent.address, &expected, Alpn::Link).await.map_err(io::Error::other)?;
             Ok(Box::new(stream) as Box<dyn Stream>)

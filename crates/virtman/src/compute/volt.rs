@@ -23,7 +23,7 @@ use crate::api::volt::{
     Registered,
 };
 use crate::http::{Client, ClientError, Target};
-use crate::identity::{Credentials, Principal, enroll};
+use crate::identity::{Credentials, Principal, Removed, enroll};
 
 /// First pause before Volt is tried again; doubles up to the longest. A restart takes Volt a second.
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -46,12 +46,19 @@ pub(crate) struct VoltLink {
     node: NodeName,
     client: Client,
     connected: AtomicBool,
+    removed: Arc<Removed>,
 }
 
 impl VoltLink {
-    pub(crate) fn new(node: NodeName, address: String, credentials: Arc<Credentials>) -> VoltLink {
+    /// Who was removed, as Volt says, is put into `removed`.
+    pub(crate) fn new(
+        node: NodeName,
+        address: String,
+        credentials: Arc<Credentials>,
+        removed: Arc<Removed>,
+    ) -> VoltLink {
         let target = Target::Tls { address, principal: Principal::Volt, credentials };
-        VoltLink { node, client: Client::new(target), connected: AtomicBool::new(false) }
+        VoltLink { node, client: Client::new(target), connected: AtomicBool::new(false), removed }
     }
 
     /// Whether Volt's pushes arrive at present.
@@ -154,6 +161,7 @@ impl VoltLink {
             tokio::select! {
                 push = pushes.next() => match push.transpose()? {
                     Some(Push::Place { image, placement }) => images.place(&image, placement),
+                    Some(Push::Removed { nodes }) => self.removed.replace(nodes),
                     None => return Ok(()),
                 },
                 _ = beat.tick() => self.ask::<()>("heartbeat", &()).await?,

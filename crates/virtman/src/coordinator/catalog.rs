@@ -7,18 +7,19 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use block::{BoxFuture, ImageId, ImageName, NodeName};
+use block::{ImageId, ImageName, NodeName};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::api::unix_ms;
 use crate::api::volt::ImageRecord;
-use crate::identity::enroll::Tokens;
-use crate::identity::{Grant, JoinRefusal, SecretHash};
+use crate::identity::{CERTIFICATE_LIFETIME, Grant, JoinRefusal, SecretHash};
 
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
 const NODES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("nodes");
+/// Nodes that were removed, with the time in milliseconds since the UNIX epoch.
+const REMOVED: TableDefinition<'_, &str, u64> = TableDefinition::new("removed");
 const TOKENS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("tokens");
 
 /// Unused tokens that may exist at a time: a bound on what a careless script can pile up.
@@ -40,6 +41,15 @@ pub(crate) struct JoinedNode {
     pub(crate) version: String,
     /// Whether it sent wrong bytes and was not pardoned yet.
     pub(crate) quarantined: bool,
+}
+
+/// What a join was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Joined {
+    /// Nobody of this name had been removed.
+    New,
+    /// A removed name came back.
+    Again,
 }
 
 /// Why a change of the catalog was refused. The variants are different HTTP answers.
@@ -93,6 +103,7 @@ impl Catalog {
         let txn = db.begin_write()?;
         txn.open_table(IMAGES)?;
         txn.open_table(NODES)?;
+        txn.open_table(REMOVED)?;
         txn.open_table(TOKENS)?;
         txn.commit()?;
         Ok(Catalog { db })
@@ -176,14 +187,15 @@ impl Catalog {
         Ok(())
     }
 
-    fn join(
+    /// Takes a node in that shows a token's secret. A name that was removed is so no longer.
+    pub(crate) fn join(
         &self,
         secret: &SecretHash,
         node: &NodeName,
         now: SystemTime,
-    ) -> Result<Result<(), JoinRefusal>, CatalogError> {
+    ) -> Result<Result<Joined, JoinRefusal>, CatalogError> {
         let txn = self.db.begin_write()?;
-        {
+        let joined = {
             let mut tokens = txn.open_table(TOKENS)?;
             let grant = tokens
                 .remove(secret.as_bytes().as_slice())?
@@ -200,9 +212,13 @@ impl Catalog {
             }
             let record = JoinedNode { joined_unix_ms: unix_ms(now), ..JoinedNode::default() };
             nodes.insert(node.as_str(), serde_json::to_vec(&record)?.as_slice())?;
-        }
+            match txn.open_table(REMOVED)?.remove(node.as_str())? {
+                Some(_) => Joined::Again,
+                None => Joined::New,
+            }
+        };
         txn.commit()?;
-        Ok(Ok(()))
+        Ok(Ok(joined))
     }
 
     /// All nodes that joined and were not removed.
@@ -247,24 +263,33 @@ impl Catalog {
         Ok(())
     }
 
-    /// Removes a node from the cluster: its certificate is refused from now on.
-    pub(crate) fn remove_node(&self, node: &NodeName) -> Result<(), CatalogError> {
+    /// Removes a node from the cluster: its certificate is refused from now on. Forgets the removals of
+    /// nodes whose certificates have expired since, which bounds what there is to remember.
+    pub(crate) fn remove_node(&self, node: &NodeName, now: SystemTime) -> Result<(), CatalogError> {
+        let now_ms = unix_ms(now);
+        let valid_ms = u64::try_from(CERTIFICATE_LIFETIME.as_millis()).unwrap_or(u64::MAX);
         let txn = self.db.begin_write()?;
-        let removed = txn.open_table(NODES)?.remove(node.as_str())?.is_some();
+        if txn.open_table(NODES)?.remove(node.as_str())?.is_none() {
+            return Err(CatalogError::NoNode(node.clone()));
+        }
+        {
+            let mut removed = txn.open_table(REMOVED)?;
+            removed.retain(|_, at_ms| now_ms < at_ms.saturating_add(valid_ms))?;
+            removed.insert(node.as_str(), now_ms)?;
+        }
         txn.commit()?;
-        if removed { Ok(()) } else { Err(CatalogError::NoNode(node.clone())) }
+        Ok(())
     }
-}
 
-impl Tokens for Catalog {
-    fn redeem<'a>(
-        &'a self,
-        secret: &'a SecretHash,
-        node: &'a NodeName,
-        now: SystemTime,
-    ) -> BoxFuture<'a, Result<(), JoinRefusal>> {
-        let joined = self.join(secret, node, now);
-        Box::pin(async move { joined.unwrap_or_else(|e| Err(JoinRefusal::Unavailable(e.to_string()))) })
+    /// The nodes that were removed and whose certificates may not have expired yet.
+    pub(crate) fn removed_nodes(&self) -> Result<Vec<NodeName>, CatalogError> {
+        let txn = self.db.begin_read()?;
+        let table = txn.open_table(REMOVED)?;
+        let mut nodes = Vec::new();
+        for entry in table.iter()? {
+            nodes.extend(entry?.0.value().parse::<NodeName>());
+        }
+        Ok(nodes)
     }
 }
 
@@ -334,7 +359,7 @@ mod tests {
         let [a, b] = ["a", "b"].map(|n| n.parse::<NodeName>().unwrap());
         let (first, second) = (token(), token());
         catalog.add_token(&first.grant(at(100), None), at(0)).unwrap();
-        assert_eq!(catalog.join(&first.secret().hash(), &a, at(50)).unwrap(), Ok(()));
+        assert_eq!(catalog.join(&first.secret().hash(), &a, at(50)).unwrap(), Ok(Joined::New));
         let again = catalog.join(&first.secret().hash(), &b, at(50)).unwrap();
         assert_eq!(again, Err(JoinRefusal::UnknownToken));
         catalog.add_token(&second.grant(at(100), None), at(0)).unwrap();
@@ -351,11 +376,36 @@ mod tests {
             catalog.add_token(&token.grant(at(100), node), at(0)).unwrap();
         }
         let join = |token: &Token, node| catalog.join(&token.secret().hash(), node, at(1)).unwrap();
-        assert_eq!(join(&first, &a), Ok(()));
+        assert_eq!(join(&first, &a), Ok(Joined::New));
         assert_eq!(join(&second, &a), Err(JoinRefusal::NameTaken(a.clone())));
-        assert_eq!(join(&second, &b), Ok(()));
-        assert_eq!(join(&replacing, &a), Ok(()), "a token for the very name replaces the node");
-        catalog.remove_node(&a).unwrap();
+        assert_eq!(join(&second, &b), Ok(Joined::New));
+        assert_eq!(join(&replacing, &a), Ok(Joined::New), "a token for the very name replaces the node");
+        catalog.remove_node(&a, at(2)).unwrap();
         assert_eq!(catalog.nodes().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_removed_name_is_remembered_until_it_joins_again_or_its_certificate_has_expired() {
+        let (dir, catalog) = catalog();
+        let [a, b] = ["a", "b"].map(|n| n.parse::<NodeName>().unwrap());
+        let join = |catalog: &Catalog, node: &NodeName| {
+            let token = token();
+            catalog.add_token(&token.grant(at(100), None), at(0)).unwrap();
+            catalog.join(&token.secret().hash(), node, at(1)).unwrap()
+        };
+        assert_eq!((join(&catalog, &a), join(&catalog, &b)), (Ok(Joined::New), Ok(Joined::New)));
+        catalog.remove_node(&a, at(2)).unwrap();
+        assert!(matches!(catalog.remove_node(&a, at(3)), Err(CatalogError::NoNode(_))));
+        assert!(!catalog.has_node(&a).unwrap());
+
+        drop(catalog);
+        let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        assert_eq!(catalog.removed_nodes().unwrap(), [a.clone()], "removals survive a restart");
+        assert_eq!(join(&catalog, &a), Ok(Joined::Again));
+        assert_eq!(catalog.removed_nodes().unwrap(), []);
+
+        catalog.remove_node(&a, at(4)).unwrap();
+        catalog.remove_node(&b, at(4) + CERTIFICATE_LIFETIME).unwrap();
+        assert_eq!(catalog.removed_nodes().unwrap(), [b], "nobody has a valid certificate of a any more");
     }
 }

@@ -8,7 +8,7 @@
 //! Crash: all of this is lost with the process and rebuilt from what nodes report when they register
 //! and attach again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ pub(crate) struct Cluster {
 struct Inner {
     planner: Planner,
     streams: HashMap<NodeName, Stream>,
+    /// Nodes that were removed, which every other is told of.
+    removed: BTreeSet<NodeName>,
     streams_opened: u64,
 }
 
@@ -65,9 +67,14 @@ pub(crate) struct PushStream {
 }
 
 impl Cluster {
-    /// An empty cluster.
-    pub(crate) fn new(settings: Settings, lease: Duration) -> Arc<Cluster> {
-        let inner = Inner { planner: Planner::new(settings), streams: HashMap::new(), streams_opened: 0 };
+    /// A cluster that has no node yet, and once had the `removed` ones.
+    pub(crate) fn new(settings: Settings, lease: Duration, removed: Vec<NodeName>) -> Arc<Cluster> {
+        let inner = Inner {
+            planner: Planner::new(settings),
+            streams: HashMap::new(),
+            removed: removed.into_iter().collect(),
+            streams_opened: 0,
+        };
         Arc::new(Cluster { started: Instant::now(), lease, inner: Mutex::new(inner) })
     }
 
@@ -82,6 +89,21 @@ impl Cluster {
         self.lock().apply(self.now(), event)
     }
 
+    /// Takes a node out and tells all others.
+    pub(crate) fn remove(&self, node: &NodeName) {
+        let mut inner = self.lock();
+        inner.removed.insert(node.clone());
+        inner.push_removed();
+        inner.apply(self.now(), Event::NodeDown { node: node.clone() });
+    }
+
+    /// A removed name joined again: all are told that it is welcome.
+    pub(crate) fn readmit(&self, node: &NodeName) {
+        let mut inner = self.lock();
+        inner.removed.remove(node);
+        inner.push_removed();
+    }
+
     /// Looks at the planner.
     pub(crate) fn with_planner<T>(&self, look: impl FnOnce(&Planner) -> T) -> T {
         look(&self.lock().planner)
@@ -92,11 +114,12 @@ impl Cluster {
         self.lock().planner.placement(node, image).cloned()
     }
 
-    /// Opens a node's push stream. It begins with every placement that the node has, so that whatever
-    /// was decided while it was away reaches it.
+    /// Opens a node's push stream. It begins with who was removed and every placement that the node has, so
+    /// that whatever was decided while it was away reaches it.
     pub(crate) fn open_stream(self: &Arc<Self>, node: &NodeName) -> PushStream {
         let mut inner = self.lock();
         let (sender, receiver) = mpsc::channel(PUSHES_WAITING_MAX);
+        sender.try_send(inner.removed_push()).expect("an empty channel whose receiver is here has room");
         let images = inner.planner.node(node).map(|view| view.images).unwrap_or_default();
         for image in images {
             if let Some(placement) = inner.planner.placement(node, &image).cloned() {
@@ -158,6 +181,17 @@ impl Inner {
         notices
     }
 
+    fn removed_push(&self) -> Push {
+        Push::Removed { nodes: self.removed.iter().cloned().collect() }
+    }
+
+    fn push_removed(&mut self) {
+        let nodes: Vec<NodeName> = self.streams.keys().cloned().collect();
+        for node in nodes {
+            self.push(&node, self.removed_push());
+        }
+    }
+
     fn push(&mut self, node: &NodeName, push: Push) {
         let Some(stream) = self.streams.get(node) else { return };
         if let Err(mpsc::error::TrySendError::Full(_)) = stream.sender.try_send(push) {
@@ -174,5 +208,28 @@ impl Drop for PushStream {
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move { cluster.stream_ended(node, id).await });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use volt::Shape;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_stream_begins_with_who_was_removed_and_hears_of_each_change() {
+        let [a, b, c] = ["a", "b", "c"].map(|n| n.parse::<NodeName>().unwrap());
+        let settings = Settings { lease: Millis(1000), shape: Shape::new(2, 1).unwrap() };
+        let cluster = Cluster::new(settings, Duration::from_secs(1), vec![a.clone()]);
+        let mut early = cluster.open_stream(&c);
+        cluster.remove(&b);
+        let mut late = cluster.open_stream(&c);
+        cluster.readmit(&a);
+        let removed = |nodes: &[&NodeName]| Push::Removed { nodes: nodes.iter().copied().cloned().collect() };
+        assert_eq!(early.receiver.recv().await, Some(removed(&[&a])));
+        assert_eq!(early.receiver.recv().await, Some(removed(&[&a, &b])));
+        assert_eq!(late.receiver.recv().await, Some(removed(&[&a, &b])));
+        assert_eq!(late.receiver.recv().await, Some(removed(&[&b])));
     }
 }

@@ -15,18 +15,21 @@ pub(crate) mod routes;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use block::{BoxFuture, NodeName};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use volt::{Event, Millis, Settings, Shape};
 
-use self::catalog::Catalog;
+use self::catalog::{Catalog, CatalogError, Joined};
 use self::cluster::{Cluster, Notice};
 use self::config::VoltArgs;
 use crate::http::{ApiError, TlsServer, UnixServer, bind_unix};
+use crate::identity::enroll::{self, Tokens};
 use crate::identity::tls::{Accept, Acceptor, Admission};
-use crate::identity::{Authority, Credentials, Identity, Principal, Token, enroll};
+use crate::identity::{Authority, Credentials, Identity, JoinRefusal, Principal, SecretHash, Token};
 
 /// How many ticks the planner gets per lease: a dead node is noticed at most this part of a lease late.
 const TICKS_PER_LEASE: u32 = 4;
@@ -36,6 +39,8 @@ pub(crate) struct Volt {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) cluster: Arc<Cluster>,
     pub(crate) shutdown: CancellationToken,
+    /// Said when a node was removed: what it has open here is closed.
+    removals: watch::Sender<()>,
     authority: Arc<Authority>,
     /// Where nodes reach Volt, for join tokens.
     address: String,
@@ -53,6 +58,14 @@ impl Volt {
             }
         }
         notices
+    }
+
+    /// Takes a node out of the cluster: it is refused from now on, and what it has open is closed.
+    fn remove_node(&self, node: &NodeName) -> Result<(), CatalogError> {
+        self.catalog.remove_node(node, SystemTime::now())?;
+        self.cluster.remove(node);
+        self.removals.send_replace(());
+        Ok(())
     }
 
     /// Whether a member with a valid certificate still is one.
@@ -77,6 +90,23 @@ impl Volt {
     }
 }
 
+impl Tokens for Volt {
+    fn redeem<'a>(
+        &'a self,
+        secret: &'a SecretHash,
+        node: &'a NodeName,
+        now: SystemTime,
+    ) -> BoxFuture<'a, Result<(), JoinRefusal>> {
+        Box::pin(async move {
+            let joined = self.catalog.join(secret, node, now);
+            if joined.map_err(|e| JoinRefusal::Unavailable(e.to_string()))?? == Joined::Again {
+                self.cluster.readmit(node);
+            }
+            Ok(())
+        })
+    }
+}
+
 /// Runs Volt until it is told to stop.
 pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
     let shape = Shape::new(args.fan_out.max(args.stripes), args.stripes).map_err(|e| e.to_string())?;
@@ -88,14 +118,16 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
     let catalog = Arc::new(catalog);
 
     let lease = Millis(u64::try_from(args.lease.as_millis()).unwrap_or(u64::MAX));
-    let cluster = Cluster::new(Settings { lease, shape }, args.lease);
+    let removed = catalog.removed_nodes().map_err(|e| e.to_string())?;
+    let cluster = Cluster::new(Settings { lease, shape }, args.lease, removed);
     for (node, record) in catalog.nodes().map_err(|e| e.to_string())? {
         if record.quarantined {
             cluster.apply(Event::Quarantine { node });
         }
     }
     let shutdown = CancellationToken::new();
-    let volt = Arc::new(Volt { catalog, cluster, shutdown: shutdown.clone(), authority, address });
+    let (removals, removed) = watch::channel(());
+    let volt = Arc::new(Volt { catalog, cluster, shutdown: shutdown.clone(), removals, authority, address });
 
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&dir.join("api.sock"))?;
@@ -110,8 +142,8 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
         .with_state(Arc::clone(&volt))
         .merge(enroll::renew_router(Arc::clone(&volt.authority)))
         .merge(crate::api::openapi_router(openapi));
-    let join = enroll::join_router(Arc::clone(&volt.authority), Arc::clone(&volt.catalog) as _);
-    let tls = TlsServer::new(acceptor, api.clone()).with_join(join);
+    let join = enroll::join_router(Arc::clone(&volt.authority), Arc::clone(&volt) as _);
+    let tls = TlsServer::new(acceptor, api.clone()).with_join(join).with_removals(removed);
 
     tracing::info!(address = %args.listen, "Volt is ready");
     crate::daemon::ready();

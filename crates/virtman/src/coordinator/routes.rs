@@ -214,7 +214,7 @@ async fn register_node(
     Ok(Json(Registered { lease_ms: u64::try_from(volt.cluster.lease().as_millis()).unwrap_or(u64::MAX) }))
 }
 
-/// Removes a node from the cluster. Its certificate is refused from now on.
+/// Removes a node from the cluster. Its certificate is refused from now on, by all.
 #[utoipa::path(delete, path = "/v1/nodes/{node}", params(("node" = String, Path,)),
     responses((status = 204), (status = 404)))]
 async fn remove_node(
@@ -223,8 +223,7 @@ async fn remove_node(
     Path(node): Path<NodeName>,
 ) -> Result<StatusCode, ApiError> {
     admin(&peer)?;
-    volt.catalog.remove_node(&node)?;
-    volt.apply(Event::NodeDown { node: node.clone() });
+    volt.remove_node(&node)?;
     tracing::info!(%node, by = %peer, "node removed from the cluster");
     Ok(StatusCode::NO_CONTENT)
 }

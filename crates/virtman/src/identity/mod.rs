@@ -18,15 +18,17 @@ mod credentials;
 pub(crate) mod enroll;
 mod files;
 mod principal;
+mod removed;
 pub(crate) mod tls;
 mod token;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub(crate) use authority::{Authority, Ca};
+pub(crate) use authority::{Authority, CERTIFICATE_LIFETIME, Ca};
 pub(crate) use credentials::{Credentials, Identity, Key};
 pub(crate) use principal::{AdminName, Principal, PrincipalError};
+pub(crate) use removed::Removed;
 pub(crate) use token::{Fingerprint, Grant, JoinRefusal, Secret, SecretHash, TOKEN_LIFETIME, Token};
 
 /// An authority or identity could not be made, read or kept.

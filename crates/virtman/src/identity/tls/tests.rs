@@ -10,8 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 
-use super::super::authority::CERTIFICATE_LIFETIME;
-use super::super::{Authority, Credentials, Identity, Principal};
+use super::super::{Authority, CERTIFICATE_LIFETIME, Credentials, Identity, Principal};
 use super::*;
 
 fn cluster(dir: &Path, name: &str) -> Authority {
