@@ -4,7 +4,8 @@
 //!
 //! Crash: the certificate is written last, so a directory without it is one that did not finish joining.
 //! A renewal keeps the key and replaces `cert.pem` alone, in one step: key and certificate can never
-//! disagree. A key that may be known to others is replaced by removing the node and joining again.
+//! disagree. A key that may be known to others is replaced by removing the node and
+//! joining again under another name.
 //!
 //! [`Credentials`] is the identity of a running daemon: connections made after a
 //! [`replace`](Credentials::replace) use the new certificate, older ones go on.
