@@ -57,15 +57,7 @@ impl Cluster {
         cluster
     }
 
-    /// Volt and nodes of which the first is the origin of `file` under `image`, and the others have it
-    /// attached, in this order: a binary tree.
-    pub(crate) fn with_image(names: &[&str], image: &str, file: &Path) -> Cluster {
-        let cluster = Cluster::with_nodes(names);
-        cluster.share(names, image, file);
-        cluster
-    }
-
-    /// The same, but each node hangs below the one named before it: as many levels as there are nodes.
+    /// Volt and nodes that share an image, each below the one named before it: as many levels as nodes.
     pub(crate) fn chain(names: &[&str], image: &str, file: &Path) -> Cluster {
         let mut cluster = Cluster::start_with(&["--fan-out", "1"]);
         for name in names {
@@ -75,7 +67,9 @@ impl Cluster {
         cluster
     }
 
-    fn share(&self, names: &[&str], image: &str, file: &Path) {
+    /// Makes the first node the origin of `file` under `image` and lets the others attach it, in this
+    /// order: unless Volt was told otherwise, a binary tree.
+    pub(crate) fn share(&self, names: &[&str], image: &str, file: &Path) {
         self.ok(&["--node", names[0], "image", "add", image, file.to_str().unwrap()]);
         for name in &names[1..] {
             self.ok(&["--node", name, "image", "attach", image]);

@@ -136,10 +136,7 @@ fn daemons_readers_wait_for_an_origin_that_is_away() {
 fn cluster(names: &[&str]) -> (Cluster, PathBuf) {
     let cluster = Cluster::with_nodes(names);
     let source = source_of(&cluster, "source", 1);
-    cluster.ok(&["--node", names[0], "image", "add", "disk:1", source.to_str().unwrap()]);
-    for name in &names[1..] {
-        cluster.ok(&["--node", name, "image", "attach", "disk:1"]);
-    }
+    cluster.share(names, "disk:1", &source);
     (cluster, source)
 }
 

@@ -23,10 +23,7 @@ fn storage_every_format_reads_at_level_three_as_its_source() {
         make_raw(&source, MIB, 100 + number as u64);
         let file = convert(&cluster, format, &source);
         let image = format!("disk:{format}");
-        cluster.ok(&["--node", "o", "image", "add", &image, file.to_str().unwrap()]);
-        for node in &FIVE[1..] {
-            cluster.ok(&["--node", node, "image", "attach", &image]);
-        }
+        cluster.share(&FIVE, &image, &file);
         assert_eq!(cluster.depth(&image, "d"), 2, "d is at level 3: {:?}", cluster.parents(&image));
         assert_same(&cluster.volume("d", &format!("disk+{format}")), &source);
     }
@@ -56,10 +53,7 @@ fn storage_each_node_fetches_each_chunk_once_however_many_read_it() {
     let cluster = Cluster::with_nodes(&FIVE);
     let source = cluster.path("source");
     make_raw(&source, 2 * MIB, 3);
-    cluster.ok(&["--node", "o", "image", "add", "disk:1", source.to_str().unwrap()]);
-    for node in &FIVE[1..] {
-        cluster.ok(&["--node", node, "image", "attach", "disk:1"]);
-    }
+    cluster.share(&FIVE, "disk:1", &source);
     for vm in ["d1", "d2"] {
         cluster.ok(&["--node", "d", "create", vm, "--image", "disk:1"]);
     }
