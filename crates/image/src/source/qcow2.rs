@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use block::limits::DISK_BYTES_MAX;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, Storage, StorageOpenOptions};
@@ -162,6 +163,8 @@ enum Problem {
     Truncated,
     Damaged(String),
     Unsupported(&'static str),
+    /// Found before the tables are read: those of a disk that is larger than any may be could be read for hours.
+    TooLarge(u64),
 }
 
 impl Problem {
@@ -170,6 +173,7 @@ impl Problem {
             Problem::Truncated => ImportError::truncated(path, "it is shorter than its header"),
             Problem::Damaged(reason) => ImportError::damaged(path, reason),
             Problem::Unsupported(what) => ImportError::unsupported(path, what),
+            Problem::TooLarge(size_bytes) => ImportError::TooLarge { path: path.to_owned(), size_bytes },
         }
     }
 }
@@ -210,6 +214,9 @@ impl Head {
         }
         let cluster_bytes = 1u64 << cluster_bits;
         let size_bytes = u64_at(24).ok_or(Problem::Truncated)?;
+        if size_bytes > DISK_BYTES_MAX {
+            return Err(Problem::TooLarge(size_bytes));
+        }
         let l1_offset = u64_at(40).ok_or(Problem::Truncated)?;
         let l1_bytes = u64::from(known(u32_at(36))?) * 8;
         let covered = u128::from(l1_bytes / 8) * u128::from(cluster_bytes / 8) * u128::from(cluster_bytes);
@@ -234,5 +241,25 @@ impl Head {
 pub(crate) fn parse_any(bytes: &[u8]) {
     if let Ok(head) = Head::parse(bytes) {
         assert!(head.l1_bytes <= L1_BYTES_MAX && head.cluster_bytes.is_power_of_two());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_is_too_large_is_refused_by_its_header() {
+        let header = |size_bytes: u64| {
+            let mut header = [0; HEAD_V2_BYTES];
+            header[7] = 2;
+            header[23] = 21;
+            header[24..32].copy_from_slice(&size_bytes.to_be_bytes());
+            header[36..40].copy_from_slice(&1024u32.to_be_bytes());
+            header
+        };
+        assert!(Head::parse(&header(DISK_BYTES_MAX)).is_ok());
+        let refused = Head::parse(&header(DISK_BYTES_MAX + 1));
+        assert!(matches!(refused, Err(Problem::TooLarge(size_bytes)) if size_bytes == DISK_BYTES_MAX + 1));
     }
 }
