@@ -23,7 +23,7 @@ fn header(input: &mut Input<'_>) -> Vec<u8> {
     let any = input.u64();
     let size_bytes = input.pick(&[1 << 20, 4097, 1, DISK_BYTES_MAX, DISK_BYTES_MAX + 1, 0, any]);
     let generation = input.pick(&[1, 2, 3, any]);
-    let log_start = input.pick(&[LOG_START, 2 * LOG_START, any]);
+    let log_start = input.pick(&[LOG_START, 2 * LOG_START, u64::MAX, any]);
     let snapshot_bytes = input.pick(&[24, 40, 64, any]);
     let mut out = b"VMOVLMAP".to_vec();
     out.extend(input.pick(&[1u32, 1, 1, 2]).to_le_bytes());

@@ -76,17 +76,16 @@ pub(super) fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result
     if map_path(dir).try_exists().map_err(io_error(dir))? {
         return Err(OverlayError::Exists(dir.to_owned()));
     }
-    let fresh = || {
-        data.set_len(0)?;
-        data.set_len(size_bytes.next_multiple_of(BLOCK_BYTES as u64))?;
-        data.sync()
-    };
-    fresh().map_err(io_error(&path))?;
+    let len = size_bytes.next_multiple_of(BLOCK_BYTES as u64);
+    data.set_len(0).and_then(|()| data.set_len(len)).map_err(io_error(&path))?;
 
     let new_map = new_map_path(dir);
     remove_if_there(&new_map)?;
     let map = FileMedia::open_or_create(&new_map).map_err(io_error(&new_map))?;
     let log = MapLog::create(Arc::new(map), size_bytes).map_err(io_error(&new_map))?;
+    // After the map's own sync, because on a file system with a journal that one made the length of
+    // `data` durable as well, and this one costs nothing then.
+    data.sync().map_err(io_error(&path))?;
     fs::rename(&new_map, map_path(dir)).map_err(io_error(&new_map))?;
     sync_dir(dir)?;
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {

@@ -108,6 +108,7 @@ impl Header {
             && Geometry::new(header.size_bytes).is_some()
             && header.log_start >= LOG_START
             && header.snapshot_bytes >= RECORD_HEADER_BYTES as u64
+            && header.log_start.checked_add(header.snapshot_bytes).is_some()
             && header.generation < u64::MAX;
         if is_possible { Ok(Some(header)) } else { damaged("its header is impossible") }
     }
@@ -190,7 +191,7 @@ impl MapLog {
     ) -> Result<MapLog, LogError> {
         let header = newest_header(&*media)?;
         let mut log = MapLog { media, header, end: header.log_start, sequence: 0 };
-        let snapshot_end = header.log_start.saturating_add(header.snapshot_bytes);
+        let snapshot_end = header.log_start + header.snapshot_bytes;
         while let Some(record) = log.next_record()? {
             for word in record[RECORD_HEADER_BYTES..].chunks_exact(WORD_BYTES) {
                 let word = Word { index: u64_at(word, 0), bits: u64_at(word, 8) };

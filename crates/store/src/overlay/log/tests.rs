@@ -90,6 +90,14 @@ fn a_corrupt_header_is_an_error_even_if_an_older_one_is_intact() {
 }
 
 #[test]
+fn a_header_that_ends_its_log_beyond_all_numbers_is_damage() {
+    let (media, log) = create(TearUnit::Page);
+    let header = Header { log_start: u64::MAX, ..log.header };
+    media.write_at(slot_offset(&header), &header.encode()).unwrap();
+    assert!(matches!(reopen(&media), Err(LogError::Damaged(_))));
+}
+
+#[test]
 fn a_rewritten_log_says_the_same_and_later_rewrites_use_the_space_in_front() {
     let (media, mut log) = create(TearUnit::Sector);
     for round in 1..20 {
