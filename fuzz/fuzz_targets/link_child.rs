@@ -157,7 +157,7 @@ impl Run {
                     assert!(self.ready && reason != LackReason::Cancelled);
                     self.asked.remove(&id).expect("only what was asked is answered");
                 }
-                ChildEvent::Liar { chunk } => {
+                ChildEvent::Liar { chunk, .. } => {
                     assert!(CHUNKS.iter().any(|known| known.hash() == chunk));
                     self.lied = true;
                 }

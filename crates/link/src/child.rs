@@ -50,6 +50,8 @@ pub enum ChildEvent {
     },
     /// The parent sent bytes that are not the chunk. The link is closed; [`ChildEvent::Closed`] follows.
     Liar {
+        /// The image that the chunk was asked for of.
+        image: ImageId,
         /// The chunk that was asked for.
         chunk: ChunkHash,
     },
@@ -235,7 +237,7 @@ impl Child {
         let Some(chunk) = verified(request.chunk, payload) else {
             self.session.tally.add(|s| &s.lies, 1);
             self.session.close(ByeReason::Lied, "sent a wrong chunk");
-            self.events.push_back(ChildEvent::Liar { chunk: request.chunk });
+            self.events.push_back(ChildEvent::Liar { image: request.image, chunk: request.chunk });
             return;
         };
         self.session.tally.add(|s| &s.chunks_received, 1);

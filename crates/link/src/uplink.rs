@@ -272,13 +272,13 @@ impl Task {
         }
     }
 
-    fn blame(&mut self, chunk: ChunkHash) {
+    fn blame(&mut self, image: ImageId, chunk: ChunkHash) {
         let now = self.clock.now();
         let until = self.desk.update(|circuit| circuit.lied(now));
         tracing::warn!(parent = %self.parent.node, %chunk, "the parent sent a wrong chunk and is banned");
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         uplinks.ban(&self.parent.node, until);
-        uplinks.report(Report::Lied { node: self.parent.node.clone(), chunk });
+        uplinks.report(Report::Lied { node: self.parent.node.clone(), image, chunk });
     }
 
     fn greeted(&mut self) {
@@ -310,10 +310,10 @@ impl Task {
                         reply(&mut replies, id, Ok(chunk));
                     }
                     ChildEvent::Lacking { id, reason } => reply(&mut replies, id, Err(reason)),
-                    ChildEvent::Liar { chunk } => lie = Some(chunk),
+                    ChildEvent::Liar { image, chunk } => lie = Some((image, chunk)),
                     ChildEvent::Closed(closed) => {
                         match lie {
-                            Some(chunk) => self.blame(chunk),
+                            Some((image, chunk)) => self.blame(image, chunk),
                             None => self.fail(&closed),
                         }
                         self.tally.add(|s| &s.losses, 1);

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use block::{BoxFuture, ChunkHash, NodeName};
+use block::{BoxFuture, ChunkHash, ImageId, NodeName};
 use tokio::sync::{mpsc, watch};
 
 use crate::limits::REPORTS_MAX;
@@ -42,6 +42,8 @@ pub enum Report {
     Lied {
         /// The parent.
         node: NodeName,
+        /// The image of which it was asked.
+        image: ImageId,
         /// The chunk that was asked for.
         chunk: ChunkHash,
     },

@@ -370,7 +370,7 @@ fn a_wrong_chunk_is_told_and_ends_the_link() {
         settle(&mut child, &mut parent, START);
         parent.answer(RequestId(7), Reply::Have(payload));
         let (at_child, at_parent) = settle(&mut child, &mut parent, START);
-        let [ChildEvent::Liar { chunk: asked }, ChildEvent::Closed(Closed::ByUs { reason, .. })] =
+        let [ChildEvent::Liar { chunk: asked, .. }, ChildEvent::Closed(Closed::ByUs { reason, .. })] =
             &at_child[..]
         else {
             panic!("{at_child:?}")

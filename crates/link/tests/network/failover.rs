@@ -13,7 +13,7 @@ use link::policy::Standing;
 use link::{ParentAddr, Report};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::harness::{Listener, Memory, Mood, Net, Node, One, addr, chunk, name};
+use crate::harness::{Listener, Memory, Mood, Net, Node, One, addr, chunk, image, name};
 
 #[tokio::test(start_paused = true)]
 async fn a_liar_is_reported_and_not_asked_again_and_readers_get_the_right_bytes() {
@@ -23,7 +23,7 @@ async fn a_liar_is_reported_and_not_asked_again_and_readers_get_the_right_bytes(
     net.listen("origin", origin.clone());
     let mut node = Node::new(&net, "child", &["liar", "origin"]);
     node.get(0).await;
-    let lied = Report::Lied { node: name("liar"), chunk: chunk(0).hash() };
+    let lied = Report::Lied { node: name("liar"), image: image(), chunk: chunk(0).hash() };
     assert_eq!(node.report().await, lied);
     // Neither time short of the ban nor leaving the plan makes it trusted again.
     for n in 1..20 {

@@ -225,14 +225,6 @@ impl Images {
         }
     }
 
-    /// The images for which `parent` is among those that this node fetches from.
-    pub(crate) fn fetched_from(&self, parent: &NodeName) -> Vec<ImageId> {
-        let names_parent = |attached: &Arc<Attached>| {
-            attached.state().placement.stripes.iter().flatten().any(|peer| peer.node == *parent)
-        };
-        self.all().into_iter().filter(names_parent).map(|attached| attached.id).collect()
-    }
-
     /// Where the directory of an image lies whose origin this node is.
     pub(crate) fn origin_dir(&self, id: &ImageId) -> PathBuf {
         self.layout.images().join(id.to_string())

@@ -104,7 +104,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let background = async {
         tokio::join!(
             node.volt.run(&introduction, &images),
-            node.volt.report(reports, &images),
+            node.volt.report(reports),
             node.volt.renew(&credentials, &identity_dir),
         );
     };

@@ -171,23 +171,16 @@ impl VoltLink {
 
     /// Tells Volt what the links notice about parents, until dropped. A report that cannot be delivered
     /// is dropped with a word in the log: links defend themselves, Volt only learns of it later.
-    pub(crate) async fn report(&self, mut reports: mpsc::Receiver<Report>, images: &Images) {
+    pub(crate) async fn report(&self, mut reports: mpsc::Receiver<Report>) {
         while let Some(report) = reports.recv().await {
             tracing::warn!(?report, "noticed about a parent");
             let told = match report {
-                // A link carries all images; the parent is to blame in each that is fetched from it.
-                Report::Lied { node: parent, chunk } => images
-                    .fetched_from(&parent)
-                    .into_iter()
-                    .map(|image| NodeReport::Lied { parent: parent.clone(), image, chunk })
-                    .collect(),
-                Report::Lost { node: parent } => vec![NodeReport::Lost { parent }],
-                Report::Back { node: parent } => vec![NodeReport::Back { parent }],
+                Report::Lied { node: parent, image, chunk } => NodeReport::Lied { parent, image, chunk },
+                Report::Lost { node: parent } => NodeReport::Lost { parent },
+                Report::Back { node: parent } => NodeReport::Back { parent },
             };
-            for report in &told {
-                if let Err(error) = self.ask::<()>("report", report).await {
-                    tracing::warn!(%error, "Volt could not be told");
-                }
+            if let Err(error) = self.ask::<()>("report", &told).await {
+                tracing::warn!(%error, "Volt could not be told");
             }
         }
     }

@@ -400,7 +400,7 @@ mod tests {
 
         drop(catalog);
         let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
-        assert_eq!(catalog.removed_nodes().unwrap(), [a.clone()], "removals survive a restart");
+        assert_eq!(catalog.removed_nodes().unwrap(), std::slice::from_ref(&a), "removals survive a restart");
         assert_eq!(join(&catalog, &a), Ok(Joined::Again));
         assert_eq!(catalog.removed_nodes().unwrap(), []);
 
