@@ -42,4 +42,8 @@ pub(crate) struct ComputeArgs {
     /// How guests are run: `auto` uses KVM where a probe shows that it works
     #[arg(long, default_value = "auto", value_parser = ["auto", "kvm", "tcg"], env = "VIRTMAN_ACCEL")]
     pub(crate) accel: String,
+    /// What to do wrong, for tests
+    #[cfg(feature = "faults")]
+    #[arg(long, hide = true)]
+    pub(crate) fault: Option<super::fault::Fault>,
 }

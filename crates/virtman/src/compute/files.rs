@@ -15,12 +15,15 @@
 //! never torn. A directory whose name begins with `.` is unfinished and swept away at the next start.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+pub(crate) use crate::identity::files::sync_dir;
+use crate::identity::files::{Secrecy, replace};
 
 /// The layout of a node's directory.
 #[derive(Debug, Clone)]
@@ -111,24 +114,15 @@ fn set_private(dir: &Path) -> io::Result<()> {
 
 /// Writes a record so that it is there whole, or not at all, whatever happens.
 pub(crate) fn write_record<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
-    let parent = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let mut file = tempfile::Builder::new().prefix(".").tempfile_in(parent)?;
-    serde_json::to_writer_pretty(&mut file, record)?;
-    file.write_all(b"\n")?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    sync_dir(parent)
+    let mut json = serde_json::to_vec_pretty(record)?;
+    json.push(b'\n');
+    replace(path, &json, Secrecy::Secret)
 }
 
 /// Reads a record; the error names the file.
 pub(crate) fn read_record<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     let bytes = fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
     serde_json::from_slice(&bytes).map_err(|error| format!("{} is damaged: {error}", path.display()))
-}
-
-/// Makes the entries of a directory durable.
-pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 /// The entries of a directory that are finished, in order; unfinished ones are removed.

@@ -115,7 +115,7 @@ impl Images {
                 tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
             }
         }
-        Ok(())
+        remove_unrecorded(&self.layout)
     }
 
     fn restore_one(&self, file: &Path) -> Result<(), String> {
@@ -275,7 +275,7 @@ impl Images {
     }
 
     fn record_file(&self, id: &ImageId) -> PathBuf {
-        self.layout.attached().join(format!("{id}.json"))
+        record_file(&self.layout, id)
     }
 
     fn save(&self, attached: &Attached) -> Result<(), String> {
@@ -390,6 +390,22 @@ impl link::Sources for Images {
     }
 }
 
+fn record_file(layout: &Layout, id: &ImageId) -> PathBuf {
+    layout.attached().join(format!("{id}.json"))
+}
+
+/// Removes the images that no record names: the daemon ended between an import and its registration, so
+/// nobody can use them. A record counts even if it is damaged.
+fn remove_unrecorded(layout: &Layout) -> std::io::Result<()> {
+    for id in image::list(&layout.images())? {
+        if !record_file(layout, &id).exists() {
+            tracing::warn!(%id, "removing an image that was imported and never registered");
+            image::remove(&layout.images(), id)?;
+        }
+    }
+    Ok(())
+}
+
 fn decode_root(base64: &str) -> Result<RootPage, String> {
     let bytes = BASE64.decode(base64).map_err(|e| format!("the image's root page is not base64: {e}"))?;
     RootPage::decode(&bytes).map_err(|e| format!("the image's root page is damaged: {e}"))
@@ -403,4 +419,25 @@ fn parents_of(placement: &Placement) -> Vec<Vec<link::ParentAddr>> {
 
 fn parent_names(placement: &Placement) -> Vec<Vec<NodeName>> {
     placement.stripes.iter().map(|stripe| stripe.iter().map(|peer| peer.node.clone()).collect()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn an_image_without_a_record_is_removed_and_one_with_a_damaged_record_stays() {
+        let tmp = tempfile::tempdir().unwrap();
+        let layout = Layout::create(&tmp.path().join("n")).unwrap();
+        let [lost, damaged] = [b"lost", b"kept"].map(|root| ImageId::of_root_page(root));
+        for id in [lost, damaged] {
+            fs::create_dir(layout.images().join(id.to_string())).unwrap();
+        }
+        fs::write(record_file(&layout, &damaged), "{").unwrap();
+        remove_unrecorded(&layout).unwrap();
+        assert_eq!(image::list(&layout.images()).unwrap(), [damaged]);
+        assert!(record_file(&layout, &damaged).exists());
+    }
 }

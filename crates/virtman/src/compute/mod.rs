@@ -7,6 +7,8 @@
 
 pub(crate) mod config;
 mod exports;
+#[cfg(feature = "faults")]
+pub(crate) mod fault;
 mod files;
 mod images;
 mod node;
@@ -34,6 +36,7 @@ use self::vms::Vms;
 use self::volt::{Introduction, VoltLink};
 use crate::coordinator::{listen, local_socket};
 use crate::http::{OnLink, TlsServer};
+use crate::identity::files::{Secrecy, replace};
 use crate::identity::tls::{self, Accept, Acceptor, Admission, Alpn, Expected};
 use crate::identity::{Credentials, Identity, IdentityError, Principal, Removed, Token, enroll};
 
@@ -90,7 +93,13 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         .map_err(|e| e.to_string())?;
     let (routes, openapi) = routes::routes().split_for_parts();
     let api = routes.with_state(Arc::clone(&node)).merge(crate::api::openapi_router(openapi));
-    let on_link = serve_children(name.clone(), Arc::clone(&images), links);
+    let on_link = serve_children(
+        name.clone(),
+        Arc::clone(&images),
+        links,
+        #[cfg(feature = "faults")]
+        args.fault,
+    );
     let server = TlsServer::new(acceptor, api.clone()).with_link(on_link).with_removals(changes);
     let nbd = match args.nbd_listen {
         Some(address) => Some(TcpExports::listen(address, &credentials, Arc::clone(&node)).await?),
@@ -142,7 +151,8 @@ async fn identity(layout: &Layout, args: &ComputeArgs) -> Result<Identity, Strin
     };
     let identity = enroll::join(&token, &name).await.map_err(|e| format!("cannot join as '{name}': {e}"))?;
     // Where Volt is comes first: an identity without it would be of no use, and the token is gone.
-    fs::write(layout.dir().join(VOLT_FILE), format!("{}\n", token.address()))
+    let address = format!("{}\n", token.address());
+    replace(&layout.dir().join(VOLT_FILE), address.as_bytes(), Secrecy::Public)
         .map_err(|e| format!("cannot write Volt's address: {e}"))?;
     identity.save(&dir).map_err(|e| e.to_string())?;
     tracing::info!(node = %name, "joined the cluster");
@@ -193,7 +203,12 @@ fn cache_media(layout: &Layout, args: &ComputeArgs) -> Result<Vec<MediaSpec>, St
 }
 
 /// Serves the link connections of other nodes. Nobody else gets a chunk.
-fn serve_children(own: NodeName, images: Arc<Images>, links: Arc<Stats>) -> OnLink {
+fn serve_children(
+    own: NodeName,
+    images: Arc<Images>,
+    links: Arc<Stats>,
+    #[cfg(feature = "faults")] fault: Option<fault::Fault>,
+) -> OnLink {
     Arc::new(move |peer, stream| {
         let (own, images, links) = (own.clone(), Arc::clone(&images), Arc::clone(&links));
         Box::pin(async move {
@@ -201,6 +216,8 @@ fn serve_children(own: NodeName, images: Arc<Images>, links: Arc<Stats>) -> OnLi
                 tracing::warn!(%peer, "refused a link: only nodes fetch chunks");
                 return;
             };
+            #[cfg(feature = "faults")]
+            let stream = fault::Faulty { stream, fault };
             if let Err(error) = link::serve(stream, &own, child.clone(), images, Tally::under(&links)).await {
                 tracing::debug!(%child, %error, "a link ended");
             }

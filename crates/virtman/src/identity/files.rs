@@ -1,4 +1,4 @@
-//! Writing small secret and public files so that a crash leaves the old file or the new one, never half.
+//! Small files, secret and public, written so that a crash leaves the old one or the new one, never half.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
@@ -12,7 +12,7 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// Who may read a file besides its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Secrecy {
+pub(crate) enum Secrecy {
     /// 0600.
     Secret,
     /// 0644.
@@ -28,27 +28,30 @@ pub(super) fn create_private_dir(dir: &Path) -> Result<(), IdentityError> {
         .map_err(|e| IdentityError::io("create the directory", dir, e))
 }
 
-/// Replaces `dir/name` by `text`, durably and in one step. The file has its final mode before it has a
-/// byte of its content.
+/// Replaces a file, durably and in one step. It has its final mode before it has a byte of its content;
+/// until it is whole its name begins with `.new-`.
+pub(crate) fn replace(path: &Path, bytes: &[u8], secrecy: Secrecy) -> io::Result<()> {
+    let dir = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+    let mode = match secrecy {
+        Secrecy::Secret => 0o600,
+        Secrecy::Public => 0o644,
+    };
+    file.as_file().set_permissions(Permissions::from_mode(mode))?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    sync_dir(dir)
+}
+
+/// [Replaces](replace) `dir/name` by `text`.
 pub(super) fn write(dir: &Path, name: &str, text: &str, secrecy: Secrecy) -> Result<(), IdentityError> {
     let path = dir.join(name);
-    let attempt = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
-        let mode = match secrecy {
-            Secrecy::Secret => 0o600,
-            Secrecy::Public => 0o644,
-        };
-        file.as_file().set_permissions(Permissions::from_mode(mode))?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&path)?;
-        sync_dir(dir)
-    };
-    attempt().map_err(|e| IdentityError::io("write", &path, e))
+    replace(&path, text.as_bytes(), secrecy).map_err(|e| IdentityError::io("write", &path, e))
 }
 
 /// Makes renames inside `dir` durable.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 

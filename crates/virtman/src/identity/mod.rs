@@ -16,7 +16,7 @@
 mod authority;
 mod credentials;
 pub(crate) mod enroll;
-mod files;
+pub(crate) mod files;
 mod principal;
 mod removed;
 pub(crate) mod tls;
