@@ -1,3 +1,5 @@
+//! The shape of manifests and their root pages: what is written reads back, and nothing else is accepted.
+
 use block::limits::{CHUNK_BYTES, DISK_BYTES_MAX};
 use block::{ChunkHash, ChunkIndex};
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! The cache group over media in memory: one fetch for all, nothing unverified, bounded, and whole after a crash.
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;

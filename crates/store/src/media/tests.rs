@@ -1,3 +1,5 @@
+//! What every medium promises, asked of each kind of them.
+
 use super::*;
 use crate::faulty::{FaultyMedia, TearUnit};
 

@@ -1,3 +1,5 @@
+//! The overlay's own promises; those over faulty media are in `model`, those of its files in `files`.
+
 mod files;
 mod model;
 

@@ -1,3 +1,5 @@
+//! The log of an overlay's map: what a crash may tear, and what is damage.
+
 use super::*;
 use crate::faulty::{FaultyMedia, TearUnit};
 

@@ -1,3 +1,5 @@
+//! An overlay in a directory: created, opened, refused.
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
