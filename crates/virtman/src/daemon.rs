@@ -1,7 +1,19 @@
-//! What both daemons share: telling the service manager that they are ready, and stopping when told to.
+//! What both daemons share: room for open files, telling the service manager that they are ready, and
+//! stopping when told to.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// Raises the number of files that this process may open to what the system allows it. Each VM takes
+/// three, and each connection one; the usual soft limit of 1,024 exists for programs that use `select`.
+pub(crate) fn open_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, ?limit, "the number of open files stays limited, and with it that of VMs");
+    }
+}
 
 /// Tells systemd, if it started us, that requests are served from now on.
 pub(crate) fn ready() {

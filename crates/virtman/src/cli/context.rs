@@ -4,6 +4,7 @@
 //! about the cluster go to Volt: by its own UNIX socket on its host, else with the administrator's
 //! credentials in HOME/admin, which also open every node.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use block::{NodeName, VmName};
 
 use super::Global;
+use super::output::{note, print_json};
 use crate::api::compute::Vm;
 use crate::api::volt::{NodeRecord, NodeState, VoltStatus};
 use crate::http::{Client, ClientError, Target};
@@ -81,6 +83,15 @@ impl Context {
 
     pub(super) fn json(&self) -> bool {
         self.global.json
+    }
+
+    /// Says that something was done to `name`: `{"what": "name"}` as JSON, else a sentence.
+    pub(super) fn done(&self, what: &str, name: &impl ToString, sentence: &str) {
+        if self.json() {
+            print_json(&BTreeMap::from([(what, name.to_string())]));
+        } else {
+            note(sentence);
+        }
     }
 
     /// The node that `--node` names: one or none.

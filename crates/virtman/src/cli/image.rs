@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::ImageCommand;
 use super::context::{Context, Failure, Outcome};
-use super::output::{Column, Table, bytes_bar, note, print_json, say};
+use super::output::{Column, Table, bytes_bar, print_json, say};
 use crate::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
 use crate::api::volt::ImageRecord;
 use crate::http::Client;
@@ -41,7 +41,7 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
             let node = context.node().await?;
             let query = if *force { "?force=true" } else { "" };
             node.client.delete::<()>(&format!("/v1/images/{image}{query}")).await?;
-            note(&format!("removed '{image}'"));
+            context.done("removed", image, &format!("removed '{image}'"));
             Ok(())
         }
         ImageCommand::Verify { image } => {
@@ -78,7 +78,7 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
         ImageCommand::Detach { image } => {
             let node = context.node().await?;
             node.client.delete::<()>(&format!("/v1/attached/{image}")).await?;
-            note(&format!("detached '{image}'"));
+            context.done("detached", image, &format!("detached '{image}'"));
             Ok(())
         }
     }

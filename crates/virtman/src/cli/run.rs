@@ -20,6 +20,9 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     let daemon = matches!(cli.command, Command::Volt { command: None, .. } | Command::Compute(_));
     start_logging(if daemon { "info" } else { "error" });
+    if daemon {
+        crate::daemon::open_many_files();
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -115,12 +118,12 @@ async fn volt(context: &Context, home: &Path, command: &VoltCommand) -> Outcome 
         }
         VoltCommand::Remove { node } => {
             context.volt()?.delete::<()>(&format!("/v1/nodes/{node}")).await?;
-            note(&format!("removed node '{node}' from the cluster"));
+            context.done("removed", node, &format!("removed node '{node}' from the cluster"));
             Ok(())
         }
         VoltCommand::Pardon { node } => {
             context.volt()?.post::<()>(&format!("/v1/nodes/{node}/pardon"), &()).await?;
-            note(&format!("node '{node}' may serve others again"));
+            context.done("pardoned", node, &format!("node '{node}' may serve others again"));
             Ok(())
         }
         VoltCommand::Openapi => {

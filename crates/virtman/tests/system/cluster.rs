@@ -239,8 +239,10 @@ impl Cluster {
         fs::read_to_string(self.path(&format!("{name}.log"))).unwrap_or_default()
     }
 
+    /// A daemon, under the limit of open files that most systems begin with.
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_virtman"));
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -Sn 1024; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_virtman")]);
         command.env("VIRTMAN_HOME", self.dir.path()).env_remove("VIRTMAN_NODE_DIR").args(args);
         command.stdin(Stdio::null());
         command

@@ -185,3 +185,35 @@ impl Drop for Reader {
         let _ = self.process.wait();
     }
 }
+
+/// Needs the feature `faults`, which `scripts/test` sets.
+#[cfg(feature = "faults")]
+#[test]
+fn daemons_a_node_that_sends_wrong_bytes_is_found_out_and_no_wrong_byte_arrives_below_it() {
+    let mut cluster = Cluster::start_with(&["--fan-out", "1"]);
+    let source = cluster.path("source.raw");
+    make_raw(&source, MIB, 5);
+    cluster.add_node("o", &[]);
+    cluster.add_node("liar", &["--fault", "flip-bits"]);
+    cluster.add_node("b", &[]);
+    cluster.add_node("c", &[]);
+    cluster.share(&["o", "liar", "b", "c"], "disk:1", &source);
+    let parent = |node: &str| cluster.parents("disk:1")[node].clone();
+    assert_eq!(parent("b").as_deref(), Some("liar"), "the test needs readers below the liar");
+    assert_eq!(parent("c").as_deref(), Some("b"));
+
+    assert_same(&cluster.volume("c", "disk+1"), &source);
+    assert_same(&cluster.volume("liar", "disk+1"), &source);
+
+    let lies = cluster.node_status("b")["links"]["lies"].as_u64();
+    assert!(lies.is_some_and(|lies| lies > 0), "the liar was never asked: {lies:?}");
+    assert_eq!(cluster.node_status("c")["links"]["lies"], 0, "a lie was passed on");
+    wait_for("the liar serves nobody any more", REPAIR_LIMIT, || {
+        let serves = cluster.parents("disk:1").values().flatten().any(|parent| parent == "liar");
+        let quarantined = cluster.node_state("liar").as_deref() == Some("quarantined");
+        (quarantined && !serves).then_some(())
+    });
+
+    cluster.ok(&["volt", "pardon", "liar"]);
+    assert_eq!(cluster.node_state("liar").as_deref(), Some("up"));
+}
