@@ -114,7 +114,8 @@ fn check_size(size_bytes: u64) -> Result<(), OverlayError> {
 }
 
 impl Overlay {
-    /// Creates an empty overlay of `size_bytes` in `dir`, which is created too. Blocks the thread.
+    /// Creates an empty overlay of `size_bytes` in `dir`, which is created too. All that is in `dir` is
+    /// durable then; the entry of `dir` itself is its parent's, and the caller's to sync. Blocks the thread.
     pub fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
         files::create(dir, size_bytes, base)
     }
@@ -141,7 +142,7 @@ impl Overlay {
             let path = PathBuf::from(name);
             move |source| OverlayError::Io { path, source }
         };
-        data.set_len(size_bytes.next_multiple_of(BLOCK)).and_then(|()| data.sync()).map_err(named("data"))?;
+        data.set_len(size_bytes.next_multiple_of(BLOCK)).map_err(named("data"))?;
         let log = MapLog::create(map, size_bytes).map_err(named("map"))?;
         Ok(Overlay::new(data, log, Overlay::empty_map(size_bytes), base))
     }
@@ -173,11 +174,17 @@ impl Overlay {
             LogError::Io(error) => io(map_path, error),
         })?;
         let size_bytes = log.size_bytes();
-        let len = data.len_bytes().map_err(|error| io(data_path, error))?;
-        if len < size_bytes.next_multiple_of(BLOCK) {
-            return Err(damaged(data_path, format!("it has {len} bytes, its disk has {size_bytes}")));
-        }
         let blocks = blocks.unwrap_or_else(|| Overlay::empty_map(size_bytes));
+        let whole_len = size_bytes.next_multiple_of(BLOCK);
+        let len = data.len_bytes().map_err(|error| io(data_path, error))?;
+        if len < whole_len {
+            // A crash before the first flush may have lost the length that `create` set. Later the first
+            // flush made it durable, so that blocks beyond the end were lost by something else.
+            if blocks.run(len / BLOCK..whole_len / BLOCK) != (Place::Base, whole_len / BLOCK - len / BLOCK) {
+                return Err(damaged(data_path, format!("it has {len} bytes, its disk has {size_bytes}")));
+            }
+            data.set_len(whole_len).map_err(|error| io(data_path, error))?;
+        }
         Ok(Overlay::new(data, log, blocks, base))
     }
 

@@ -83,14 +83,8 @@ pub(super) fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result
     remove_if_there(&new_map)?;
     let map = FileMedia::open_or_create(&new_map).map_err(io_error(&new_map))?;
     let log = MapLog::create(Arc::new(map), size_bytes).map_err(io_error(&new_map))?;
-    // After the map's own sync, because on a file system with a journal that one made the length of
-    // `data` durable as well, and this one costs nothing then.
-    data.sync().map_err(io_error(&path))?;
     fs::rename(&new_map, map_path(dir)).map_err(io_error(&new_map))?;
     sync_dir(dir)?;
-    if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        sync_dir(parent)?;
-    }
     Ok(Overlay::new(Arc::new(data), log, Overlay::empty_map(size_bytes), base))
 }
 

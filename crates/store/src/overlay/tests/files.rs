@@ -59,11 +59,26 @@ async fn what_a_crash_left_of_a_creation_is_no_overlay_and_in_nobodys_way() {
     assert_eq!(read(&disk, 0, 20_000).await, [9; 20_000]);
 }
 
-#[test]
-fn damage_is_told_with_the_name_of_the_file() {
+#[tokio::test]
+async fn a_new_overlay_whose_length_a_crash_forgot_is_whole_again() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("disk");
     drop(Overlay::create(&dir, SIZE, base()).unwrap());
+    fs::File::options().write(true).open(dir.join("data")).unwrap().set_len(0).unwrap();
+    let disk = Overlay::open(&dir, base()).unwrap();
+    disk.write(SIZE - 1, &[7]).await.unwrap();
+    assert_eq!(read(&disk, SIZE - 2, 2).await, [0, 7]);
+    assert_eq!(fs::metadata(dir.join("data")).unwrap().len(), SIZE);
+}
+
+#[tokio::test]
+async fn damage_is_told_with_the_name_of_the_file() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    disk.write(SIZE - 4096, &[7; 4096]).await.unwrap();
+    disk.flush().await.unwrap();
+    drop(disk);
     let error = |file: &str| {
         let Err(error) = Overlay::open(&dir, base()) else { panic!("it was opened") };
         assert!(matches!(error, OverlayError::Damaged { .. }), "{error:?}");
