@@ -2,7 +2,7 @@
 //!
 //! The disk is cut into runs of chunks that the workers take in turn. Holes are skipped, not read: all that is
 //! not written to `pages` is zero already, so a worker that finds a hole moves the others past it too. Memory is
-//! a run per worker, whatever the size of the image.
+//! a piece of a run per worker, whatever the size of the image.
 //!
 //! - Consistency: the files are looked at again at the end; if one was written to meanwhile, the import fails.
 //! - Cancellation: by [`ImportProgress::cancel`]; workers look between runs.
@@ -27,7 +27,10 @@ use crate::{Format, ImportError, RootPage, index};
 /// Chunks that a worker takes at a time: 4 MiB keeps a disk streaming, and a page is a whole number of runs.
 pub(crate) const CHUNKS_PER_RUN: u64 = 64;
 
-/// Most workers: hashing is faster than any disk long before, and each holds a run in memory.
+/// Bytes that a worker reads at a time and hashes while they are still in its processor's cache.
+const PIECE_BYTES: u64 = 4 * CHUNK_BYTES as u64;
+
+/// Most workers: hashing is faster than any disk long before, and each holds a piece in memory.
 const WORKERS_MAX: usize = 64;
 
 /// What to add, and how.
@@ -268,7 +271,7 @@ impl Scan<'_> {
         let run_bytes = CHUNKS_PER_RUN * CHUNK_BYTES as u64;
         let size_bytes = self.source.size_bytes();
         let mut reader = self.source.reader()?;
-        let mut buf = vec![0; run_bytes as usize];
+        let mut buf = vec![0; PIECE_BYTES as usize];
         loop {
             if self.progress.is_cancelled() {
                 return Err(ImportError::Cancelled);
@@ -301,13 +304,16 @@ impl Scan<'_> {
             }
             // Data, or a hole that ends within this chunk.
             let read_end = end.min(extent_end.next_multiple_of(chunk));
-            let padded = &mut buf[..(read_end - at).next_multiple_of(chunk) as usize];
-            let (data, padding) = padded.split_at_mut((read_end - at) as usize);
-            reader.read_at(at, data).map_err(unreadable)?;
-            padding.fill(0);
             self.bytes_read.fetch_add(read_end - at, Ordering::Relaxed);
-            self.name_chunks(at, read_end, padded, &mut hashes[((at - start) / chunk) as usize..])?;
-            at = read_end;
+            while at < read_end {
+                let piece_end = read_end.min(at + PIECE_BYTES);
+                let padded = &mut buf[..(piece_end - at).next_multiple_of(chunk) as usize];
+                let (data, padding) = padded.split_at_mut((piece_end - at) as usize);
+                reader.read_at(at, data).map_err(unreadable)?;
+                padding.fill(0);
+                self.name_chunks(at, piece_end, padded, &mut hashes[((at - start) / chunk) as usize..])?;
+                at = piece_end;
+            }
         }
         let count = (end - start).div_ceil(chunk) as usize;
         let named = hashes[..count].iter().filter(|hash| !hash.is_zero()).count();
