@@ -14,6 +14,7 @@
 
 mod child;
 mod fetcher;
+mod heap;
 pub mod limits;
 pub mod pack;
 mod parent;
@@ -28,6 +29,7 @@ pub mod wire;
 
 pub use child::{Child, ChildEvent, Refused};
 pub use fetcher::Fetcher;
+pub use heap::keep_freed_buffers;
 pub use parent::{Parent, ParentEvent, Reply};
 pub use serve::{ServeError, Sources, serve};
 pub use session::{Closed, Outgoing};

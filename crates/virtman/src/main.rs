@@ -13,5 +13,6 @@ mod vm;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    link::keep_freed_buffers();
     cli::main()
 }
