@@ -1,14 +1,16 @@
 //! Many VM disks on one node: how long each takes, what they cost in memory, and a restart with all of them.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::cluster::Cluster;
 use super::data::{self, Filling};
+use super::http::Api;
 use super::process::output;
 use super::report::{Bar, Better, Rounds, Row, Sample, Spread, Table};
 use super::{Bench, Outcome};
@@ -48,8 +50,9 @@ pub(super) fn run(bench: &Bench) -> Outcome<Vec<Table>> {
     }
     let total = begin.elapsed().as_secs_f64();
     let full = cluster.node()?.memory()?;
-    drop(api);
 
+    let durable = durable_file(bench, &mut api, &body)?;
+    drop(api);
     let one_more = one_more(bench, &cluster, &file)?;
     let restarts: Outcome<Vec<f64>> =
         (0..bench.rounds).map(|_| cluster.restart_node().map(|took| took.as_secs_f64() * 1e3)).collect();
@@ -69,6 +72,7 @@ pub(super) fn run(bench: &Bench) -> Outcome<Vec<Table>> {
         Row::alone("create, median of all", "ms", percentile(50)),
         Row::alone("create, p99 of all", "ms", percentile(99)).with_bar(Bar::OursMax(CREATE_MS_MAX)),
         Row::alone("create, slowest of all", "ms", percentile(100)),
+        durable,
         one_more,
         Row::alone("start of the daemon with all disks", "ms", Spread::of(restarts?)),
         Row::alone("resident memory without disks", "MiB", once(empty.resident_mib))
@@ -88,12 +92,38 @@ pub(super) fn run(bench: &Bench) -> Outcome<Vec<Table>> {
         title: "500 VM disks on one node",
         notes: vec![
             "each disk is 4 GiB, is durable and listens on its NBD socket when its request is answered".to_owned(),
+            "one durable file: written, synced and renamed, and its directory synced".to_owned(),
             "one more, as a command: peer is 'qemu-img create' of a qcow2 over the image, which exports nothing and syncs nothing"
                 .to_owned(),
         ],
         cost_unit: "-",
         rows,
     }])
+}
+
+/// One more disk by a request, against the least that makes anything durable. It tells how much of the time
+/// is the file system's.
+fn durable_file(bench: &Bench, api: &mut Api, body: &Value) -> Outcome<Row> {
+    let sample = |begin: Instant| Sample { value: begin.elapsed().as_secs_f64() * 1e3, cost: None };
+    let ours = || {
+        let begin = Instant::now();
+        api.put("/v1/vms/more", body)?;
+        let sample = sample(begin);
+        api.delete("/v1/vms/more")?;
+        Ok(sample)
+    };
+    let dir = bench.dir.path();
+    let peer = || {
+        let failed = |e: std::io::Error| format!("cannot write into {}: {e}", dir.display());
+        let begin = Instant::now();
+        let file = File::create(dir.join("new")).map_err(failed)?;
+        file.write_all_at(&[1; 512], 0).and_then(|()| file.sync_all()).map_err(failed)?;
+        fs::rename(dir.join("new"), dir.join("durable")).map_err(failed)?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        Ok(sample(begin))
+    };
+    let rounds = Rounds::take(bench.rounds * 10, ours, peer)?;
+    Ok(rounds.row("one more, as a request / one durable file of 512 bytes", "ms", Better::Less))
 }
 
 /// One more disk by the command line, against an overlay of `qemu-img`, both from process start to end.

@@ -77,7 +77,9 @@ impl Load {
         let before = server.daemon.cpu_seconds()?;
         let text = output(&mut self.command(server.uri))?;
         let cpu_seconds = server.daemon.cpu_seconds()? - before;
-        let parsed: Value = serde_json::from_str(&text).map_err(|e| format!("fio's report: {e}"))?;
+        // The NBD engine prints a line of its own before the report.
+        let report = text.find('{').map_or("", |at| &text[at..]);
+        let parsed: Value = serde_json::from_str(report).map_err(|e| format!("fio's report: {e}"))?;
         let side = if self.access == Access::Read { "read" } else { "write" };
         let side = &parsed["jobs"][0][side];
         let number = |name: &str| {

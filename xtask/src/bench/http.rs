@@ -35,6 +35,10 @@ impl Api {
         self.request("GET", path, "")
     }
 
+    pub(super) fn delete(&mut self, path: &str) -> Outcome<Value> {
+        self.request("DELETE", path, "")
+    }
+
     fn request(&mut self, method: &str, path: &str, body: &str) -> Outcome<Value> {
         let failed = |e: std::io::Error| format!("{method} {path}: {e}");
         let request = format!(
@@ -63,6 +67,9 @@ impl Api {
         self.stream.read_exact(&mut body).map_err(failed)?;
         if status.split_whitespace().nth(1).is_none_or(|code| !code.starts_with('2')) {
             return Err(format!("{method} {path}: {} {}", status.trim(), String::from_utf8_lossy(&body)));
+        }
+        if body.is_empty() {
+            return Ok(Value::Null);
         }
         serde_json::from_slice(&body).map_err(|e| format!("{method} {path}: {e}"))
     }
