@@ -23,7 +23,6 @@ use crate::api::compute::{
     VmStarted, WaitReady,
 };
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
-use crate::identity::Principal;
 
 /// How often a long operation says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -49,14 +48,14 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
 /// The node at a glance.
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = NodeStatus)))]
 async fn status(State(node): Shared, peer: Peer) -> Answer<NodeStatus> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     Ok(Json(node.status()))
 }
 
 /// The images that the node has attached.
 #[utoipa::path(get, path = "/v1/images", responses((status = 200, body = Vec<NodeImage>)))]
 async fn images(State(node): Shared, peer: Peer) -> Answer<Vec<NodeImage>> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     Ok(Json(node.images.all().iter().map(|attached| node.describe(attached)).collect()))
 }
 
@@ -70,7 +69,7 @@ async fn add_image(
     Path(name): Path<ImageName>,
     Json(request): Json<AddImage>,
 ) -> Result<Response, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
     let work = {
@@ -88,7 +87,7 @@ async fn verify_image(
     peer: Peer,
     Path(name): Path<ImageName>,
 ) -> Result<Response, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
     let work = {
@@ -114,7 +113,7 @@ async fn remove_image(
     Path(name): Path<ImageName>,
     Query(removal): Query<Removal>,
 ) -> Result<StatusCode, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.remove_image(&name, if removal.force { Force::Yes } else { Force::No }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -123,7 +122,7 @@ async fn remove_image(
 #[utoipa::path(put, path = "/v1/attached/{image}", params(("image" = String, Path,)),
     responses((status = 200, body = NodeImage), (status = 404), (status = 503)))]
 async fn attach_image(State(node): Shared, peer: Peer, Path(name): Path<ImageName>) -> Answer<NodeImage> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     let attached = node.attach(&name).await?;
     Ok(Json(node.describe(&attached)))
 }
@@ -136,7 +135,7 @@ async fn detach_image(
     peer: Peer,
     Path(name): Path<ImageName>,
 ) -> Result<StatusCode, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.detach(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -144,7 +143,7 @@ async fn detach_image(
 /// The node's VMs.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<Vm>)))]
 async fn vms(State(node): Shared, peer: Peer) -> Answer<Vec<Vm>> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     Ok(Json(node.vms.all().iter().map(|vm| node.vms.describe(vm)).collect()))
 }
 
@@ -152,7 +151,7 @@ async fn vms(State(node): Shared, peer: Peer) -> Answer<Vec<Vm>> {
 #[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path,)),
     responses((status = 200, body = Vm), (status = 404)))]
 async fn vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vm> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     Ok(Json(node.vms.describe(&*node.vms.get(&name)?)))
 }
 
@@ -165,7 +164,7 @@ async fn create_vm(
     Path(name): Path<VmName>,
     Json(request): Json<CreateVm>,
 ) -> Answer<Vm> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.create(&name, &request).await.map(Json)
 }
 
@@ -177,7 +176,7 @@ async fn destroy_vm(
     peer: Peer,
     Path(name): Path<VmName>,
 ) -> Result<StatusCode, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.vms.destroy(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -191,7 +190,7 @@ async fn start_vm(
     Path(name): Path<VmName>,
     Json(request): Json<StartVm>,
 ) -> Answer<VmStarted> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.start(&name, &request).await.map(Json)
 }
 
@@ -204,7 +203,7 @@ async fn wait_vm(
     Path(name): Path<VmName>,
     Json(request): Json<WaitReady>,
 ) -> Answer<VmReady> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.wait(&name, &request.ready, Duration::from_millis(request.timeout_ms)).await.map(Json)
 }
 
@@ -217,17 +216,8 @@ async fn stop_vm(
     Path(name): Path<VmName>,
     Json(request): Json<StopVm>,
 ) -> Answer<Vm> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     node.vms.stop(&name, Duration::from_millis(request.grace_ms)).await.map(Json)
-}
-
-fn admin(peer: &Peer) -> Result<(), ApiError> {
-    match peer {
-        Peer::Local | Peer::Remote(Principal::Admin(_)) => Ok(()),
-        Peer::Remote(other) => {
-            Err(ApiError::forbidden("not_an_admin", format!("{other} is no administrator")))
-        }
-    }
 }
 
 /// Cancels the work when it is dropped before its end: whoever asked has hung up.

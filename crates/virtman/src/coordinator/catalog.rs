@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use block::{ImageId, ImageName, NodeName};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -150,7 +150,7 @@ impl Catalog {
             table.insert(image.name.as_str(), serde_json::to_vec(&record)?.as_slice())?;
             record
         };
-        txn.commit()?;
+        commit(txn)?;
         Ok(record)
     }
 
@@ -164,7 +164,7 @@ impl Catalog {
             table.remove(name.as_str())?;
             record
         };
-        txn.commit()?;
+        commit(txn)?;
         Ok(record)
     }
 
@@ -183,7 +183,7 @@ impl Catalog {
             let record = serde_json::to_vec(grant)?;
             table.insert(grant.secret_hash.as_bytes().as_slice(), record.as_slice())?;
         }
-        txn.commit()?;
+        commit(txn)?;
         Ok(())
     }
 
@@ -217,7 +217,7 @@ impl Catalog {
                 None => Joined::New,
             }
         };
-        txn.commit()?;
+        commit(txn)?;
         Ok(Ok(joined))
     }
 
@@ -259,7 +259,7 @@ impl Catalog {
             }
             table.insert(node.as_str(), serde_json::to_vec(&record)?.as_slice())?;
         }
-        txn.commit()?;
+        commit(txn)?;
         Ok(())
     }
 
@@ -277,7 +277,7 @@ impl Catalog {
             removed.retain(|_, at_ms| now_ms < at_ms.saturating_add(valid_ms))?;
             removed.insert(node.as_str(), now_ms)?;
         }
-        txn.commit()?;
+        commit(txn)?;
         Ok(())
     }
 
@@ -291,6 +291,11 @@ impl Catalog {
         }
         Ok(nodes)
     }
+}
+
+/// Waiting for the disk must not hold up the other tasks of this worker thread.
+fn commit(txn: WriteTransaction) -> Result<(), CatalogError> {
+    Ok(tokio::task::block_in_place(|| txn.commit())?)
 }
 
 fn get<T: DeserializeOwned>(

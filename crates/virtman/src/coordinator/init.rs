@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crate::cli::VOLT_ADDRESS_FILE;
+use crate::identity::files::{Secrecy, replace};
 use crate::identity::{AdminName, Authority, Identity, IdentityError, Principal, Token};
 
 /// Where the authority lies in Volt's directory.
@@ -57,7 +58,7 @@ pub(crate) fn init(
     }
     for place in [dir, admin_dir] {
         let file = place.join(VOLT_ADDRESS_FILE);
-        fs::write(&file, format!("{address}\n"))
+        replace(&file, format!("{address}\n").as_bytes(), Secrecy::Public)
             .map_err(|e| format!("cannot write {}: {e}", file.display()))?;
     }
     Ok(initialized)

@@ -166,7 +166,7 @@ async fn tree(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Ans
 #[utoipa::path(post, path = "/v1/tokens", request_body = NewToken,
     responses((status = 200, body = TokenIssued)))]
 async fn new_token(State(volt): Shared, peer: Peer, Json(request): Json<NewToken>) -> Answer<TokenIssued> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     let valid = request.valid_ms.map_or(TOKEN_LIFETIME, Duration::from_millis);
     if valid.is_zero() || valid > TOKEN_VALID_MAX {
         return Err(ApiError::bad_request(
@@ -222,7 +222,7 @@ async fn remove_node(
     peer: Peer,
     Path(node): Path<NodeName>,
 ) -> Result<StatusCode, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     volt.remove_node(&node)?;
     tracing::info!(%node, by = %peer, "node removed from the cluster");
     Ok(StatusCode::NO_CONTENT)
@@ -232,7 +232,7 @@ async fn remove_node(
 #[utoipa::path(post, path = "/v1/nodes/{node}/pardon", params(("node" = String, Path,)),
     responses((status = 204), (status = 404)))]
 async fn pardon(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<StatusCode, ApiError> {
-    admin(&peer)?;
+    peer.must_be_admin()?;
     volt.catalog.update_node(&node, |record| record.quarantined = false)?;
     volt.apply(Event::Pardon { node: node.clone() });
     tracing::info!(%node, by = %peer, "node pardoned");
@@ -336,15 +336,6 @@ fn any_member(peer: &Peer) -> Result<(), ApiError> {
         Peer::Local | Peer::Remote(Principal::Admin(_) | Principal::Node(_)) => Ok(()),
         Peer::Remote(Principal::Volt) => {
             Err(ApiError::forbidden("not_a_member", "this is for nodes and administrators"))
-        }
-    }
-}
-
-fn admin(peer: &Peer) -> Result<(), ApiError> {
-    match peer {
-        Peer::Local | Peer::Remote(Principal::Admin(_)) => Ok(()),
-        Peer::Remote(other) => {
-            Err(ApiError::forbidden("not_an_admin", format!("{other} is no administrator")))
         }
     }
 }

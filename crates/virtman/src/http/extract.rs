@@ -21,6 +21,18 @@ pub(crate) enum Peer {
     Remote(Principal),
 }
 
+impl Peer {
+    /// Only administrators may: the one on this host, and others by certificate.
+    pub(crate) fn must_be_admin(&self) -> Result<(), ApiError> {
+        match self {
+            Peer::Local | Peer::Remote(Principal::Admin(_)) => Ok(()),
+            Peer::Remote(other) => {
+                Err(ApiError::forbidden("not_an_admin", format!("{other} is no administrator")))
+            }
+        }
+    }
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
