@@ -37,7 +37,7 @@ pub(super) fn describe(dir: &Path) -> Machine {
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         memory_gib: memory_kib.div_ceil(1 << 20),
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
-        file_system: first_line(Command::new("stat").args(["-f", "-c", "%T"]).arg(dir)),
+        file_system: first_line(Command::new("findmnt").args(["-n", "-o", "FSTYPE", "-T"]).arg(dir)),
         tools: tools.map(|tool| first_line(Command::new(tool).arg("--version"))).to_vec(),
         load_before: load(),
         load_after: 0.0,
