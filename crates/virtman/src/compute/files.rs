@@ -22,6 +22,8 @@ use rustix::fs::FlockOperation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::http::ApiError;
+
 pub(crate) use crate::identity::files::sync_dir;
 use crate::identity::files::{Secrecy, replace};
 
@@ -31,9 +33,14 @@ pub(crate) struct Layout {
     dir: PathBuf,
 }
 
-/// A UNIX socket's path has at most 107 bytes; the longest name of ours needs so many behind DIR.
-const SOCKET_SUFFIX_BYTES_MAX: usize = "/volumes/".len() + block::limits::NAME_BYTES_MAX + ".sock".len();
+/// A UNIX socket's path has at most so many bytes.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// What a socket's path has beyond DIR and a name, at most: the hypervisor's console is the longest.
+const SOCKET_REST_BYTES: usize = "/vms/".len() + "/console.sock".len();
+
+/// A directory must leave room for names of so many bytes at least, or it is of no use.
+const NAME_ROOM_BYTES_MIN: usize = 24;
 
 impl Layout {
     /// Makes the directories that are missing.
@@ -42,19 +49,38 @@ impl Layout {
             |error: io::Error| format!("cannot use {} as a node's directory: {error}", dir.display());
         fs::create_dir_all(dir).map_err(failed)?;
         let dir = fs::canonicalize(dir).map_err(failed)?;
-        if dir.as_os_str().len() + SOCKET_SUFFIX_BYTES_MAX > SOCKET_PATH_BYTES_MAX {
+        let layout = Layout { dir };
+        if layout.name_bytes_max() < NAME_ROOM_BYTES_MIN {
             return Err(format!(
                 "the node's directory {} has too long a path for the sockets in it: use one of at most {} bytes",
-                dir.display(),
-                SOCKET_PATH_BYTES_MAX - SOCKET_SUFFIX_BYTES_MAX
+                layout.dir.display(),
+                SOCKET_PATH_BYTES_MAX - SOCKET_REST_BYTES - NAME_ROOM_BYTES_MIN
             ));
         }
-        let layout = Layout { dir };
         for sub in ["identity", "images", "attached", "vms", "disks", "volumes"] {
             fs::create_dir_all(layout.dir.join(sub)).map_err(failed)?;
         }
         set_private(&layout.dir).map_err(failed)?;
         Ok(layout)
+    }
+
+    /// Whether the sockets that bear `name` can be opened here. To be asked before anything is made.
+    pub(crate) fn must_have_room_for(&self, name: &str) -> Result<(), ApiError> {
+        let room = self.name_bytes_max();
+        if name.len() <= room {
+            return Ok(());
+        }
+        let message = format!(
+            "'{name}' is too long for the sockets in {}: this node takes names of at most {room} bytes",
+            self.dir.display()
+        );
+        Err(ApiError::bad_request("name_too_long", message)
+            .with_hint("use a shorter name, or a node whose directory has a shorter path"))
+    }
+
+    /// Longest name that the path leaves room for.
+    fn name_bytes_max(&self) -> usize {
+        SOCKET_PATH_BYTES_MAX.saturating_sub(SOCKET_REST_BYTES + self.dir.as_os_str().len())
     }
 
     /// The directory itself.
@@ -151,6 +177,18 @@ mod tests {
         let long = tmp.path().join("x".repeat(90));
         let error = Layout::create(&long).unwrap_err();
         assert!(error.contains("too long") && error.contains("xxx"), "{error}");
+    }
+
+    #[test]
+    fn a_name_is_refused_only_if_the_directory_leaves_no_room_for_it() {
+        let tmp = tempfile::tempdir().unwrap();
+        let layout = Layout::create(&tmp.path().join("node")).unwrap();
+        let room = layout.name_bytes_max();
+        assert!(layout.must_have_room_for(&"n".repeat(room)).is_ok());
+        let error = layout.must_have_room_for(&"n".repeat(room + 1)).unwrap_err();
+        assert!(error.message.contains(&room.to_string()), "{error}");
+        let longest = layout.vms().join("n".repeat(room)).join("console.sock");
+        assert_eq!(longest.as_os_str().len(), SOCKET_PATH_BYTES_MAX);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use crate::api::compute::NodeImage;
 use crate::api::volt::ImageRecord;
+use crate::http::ApiError;
 
 /// How long a child's request waits for this node to attach the image. A child may be told of its parent
 /// a moment before the parent learns that it is one; much later, the child had better ask another.
@@ -145,6 +146,11 @@ impl Images {
             self.attached.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         all.sort_by_key(|attached| attached.id);
         all
+    }
+
+    /// Whether an image can be exported under `name` here. To be asked before anything is made.
+    pub(crate) fn must_have_room_for(&self, name: &ImageName) -> Result<(), ApiError> {
+        self.layout.must_have_room_for(&name.file_name())
     }
 
     /// To be called before Volt is asked to attach an image: forgets pushes from before.

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use volt::Role;
 
 use super::images::{Attached, Detached, Images};
+use super::routes::to_the_end;
 use super::vms::Vms;
 use super::volt::VoltLink;
 use crate::api::compute::{
@@ -44,6 +45,7 @@ impl Node {
         if let Some(attached) = self.images.by_name(name) {
             return Ok(attached);
         }
+        self.images.must_have_room_for(name)?;
         let _one_at_a_time = self.images.changing.lock().await;
         if let Some(attached) = self.images.by_name(name) {
             return Ok(attached);
@@ -76,6 +78,7 @@ impl Node {
         request: AddImage,
         progress: Arc<ImportProgress>,
     ) -> Result<NodeImage, ApiError> {
+        self.images.must_have_room_for(name)?;
         let format = request.format.as_deref().map(str::parse).transpose();
         let format = format
             .map_err(|e: image::ParseFormatError| ApiError::bad_request("bad_format", e.to_string()))?;
@@ -91,8 +94,14 @@ impl Node {
         let imported = imported.await.map_err(|e| ApiError::internal(format!("adding '{name}': {e}")))?;
         let imported = imported.map_err(|e| ApiError::bad_request("bad_image", e.to_string()))?;
 
+        let (node, name) = (Arc::clone(self), name.clone());
+        to_the_end(async move { node.publish(&name, &imported).await }).await
+    }
+
+    /// Serves an imported image under its name, or removes what was imported.
+    async fn publish(&self, name: &ImageName, imported: &image::Imported) -> Result<NodeImage, ApiError> {
         let _one_at_a_time = self.images.changing.lock().await;
-        let served = self.serve_imported(name, &imported).await;
+        let served = self.serve_imported(name, imported).await;
         if served.is_err() && imported.novelty == image::Novelty::New {
             // Nobody can use what the catalog does not have; leave nothing behind.
             if let Err(error) = image::remove(&self.images_dir, imported.id) {

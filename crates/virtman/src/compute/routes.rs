@@ -114,7 +114,8 @@ async fn remove_image(
     Query(removal): Query<Removal>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    node.remove_image(&name, if removal.force { Force::Yes } else { Force::No }).await?;
+    let force = if removal.force { Force::Yes } else { Force::No };
+    to_the_end(async move { node.remove_image(&name, force).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -123,8 +124,11 @@ async fn remove_image(
     responses((status = 200, body = NodeImage), (status = 404), (status = 503)))]
 async fn attach_image(State(node): Shared, peer: Peer, Path(name): Path<ImageName>) -> Answer<NodeImage> {
     peer.must_be_admin()?;
-    let attached = node.attach(&name).await?;
-    Ok(Json(node.describe(&attached)))
+    to_the_end(async move {
+        let attached = node.attach(&name).await?;
+        Ok(Json(node.describe(&attached)))
+    })
+    .await
 }
 
 /// Detaches an image that no VM of the node uses.
@@ -136,7 +140,7 @@ async fn detach_image(
     Path(name): Path<ImageName>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    node.detach(&name).await?;
+    to_the_end(async move { node.detach(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -165,7 +169,7 @@ async fn create_vm(
     Json(request): Json<CreateVm>,
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
-    node.create(&name, &request).await.map(Json)
+    to_the_end(async move { node.create(&name, &request).await.map(Json) }).await
 }
 
 /// Removes a VM with its disk. A running guest is ended.
@@ -177,7 +181,7 @@ async fn destroy_vm(
     Path(name): Path<VmName>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    node.vms.destroy(&name).await?;
+    to_the_end(async move { node.vms.destroy(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -191,7 +195,7 @@ async fn start_vm(
     Json(request): Json<StartVm>,
 ) -> Answer<VmStarted> {
     peer.must_be_admin()?;
-    node.start(&name, &request).await.map(Json)
+    to_the_end(async move { node.start(&name, &request).await.map(Json) }).await
 }
 
 /// Waits until a VM's guest is ready.
@@ -217,7 +221,17 @@ async fn stop_vm(
     Json(request): Json<StopVm>,
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
-    node.vms.stop(&name, Duration::from_millis(request.grace_ms)).await.map(Json)
+    let grace = Duration::from_millis(request.grace_ms);
+    to_the_end(async move { node.vms.stop(&name, grace).await.map(Json) }).await
+}
+
+/// Does work that changes something to its end, also if whoever asked hangs up: a change that was dropped
+/// half-way would be there on disk and not in memory.
+pub(super) async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|e| Err(ApiError::internal(format!("the node failed: {e}"))))
 }
 
 /// Cancels the work when it is dropped before its end: whoever asked has hung up.

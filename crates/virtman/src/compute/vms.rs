@@ -143,6 +143,7 @@ impl Vms {
             entry.must_be(attached.id, size_bytes)?;
             return Ok(self.describe(&entry));
         }
+        self.layout.must_have_room_for(name.as_str())?;
         let size_bytes = size_bytes.unwrap_or(image_bytes);
         if size_bytes < image_bytes {
             return Err(ApiError::bad_request(
@@ -166,7 +167,10 @@ impl Vms {
             .await
             .map_err(|e| ApiError::internal(format!("creating '{name}' was interrupted: {e}")))?
             .map_err(|reason| ApiError::internal(format!("cannot create the disk of '{name}': {reason}")))?;
-        let entry = self.export(record, overlay).map_err(ApiError::internal)?;
+        let entry = self.export(record, overlay).map_err(|reason| {
+            remove_unfinished(&self.dir(name));
+            ApiError::internal(reason)
+        })?;
         let vm = self.describe(&entry);
         self.insert(entry);
         Ok(vm)
@@ -431,12 +435,16 @@ fn make(
     // A directory that is there belongs to a VM that could not be opened: it is not ours to touch.
     fs::create_dir(dir).map_err(|e| format!("{}: {e}; see the node's log", dir.display()))?;
     let filled = fill(dir, record, attached, asked);
-    if filled.is_err()
-        && let Err(error) = fs::remove_dir_all(dir)
-    {
-        tracing::warn!(dir = %dir.display(), %error, "cannot remove an unfinished VM; the next start will");
+    if filled.is_err() {
+        remove_unfinished(dir);
     }
     filled
+}
+
+fn remove_unfinished(dir: &Path) {
+    if let Err(error) = fs::remove_dir_all(dir) {
+        tracing::warn!(dir = %dir.display(), %error, "cannot remove an unfinished VM");
+    }
 }
 
 fn fill(
