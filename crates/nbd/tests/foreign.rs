@@ -242,6 +242,7 @@ async fn fio_verifies_its_random_writes() {
             "--io_size=64m",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--fsync=64",
             "--randseed=7",
         ];

@@ -118,7 +118,14 @@ fn storage_foreign_tools_write_and_read_vm_disks_over_a_unix_socket() {
     judge(&cluster, &disk, &source);
 
     let fio = ["--name=verify", "--ioengine=nbd", "--rw=randwrite", "--bsrange=512-128k", "--size=8M"];
-    let checks = ["--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64"];
+    let checks = [
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--verify_state_save=0",
+        "--fsync=64",
+    ];
     let uri = format!("--uri={disk}");
     tool("fio", "fio", &[&fio[..], &checks[..], &["--allow_file_create=0", &uri]].concat());
 
