@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{both, make_raw, tool};
+use crate::tools::{both, make_raw, tool, wait_for};
 
 #[test]
 fn refusals_without_a_certificate_of_the_cluster_there_is_no_answer() {
@@ -271,6 +271,32 @@ fn refusals_every_command_may_be_repeated_and_speaks_json() {
     cluster.ok(&["--node", "n", "image", "detach", "disk:1"]);
     cluster.ok(&["--node", "o", "image", "remove", "disk:1"]);
     assert_eq!(cluster.json(&["image", "list"]), Value::Array(Vec::new()));
+}
+
+#[test]
+fn refusals_a_removed_node_gets_no_answer_from_volt_or_from_other_nodes() {
+    let cluster = Cluster::with_nodes(&["o", "n"]);
+    let source = cluster.path("source.raw");
+    make_raw(&source, 3, 9);
+    cluster.ok(&["--node", "o", "image", "add", "disk:1", source.to_str().unwrap()]);
+    let identity = cluster.node_dir("n").join("identity");
+    let addresses = [cluster.volt_address().to_owned(), cluster.node_address("o").to_owned()];
+    for address in &addresses {
+        // A node may not command, but it gets an answer.
+        says(&s_client(address, Some(&identity)), &["HTTP/1.1 "]);
+    }
+
+    cluster.ok(&["volt", "remove", "n"]);
+
+    assert_eq!(cluster.node_state("n"), None);
+    for address in &addresses {
+        // The other node hears of it by a push, a moment later than Volt.
+        wait_for(&format!("{address} refuses the removed node"), Duration::from_secs(30), || {
+            (!s_client(address, Some(&identity)).contains("HTTP/1.1 ")).then_some(())
+        });
+    }
+    let refused = both(&cluster.run_at("n", &["create", "vm", "--image", "disk:1"]));
+    says(&refused, &["removed from the cluster"]);
 }
 
 /// What a raw client asks for.
