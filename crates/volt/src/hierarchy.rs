@@ -62,6 +62,8 @@ pub(crate) struct Hierarchy {
     shape: Shape,
     forests: Vec<Forest>,
     seats: BTreeMap<Key, Seat>,
+    /// How many of the seats are origins'.
+    origins: usize,
     /// By the name of the expected parent: who waits for it in which stripe.
     awaited: BTreeMap<NodeName, BTreeSet<(usize, Key)>>,
     /// Who must be told its placement even if nothing moved.
@@ -75,6 +77,7 @@ impl Hierarchy {
             shape,
             forests: (0..shape.stripes()).map(|_| Forest::default()).collect(),
             seats: BTreeMap::new(),
+            origins: 0,
             awaited: BTreeMap::new(),
             asked: BTreeSet::new(),
         }
@@ -113,6 +116,7 @@ impl Hierarchy {
         let home = (0..self.forests.len()).min_by_key(|&stripe| self.forests[stripe].free()).unwrap_or(0);
         let seat = Seat { role, home, told: current.clone(), held: false, confirm_by: None };
         self.seats.insert(key, seat);
+        self.origins += usize::from(role == Role::Origin);
         self.plant(roster, key);
         if let (Role::Relay, Some(current)) = (role, current) {
             self.adopt(roster, key, &current, stage);
@@ -127,7 +131,8 @@ impl Hierarchy {
                 self.vacate(roster, stripe, key);
             }
         }
-        self.seats.remove(&key);
+        let seat = self.seats.remove(&key);
+        self.origins -= usize::from(seat.is_some_and(|seat| seat.role == Role::Origin));
         self.asked.remove(&key);
     }
 
@@ -248,8 +253,25 @@ impl Hierarchy {
         }
     }
 
-    /// Plans everything anew in another shape; who was high up comes first.
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// How many relays have a seat.
+    pub(crate) fn relays(&self) -> usize {
+        self.seats.len() - self.origins
+    }
+
+    /// Whether some node's report stands for its place.
+    pub(crate) fn has_reports(&self) -> bool {
+        self.seats.values().any(|seat| seat.held)
+    }
+
+    /// Plans everything anew if the shape is another one; who was high up comes first.
     pub(crate) fn reshape(&mut self, roster: &Roster, shape: Shape) {
+        if shape == self.shape {
+            return;
+        }
         let former = std::mem::replace(self, Hierarchy::new(self.image, shape));
         let rank = |key: Key| {
             let forest = &former.forests[0];

@@ -16,6 +16,7 @@ mod hierarchy;
 mod location;
 mod planner;
 mod roster;
+mod shape;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -23,7 +24,6 @@ mod words;
 
 pub use location::{Location, ParseLocationError};
 pub use planner::{NODES_MAX, Planner};
+pub use shape::{FAN_OUT_MAX, STRIPES_MAX, Shape, ShapeError, Shaping};
 pub use view::{NodeView, Standing, Tree, TreeNode};
-pub use words::{
-    Action, Event, FAN_OUT_MAX, Millis, Peer, Placement, Role, STRIPES_MAX, Settings, Shape, ShapeError,
-};
+pub use words::{Action, Event, Millis, Peer, Placement, Role, Settings};

@@ -12,7 +12,7 @@ use block::{ImageId, NodeName};
 use crate::forest::Key;
 use crate::hierarchy::{Hierarchy, Stage};
 use crate::roster::{ACCUSERS_MIN, Roster};
-use crate::{Action, Event, Location, Millis, NodeView, Placement, Role, Settings, Shape, Tree};
+use crate::{Action, Event, Location, Millis, NodeView, Placement, Role, Settings, Shaping, Tree};
 
 /// Nodes that one planner takes. Ten times what a cluster is planned for; bounds its memory.
 pub const NODES_MAX: usize = 100_000;
@@ -25,7 +25,8 @@ pub struct Planner {
     learning: Learning,
     roster: Roster,
     hierarchies: BTreeMap<ImageId, Hierarchy>,
-    shapes: BTreeMap<ImageId, Shape>,
+    /// Of the images that were tuned.
+    shapings: BTreeMap<ImageId, Shaping>,
     /// Images whose hierarchy the event at hand has touched.
     touched: BTreeSet<ImageId>,
     actions: Vec<Action>,
@@ -48,7 +49,7 @@ impl Planner {
             learning: Learning::NotBegun,
             roster: Roster::default(),
             hierarchies: BTreeMap::new(),
-            shapes: BTreeMap::new(),
+            shapings: BTreeMap::new(),
             touched: BTreeSet::new(),
             actions: Vec::new(),
         }
@@ -74,7 +75,7 @@ impl Planner {
                 self.roster.pardon(&node);
                 self.reassess(&node);
             }
-            Event::Tune { image, shape } => self.tune(image, shape),
+            Event::Tune { image, shaping } => self.tune(image, shaping),
             Event::Tick => self.tick(),
         }
         self.settle();
@@ -141,11 +142,18 @@ impl Planner {
             self.actions.push(Action::Unknown { node: name.clone() });
             return;
         };
-        let shape = self.shapes.get(&image).copied().unwrap_or(self.settings.shape);
+        let shaping = self.shaping(&image);
         let stage = self.stage();
+        let reported = current.as_ref().map_or(0, |placement| placement.stripes.len());
         self.roster.get_mut(key).images.insert(image);
-        self.hierarchies.entry(image).or_insert_with(|| Hierarchy::new(image, shape));
-        self.change(image, |hierarchy, roster| hierarchy.attach(roster, key, role, current, stage));
+        self.hierarchies.entry(image).or_insert_with(|| Hierarchy::new(image, shaping.first(reported)));
+        self.change(image, |hierarchy, roster| {
+            if stage == Stage::Learning && !hierarchy.has_reports() {
+                hierarchy.reshape(roster, shaping.reported(hierarchy.shape(), reported));
+            }
+            hierarchy.attach(roster, key, role, current, stage);
+            hierarchy.reshape(roster, shaping.grown(hierarchy.shape(), hierarchy.relays()));
+        });
     }
 
     fn detach(&mut self, key: Key, image: ImageId) {
@@ -199,11 +207,15 @@ impl Planner {
         }
     }
 
-    fn tune(&mut self, image: ImageId, shape: Shape) {
-        self.shapes.insert(image, shape);
-        if self.hierarchies.contains_key(&image) {
-            self.change(image, |hierarchy, roster| hierarchy.reshape(roster, shape));
-        }
+    fn tune(&mut self, image: ImageId, shaping: Option<Shaping>) {
+        match shaping {
+            Some(shaping) => self.shapings.insert(image, shaping),
+            None => self.shapings.remove(&image),
+        };
+        let shaping = self.shaping(&image);
+        self.change(image, |hierarchy, roster| {
+            hierarchy.reshape(roster, shaping.fitting(hierarchy.shape(), hierarchy.relays()));
+        });
     }
 
     fn tick(&mut self) {
@@ -221,7 +233,11 @@ impl Planner {
         self.settle();
         if self.stage() == Stage::Planning {
             for image in self.images().collect::<Vec<_>>() {
-                self.change(image, Hierarchy::rise);
+                let shaping = self.shaping(&image);
+                self.change(image, |hierarchy, roster| {
+                    hierarchy.reshape(roster, shaping.fitting(hierarchy.shape(), hierarchy.relays()));
+                    hierarchy.rise(roster);
+                });
             }
         }
     }
@@ -284,6 +300,10 @@ impl Planner {
                 self.hierarchies.remove(&image);
             }
         }
+    }
+
+    fn shaping(&self, image: &ImageId) -> Shaping {
+        self.shapings.get(image).copied().unwrap_or(self.settings.shaping)
     }
 
     fn images_of(&self, key: Key) -> Vec<ImageId> {

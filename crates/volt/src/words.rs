@@ -5,13 +5,7 @@ use std::ops::Add;
 use block::{ChunkHash, ImageId, NodeName};
 use serde::{Deserialize, Serialize};
 
-use crate::Location;
-
-/// Children that one node may be given per stripe. More would only queue on one uplink.
-pub const FAN_OUT_MAX: u32 = 64;
-
-/// Stripes of one image. Every stripe costs each node a parent's connection; beyond this the gain is nil.
-pub const STRIPES_MAX: u32 = 16;
+use crate::{Location, Shaping};
 
 /// Time in milliseconds since whenever the caller began to count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,69 +18,14 @@ impl Add for Millis {
     }
 }
 
-/// The shape of an image's hierarchy.
-///
-/// Invariant: `1 <= stripes <= fan_out <= FAN_OUT_MAX` and `stripes <= STRIPES_MAX`. With fewer children
-/// per node than stripes, the nodes together could not serve each other: each is an inner node in one
-/// stripe only.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Shape {
-    fan_out: u32,
-    stripes: u32,
-}
-
-/// Numbers that make no hierarchy.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ShapeError {
-    /// The fan-out is 0 or too large.
-    #[error("a fan-out of {0} is not possible: use 1 to {FAN_OUT_MAX}")]
-    FanOut(u32),
-    /// The number of stripes is 0, too large or larger than the fan-out.
-    #[error(
-        "{stripes} stripes with a fan-out of {fan_out} are not possible: use 1 to {STRIPES_MAX} stripes and a fan-out that is no smaller"
-    )]
-    Stripes {
-        /// The refused number of stripes.
-        stripes: u32,
-        /// The fan-out that came with it.
-        fan_out: u32,
-    },
-}
-
-impl Shape {
-    /// One binary tree.
-    pub const BINARY: Shape = Shape { fan_out: 2, stripes: 1 };
-
-    /// A shape with at most `fan_out` children per node and stripe, and `stripes` trees.
-    pub fn new(fan_out: u32, stripes: u32) -> Result<Shape, ShapeError> {
-        if !(1..=FAN_OUT_MAX).contains(&fan_out) {
-            return Err(ShapeError::FanOut(fan_out));
-        }
-        if !(1..=STRIPES_MAX.min(fan_out)).contains(&stripes) {
-            return Err(ShapeError::Stripes { stripes, fan_out });
-        }
-        Ok(Shape { fan_out, stripes })
-    }
-
-    /// Children per node and stripe.
-    pub fn fan_out(&self) -> u32 {
-        self.fan_out
-    }
-
-    /// Number of trees; chunk `i` travels along tree `i mod stripes`.
-    pub fn stripes(&self) -> u32 {
-        self.stripes
-    }
-}
-
 /// What the planner is told once.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     /// How long a node lives without a heartbeat. Also how long a new planner waits for nodes to report
     /// where they are, and how long a child is kept away from a parent that it could not reach.
     pub lease: Millis,
-    /// The shape of every image's hierarchy that was not [tuned](Event::Tune).
-    pub shape: Shape,
+    /// How every image's hierarchy gets its shape that was not [tuned](Event::Tune).
+    pub shaping: Shaping,
 }
 
 /// What a node is for an image.
@@ -187,12 +126,13 @@ pub enum Event {
         /// Which node.
         node: NodeName,
     },
-    /// The image's hierarchy gets another shape; it is planned anew. The image need not be known.
+    /// The image's hierarchy gets its shape in another way from now on, or as [`Settings`] say; where that
+    /// makes another shape it is planned anew. The image need not be known.
     Tune {
         /// Which image.
         image: ImageId,
-        /// Its shape from now on.
-        shape: Shape,
+        /// How it gets its shape; as the settings say if absent.
+        shaping: Option<Shaping>,
     },
     /// Time passed: leases run out, and a few leaves move up where there is room. Due a few times per
     /// lease.

@@ -220,7 +220,7 @@ mod tests {
     #[tokio::test]
     async fn every_stream_begins_with_who_was_removed_and_hears_of_each_change() {
         let [a, b, c] = ["a", "b", "c"].map(|n| n.parse::<NodeName>().unwrap());
-        let settings = Settings { lease: Millis(1000), shape: Shape::new(2, 1).unwrap() };
+        let settings = Settings { lease: Millis(1000), shaping: Shape::BINARY.into() };
         let cluster = Cluster::new(settings, Duration::from_secs(1), vec![a.clone()]);
         let mut early = cluster.open_stream(&c);
         cluster.remove(&b);

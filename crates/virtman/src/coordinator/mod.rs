@@ -21,7 +21,7 @@ use block::{BoxFuture, NodeName};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use volt::{Event, Millis, Settings, Shape};
+use volt::{Event, Millis, Settings};
 
 use self::catalog::{Catalog, CatalogError, Joined};
 use self::cluster::{Cluster, Notice};
@@ -109,7 +109,7 @@ impl Tokens for Volt {
 
 /// Runs Volt until it is told to stop.
 pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
-    let shape = Shape::new(args.fan_out.max(args.stripes), args.stripes).map_err(|e| e.to_string())?;
+    let shaping = args.shaping().map_err(|e| e.to_string())?;
     let authority = Arc::new(Authority::open(&init::authority_dir(dir)).map_err(|e| e.to_string())?);
     let identity = Identity::load(&init::identity_dir(dir)).map_err(|e| e.to_string())?;
     let address = init::read_address(dir)?;
@@ -119,7 +119,7 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
 
     let lease = Millis(u64::try_from(args.lease.as_millis()).unwrap_or(u64::MAX));
     let removed = catalog.removed_nodes().map_err(|e| e.to_string())?;
-    let cluster = Cluster::new(Settings { lease, shape }, args.lease, removed);
+    let cluster = Cluster::new(Settings { lease, shaping }, args.lease, removed);
     for (node, record) in catalog.nodes().map_err(|e| e.to_string())? {
         if record.quarantined {
             cluster.apply(Event::Quarantine { node });

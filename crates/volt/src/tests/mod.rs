@@ -42,7 +42,7 @@ fn listed(peers: &[&str]) -> Placement {
 
 impl Cluster {
     fn new(fan_out: u32, stripes: u32) -> Cluster {
-        let settings = Settings { lease: LEASE, shape: Shape::new(fan_out, stripes).unwrap() };
+        let settings = Settings { lease: LEASE, shaping: Shape::new(fan_out, stripes).unwrap().into() };
         Cluster { planner: Planner::new(settings), now: Millis(0), told: BTreeMap::new() }
     }
 

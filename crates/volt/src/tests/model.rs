@@ -48,7 +48,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => node().prop_map(|node| Event::Quarantine { node }),
         2 => node().prop_map(|node| Event::Pardon { node }),
         1 => (images(), shape).prop_map(|(image, (fan_out, stripes))| {
-            Event::Tune { image, shape: Shape::new(fan_out, stripes).unwrap() }
+            Event::Tune { image, shaping: Some(Shape::new(fan_out, stripes).unwrap().into()) }
         }),
         4 => Just(Event::Tick),
     ]

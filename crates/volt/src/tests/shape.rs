@@ -126,7 +126,7 @@ fn tuning_reshapes_the_image_and_no_other() {
     }
     let before = cluster.planner.tree(&other);
     let shape = Shape::new(12, 2).unwrap();
-    cluster.apply(Event::Tune { image: image(1), shape });
+    cluster.apply(Event::Tune { image: image(1), shaping: Some(shape.into()) });
     assert_eq!(cluster.planner.tree(&image(1)).unwrap().shape, shape);
     assert_eq!(cluster.depth(), 1);
     assert_eq!(cluster.planner.tree(&other), before);
