@@ -3,6 +3,7 @@
 //! - [`RootPage`]: the few bytes that name and size a whole image; its hash is the [`ImageId`](block::ImageId).
 //! - [`ImageVolume`]: an image as a read-only [`Disk`](block::Disk) over any [`ChunkSource`](block::ChunkSource).
 //! - [`import()`]: reads a raw, qcow2, vmdk or vhdx file once and leaves a manifest beside it.
+//! - [`BootProfile`]: in which order booting guests first touch the chunks; [`Recorder`] finds it out.
 //! - [`OriginImage`]: serves the chunks of an imported image from that file, as a `ChunkSource`.
 //!
 //! Invariants:
@@ -20,6 +21,7 @@ mod manifest;
 mod origin;
 mod page_cache;
 mod pages;
+mod profile;
 mod source;
 mod verify;
 mod volume;
@@ -29,6 +31,7 @@ pub use import::{ImportProgress, ImportRequest, Imported, import};
 pub use layout::{Keep, Novelty, list, remove, sweep};
 pub use manifest::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};
 pub use origin::{Description, OpenError, OriginImage};
+pub use profile::{BootProfile, PROFILE_BYTES_MAX, PROFILE_CHUNKS_MAX, ProfileError, Recorder};
 pub use source::{FilePart, Format, ParseFormatError};
 pub use verify::{VerifyError, VerifyReport};
 pub use volume::ImageVolume;
