@@ -12,6 +12,7 @@
 //! - This crate knows no TLS and no addresses: streams come from a [`Dial`] or are handed to [`serve()`], with
 //!   the peer's name proven.
 
+mod chase;
 mod child;
 mod fetcher;
 mod heap;
@@ -35,4 +36,4 @@ pub use serve::{ServeError, Sources, serve};
 pub use session::{Closed, Outgoing};
 pub use stats::{Stats, Tally};
 pub use stream::Stream;
-pub use uplinks::{Dial, ParentAddr, Report, UplinkStatus, Uplinks};
+pub use uplinks::{Dial, FetchSettings, ParentAddr, Report, UplinkStatus, Uplinks};

@@ -38,8 +38,9 @@ pub const READ_BYTES: usize = CHUNK_BYTES + 4096;
 /// New room is made when less is left: a TLS record holds no more.
 pub const READ_BYTES_MIN: usize = 16 * 1024;
 
-/// Silence after which a child that waits for an answer pings.
-pub const PING_AFTER_BUSY: Duration = Duration::from_millis(500);
+/// Silence after which a child that waits for an answer pings. Shorter than [`LATE_MIN`], so that the pong tells
+/// a parent that itself waits from a frozen one before anybody decides.
+pub const PING_AFTER_BUSY: Duration = Duration::from_millis(20);
 
 /// Silence after which a child that waits for nothing pings; keeps middleboxes from forgetting the link.
 pub const PING_AFTER_IDLE: Duration = Duration::from_secs(10);
@@ -96,3 +97,66 @@ pub const PATIENCE_MAX: Duration = Duration::from_secs(120);
 /// Reports to the coordinator that wait to be taken. More are dropped and counted: each tells of a parent, and
 /// a node has a handful.
 pub const REPORTS_MAX: usize = 256;
+
+/// Fetches of guests that a node has in flight: as many as two links carry.
+pub const FETCHES_GUEST_MAX: usize = 2 * OUTSTANDING_MAX;
+
+/// Fetches of boot profiles that a node has in flight. 4 MiB keep a 10 Gbit/s uplink busy over 3 ms, a hop of a
+/// pipelined tree, and are at most 0.3 s of queue in front of a guest's chunk on a link of 100 Mbit/s.
+pub const FETCHES_PROFILE_MAX: usize = 64;
+
+/// Background fetches that a node has in flight: nobody waits for them.
+pub const FETCHES_BACKGROUND_MAX: usize = 32;
+
+/// An answer to a guest is not late before, however fast the parent was: a busy host pauses that long.
+pub const LATE_MIN: Duration = Duration::from_millis(30);
+
+/// When an answer to a guest is late while nothing was measured yet. A parent that never answers at all must
+/// cost less than the 300 ms that a guest may notice.
+pub const LATE_UNMEASURED: Duration = Duration::from_millis(200);
+
+/// When an answer to a guest is late at last, however slow the parent was.
+pub const LATE_MAX: Duration = Duration::from_secs(2);
+
+/// A guest's request does not go to the last resort before, unless the others are down: pauses of busy hosts
+/// must not become load on the origin.
+pub const LATE_FOR_LAST_RESORT: Duration = Duration::from_millis(150);
+
+/// Not one byte for so long from a parent that was asked: what it was asked is asked of others, whatever its
+/// urgency. Longer than TCP takes to repeat a lost packet (200 ms), or full networks would look like dead parents.
+pub const SILENT_AFTER: Duration = Duration::from_millis(250);
+
+/// Parents that have the same request at once: the planned one, its stand-in, and one more if both are slow.
+pub const ATTEMPTS_MAX: usize = 3;
+
+/// Hedges, in percent of guests' requests.
+pub const HEDGES_PERCENT: f64 = 3.0;
+
+/// Hedges that may be made at once: the reads of a few guests that wait for the same frozen parent.
+pub const HEDGES_BURST: f64 = 16.0;
+
+/// Hedges per second that are earned without requests, so that the last few guests of an idle node get them too.
+pub const HEDGES_PER_SECOND: f64 = 2.0;
+
+/// Requests in a row that a parent was late with, delivered nothing meanwhile, and lost to another, until it is
+/// not asked any more.
+pub const BREAKER_STRIKES_MAX: u32 = 3;
+
+/// First pause before such a parent is probed; doubles from probe to probe.
+pub const BREAKER_PAUSE_MIN: Duration = Duration::from_millis(500);
+
+/// Longest pause before it is probed.
+pub const BREAKER_PAUSE_MAX: Duration = Duration::from_secs(16);
+
+/// Chunks that a node may fetch from the last resort at once when its planned parents fail: half a guest's
+/// read-ahead, while the coordinator plans anew. A thousand orphans then ask an origin for 2 GiB, not for all.
+pub const LAST_RESORT_BURST: f64 = 32.0;
+
+/// Those of them that only guests may take.
+pub const LAST_RESORT_FOR_GUESTS: f64 = 16.0;
+
+/// Chunks per second that a node may fetch from the last resort afterwards: 4 MiB/s, enough for a guest to boot.
+pub const LAST_RESORT_PER_SECOND: f64 = 64.0;
+
+/// Chunks that background fetches may take at once when their rate is bounded.
+pub const BACKGROUND_BURST_CHUNKS: f64 = 8.0;

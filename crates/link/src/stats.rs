@@ -46,6 +46,18 @@ stats! {
     /// Requests that were given up on one parent to be asked of another: after a loss, a refusal, long silence
     /// or a change of plan.
     failovers,
+    /// Requests that were asked of another parent too, because an answer to a guest was late.
+    hedges,
+    /// Those in which the other parent was first.
+    hedge_wins,
+    /// Answers to guests that were late, hedged or not.
+    late_fetches,
+    /// Parents that were taken out because they were late time and again.
+    breaker_openings,
+    /// Requests to the last resort that were not planned to go there.
+    last_resort_fetches,
+    /// Requests that waited for a budget: of the last resort, or of background fetches.
+    throttled,
     /// Wrong chunks that parents sent.
     lies,
     /// Connections tried.

@@ -22,11 +22,11 @@ use tokio::time::{sleep_until, timeout_at};
 
 use crate::child::{Child, ChildEvent};
 use crate::limits::{DIAL_MAX, DIAL_PATIENCE, QUEUED_MAX};
-use crate::policy::{Circuit, Standing};
+use crate::policy::{Circuit, PathId, Standing};
 use crate::session::Closed;
 use crate::stats::Tally;
 use crate::stream::{self, Clock, Exchanged, Stream};
-use crate::uplinks::{Dial, ParentAddr, Report, UplinkStatus, Uplinks};
+use crate::uplinks::{Dial, ParentAddr, Report, SharedPaths, UplinkStatus, Uplinks};
 use crate::wire::{LackReason, RequestId};
 
 /// What a parent answered.
@@ -35,6 +35,8 @@ pub(crate) type Answer = Result<Chunk, LackReason>;
 /// The connection to one parent. See the module's documentation.
 pub(crate) struct Uplink {
     parent: ParentAddr,
+    path: PathId,
+    paths: Arc<SharedPaths>,
     tally: Tally,
     desk: Arc<Desk>,
     task: AbortHandle,
@@ -43,12 +45,15 @@ pub(crate) struct Uplink {
 impl Drop for Uplink {
     fn drop(&mut self) {
         self.task.abort();
+        self.paths.lock().remove(self.path);
     }
 }
 
 impl Uplink {
     pub(crate) fn spawn(uplinks: &Arc<Uplinks>, parent: ParentAddr, circuit: Circuit) -> Uplink {
-        let desk = Arc::new(Desk::new(circuit));
+        let paths = uplinks.paths().clone();
+        let path = paths.lock().add(circuit);
+        let desk = Arc::new(Desk::new());
         let tally = Tally::under(&uplinks.total);
         let task = Task {
             // Weak, because the table that owns this uplink must be able to end while it lives.
@@ -56,32 +61,29 @@ impl Uplink {
             clock: uplinks.clock,
             node: uplinks.node.clone(),
             parent: parent.clone(),
+            path,
+            paths: paths.clone(),
             tally: tally.clone(),
             desk: desk.clone(),
             lost: Reported::No,
         };
-        Uplink { parent, tally, desk, task: tokio::spawn(task.run()).abort_handle() }
+        Uplink { parent, path, paths, tally, desk, task: tokio::spawn(task.run()).abort_handle() }
     }
 
     pub(crate) fn parent(&self) -> &ParentAddr {
         &self.parent
     }
 
-    pub(crate) fn standing(&self) -> Standing {
-        self.desk.state().circuit.standing()
+    pub(crate) fn path(&self) -> PathId {
+        self.path
     }
 
     pub(crate) fn status(&self) -> UplinkStatus {
         UplinkStatus {
             parent: self.parent.clone(),
-            standing: self.standing(),
+            standing: self.paths.lock().standing(self.path),
             stats: self.tally.link.clone(),
         }
-    }
-
-    /// A request goes on to another parent.
-    pub(crate) fn failed_over(&self) {
-        self.tally.add(|s| &s.failovers, 1);
     }
 
     /// Dials now rather than at the first request.
@@ -96,7 +98,7 @@ impl Uplink {
         let mut state = self.desk.state();
         state.last_id = RequestId(state.last_id.0.wrapping_add(1));
         let id = state.last_id;
-        if state.circuit.standing() == Standing::Usable && state.wants.len() < QUEUED_MAX {
+        if state.open == Open::Yes && state.wants.len() < QUEUED_MAX {
             state.wants.push_back(Want { id, image, chunk, priority, reply });
             state.needed = Needed::Yes;
             drop(state);
@@ -153,13 +155,20 @@ struct Desk {
 }
 
 struct DeskState {
-    circuit: Circuit,
+    open: Open,
     needed: Needed,
     last_id: RequestId,
     /// At most [`QUEUED_MAX`].
     wants: VecDeque<Want>,
     /// Requests that the task took and nobody wants any more: no more than it took.
     withdrawn: Vec<RequestId>,
+}
+
+/// Whether requests are taken: as long as the standing of the path is usable.
+#[derive(PartialEq, Eq)]
+enum Open {
+    No,
+    Yes,
 }
 
 #[derive(PartialEq, Eq)]
@@ -169,9 +178,9 @@ enum Needed {
 }
 
 impl Desk {
-    fn new(circuit: Circuit) -> Desk {
+    fn new() -> Desk {
         let state = DeskState {
-            circuit,
+            open: Open::Yes,
             needed: Needed::No,
             last_id: RequestId(0),
             wants: VecDeque::new(),
@@ -189,22 +198,23 @@ impl Desk {
         let mut state = self.state();
         if let Some(at) = state.wants.iter().position(|want| want.id == id) {
             state.wants.remove(at);
-        } else if state.circuit.standing() == Standing::Usable {
+        } else if state.open == Open::Yes {
             state.withdrawn.push(id);
             drop(state);
             self.changed.notify_one();
         }
     }
 
-    /// Changes the circuit. If no request may go there any more, those on the desk fail.
-    fn update<T>(&self, change: impl FnOnce(&mut Circuit) -> T) -> T {
+    fn open(&self) {
+        self.state().open = Open::Yes;
+    }
+
+    /// No request may go there any more; those on the desk fail.
+    fn close(&self) {
         let mut state = self.state();
-        let result = change(&mut state.circuit);
-        if state.circuit.standing() == Standing::Down {
-            state.wants.clear();
-            state.withdrawn.clear();
-        }
-        result
+        state.open = Open::No;
+        state.wants.clear();
+        state.withdrawn.clear();
     }
 }
 
@@ -221,6 +231,8 @@ struct Task {
     /// Our own name.
     node: NodeName,
     parent: ParentAddr,
+    path: PathId,
+    paths: Arc<SharedPaths>,
     tally: Tally,
     desk: Arc<Desk>,
     /// Whether the coordinator was told that the parent is lost.
@@ -234,7 +246,7 @@ impl Task {
             self.desk.changed.notified().await;
         }
         loop {
-            let dial_at = self.desk.state().circuit.dial_at();
+            let dial_at = self.paths.lock().dial_at(self.path);
             sleep_until(self.clock.at(dial_at)).await;
             let Some(uplinks) = self.uplinks.upgrade() else { return };
             let dial = uplinks.dial.clone();
@@ -254,14 +266,16 @@ impl Task {
         if let Ok(result) = timeout_at(self.clock.at(begin + DIAL_PATIENCE), &mut dialing).await {
             return result;
         }
-        let now = self.clock.now();
-        self.desk.update(|circuit| circuit.late(now));
+        self.paths.lock().dials_late(self.path, self.clock.now());
+        if self.paths.lock().standing(self.path) == Standing::Down {
+            self.desk.close();
+        }
         timeout_at(self.clock.at(begin + DIAL_MAX), dialing).await?
     }
 
     fn fail(&mut self, why: &dyn std::fmt::Display) {
-        let now = self.clock.now();
-        self.desk.update(|circuit| circuit.failed(now));
+        self.paths.lock().failed(self.path, self.clock.now());
+        self.desk.close();
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         if self.lost == Reported::No {
             self.lost = Reported::Yes;
@@ -273,8 +287,8 @@ impl Task {
     }
 
     fn blame(&mut self, image: ImageId, chunk: ChunkHash) {
-        let now = self.clock.now();
-        let until = self.desk.update(|circuit| circuit.lied(now));
+        let until = self.paths.lock().lied(self.path, self.clock.now());
+        self.desk.close();
         tracing::warn!(parent = %self.parent.node, %chunk, "the parent sent a wrong chunk and is banned");
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         uplinks.ban(&self.parent.node, until);
@@ -282,7 +296,8 @@ impl Task {
     }
 
     fn greeted(&mut self) {
-        self.desk.update(Circuit::up);
+        self.paths.lock().greeted(self.path, self.clock.now());
+        self.desk.open();
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         tracing::info!(parent = %self.parent.node, "the parent is up");
         if self.lost == Reported::Yes {
@@ -305,10 +320,7 @@ impl Task {
             while let Some(event) = child.poll_event() {
                 match event {
                     ChildEvent::Ready => self.greeted(),
-                    ChildEvent::Arrived { id, chunk } => {
-                        self.desk.update(Circuit::delivered);
-                        reply(&mut replies, id, Ok(chunk));
-                    }
+                    ChildEvent::Arrived { id, chunk } => reply(&mut replies, id, Ok(chunk)),
                     ChildEvent::Lacking { id, reason } => reply(&mut replies, id, Err(reason)),
                     ChildEvent::Liar { image, chunk } => lie = Some((image, chunk)),
                     ChildEvent::Closed(closed) => {
@@ -334,7 +346,11 @@ impl Task {
                 biased;
                 done = stream::exchange(&mut reading, child.inbox(), &mut writing) => match done {
                     Ok(Exchanged { read: Some(0), .. }) => child.ended(),
-                    Ok(Exchanged { read: Some(_), .. }) => child.heard(self.clock.now()),
+                    Ok(Exchanged { read: Some(_), .. }) => {
+                        let now = self.clock.now();
+                        child.heard(now);
+                        self.paths.lock().heard(self.path, now);
+                    }
                     Ok(Exchanged { read: None, .. }) => {}
                     Err(error) => {
                         tracing::debug!(parent = %self.parent.node, %error, "the link broke");

@@ -11,11 +11,11 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use block::{BoxFuture, ChunkHash, ImageId, NodeName};
-use tokio::sync::{mpsc, watch};
+use block::{BoxFuture, ChunkHash, ImageId, NodeName, Priority};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 
 use crate::limits::REPORTS_MAX;
-use crate::policy::{Circuit, Standing};
+use crate::policy::{Circuit, Paths, Settings, Standing, in_flight_max};
 use crate::stats::Stats;
 use crate::stream::{Clock, Stream};
 use crate::uplink::Uplink;
@@ -79,7 +79,33 @@ pub struct Uplinks {
     reports: mpsc::Sender<Report>,
     /// Counts parents that came up, so that waiting requests try again at once.
     ups: watch::Sender<u64>,
+    paths: Arc<SharedPaths>,
+    /// How long a guest's fetch may take before it fails; [`None`] is for ever.
+    pub(crate) fetch_timeout: Option<Duration>,
+    /// Fetches in flight, by priority. Those that find it full wait in line.
+    budgets: [Semaphore; PRIORITIES.len()],
     table: Mutex<Table>,
+}
+
+const PRIORITIES: [Priority; 3] = [Priority::Background, Priority::Profile, Priority::Guest];
+
+/// What an administrator may choose for a node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FetchSettings {
+    /// Which parents are asked.
+    pub paths: Settings,
+    /// How long a guest's fetch may take before it fails; [`None`] is for ever.
+    pub timeout: Option<Duration>,
+}
+
+/// The paths of a node. Each event is one call under the lock.
+pub(crate) struct SharedPaths(Mutex<Paths>);
+
+impl SharedPaths {
+    /// The state stays whole whatever a holder of the lock does: each change is one call.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Paths> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Default)]
@@ -95,12 +121,33 @@ impl Uplinks {
         node: NodeName,
         dial: Arc<dyn Dial>,
         total: Arc<Stats>,
+        settings: FetchSettings,
     ) -> (Arc<Uplinks>, mpsc::Receiver<Report>) {
         let (reports, receiver) = mpsc::channel(REPORTS_MAX);
-        let (ups, _) = watch::channel(0);
-        let clock = Clock::start();
-        let uplinks = Uplinks { node, dial, total, clock, reports, ups, table: Mutex::default() };
+        let paths = Paths::new(settings.paths, Arc::clone(&total));
+        let uplinks = Uplinks {
+            node,
+            dial,
+            total,
+            clock: Clock::start(),
+            reports,
+            ups: watch::channel(0).0,
+            paths: Arc::new(SharedPaths(Mutex::new(paths))),
+            fetch_timeout: settings.timeout,
+            budgets: PRIORITIES.map(|priority| Semaphore::new(in_flight_max(priority))),
+            table: Mutex::default(),
+        };
         (Arc::new(uplinks), receiver)
+    }
+
+    /// Waits in line for a place among the fetches in flight.
+    pub(crate) async fn admit(&self, priority: Priority) -> SemaphorePermit<'_> {
+        self.budgets[priority as usize].acquire().await.expect("the budgets are never closed")
+    }
+
+    /// The parents as requests see them.
+    pub(crate) fn paths(&self) -> &Arc<SharedPaths> {
+        &self.paths
     }
 
     /// Every parent that a plan names.

@@ -16,7 +16,7 @@ use block::{
     BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
 };
 use bytes::Bytes;
-use link::{Dial, Fetcher, ParentAddr, Sources, Stats, Stream, Tally, Uplinks};
+use link::{Dial, FetchSettings, Fetcher, ParentAddr, Sources, Stats, Stream, Tally, Uplinks};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
@@ -194,7 +194,8 @@ async fn over_link(ends: Arc<Ends>) -> io::Result<()> {
         Ok(())
     });
     let dial = Arc::new(Dialer(Arc::clone(&ends)));
-    let (uplinks, _reports) = Uplinks::new(name("child"), dial, Arc::<Stats>::default());
+    let (uplinks, _reports) =
+        Uplinks::new(name("child"), dial, Arc::<Stats>::default(), FetchSettings::default());
     let fetcher = Arc::new(Fetcher::new(ends.image, uplinks));
     fetcher.set_parents(&[vec![ParentAddr { node: name("parent"), address: address.to_string() }]]);
 

@@ -10,7 +10,7 @@ use block::limits::CHUNK_BYTES;
 use block::{
     BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
 };
-use link::{Dial, Fetcher, ParentAddr, Report, Sources, Stats, Stream, Tally, Uplinks, serve};
+use link::{Dial, FetchSettings, Fetcher, ParentAddr, Report, Sources, Stats, Stream, Tally, Uplinks, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::sync::{Notify, OnceCell, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -288,7 +288,7 @@ impl Node {
     pub(crate) fn new(net: &Arc<Net>, node: &str, parents: &[&str]) -> Node {
         let stats = Arc::<Stats>::default();
         let dial = Arc::new(Dialer(name(node), net.clone()));
-        let (uplinks, reports) = Uplinks::new(name(node), dial, stats.clone());
+        let (uplinks, reports) = Uplinks::new(name(node), dial, stats.clone(), FetchSettings::default());
         let node =
             Node { fetcher: Arc::new(Fetcher::new(image(), uplinks.clone())), uplinks, stats, reports };
         node.plan(parents);

@@ -10,7 +10,8 @@ use futures_util::future::join_all;
 use link::limits::{ACTIVE_FOR_GUESTS, ACTIVE_MAX};
 use link::wire::{ByeReason, RequestId};
 use link::{
-    Child, Closed, Dial, Fetcher, ParentAddr, Report, ServeError, Stats, Stream, Tally, Uplinks, serve,
+    Child, Closed, Dial, FetchSettings, Fetcher, ParentAddr, Report, ServeError, Stats, Stream, Tally,
+    Uplinks, serve,
 };
 use tokio::io::{AsyncWriteExt, duplex};
 use tokio::sync::{OnceCell, mpsc};
@@ -180,7 +181,8 @@ async fn a_child_whose_name_is_not_its_certificates_gets_nothing() {
         }
     }
     let dial = Arc::new(Given(Mutex::new(Some(Box::new(near)))));
-    let (uplinks, mut reports) = Uplinks::new(name("impostor"), dial, Arc::default());
+    let (uplinks, mut reports) =
+        Uplinks::new(name("impostor"), dial, Arc::default(), FetchSettings::default());
     let fetcher = Arc::new(Fetcher::new(image(), uplinks));
     fetcher.set_parents(&[vec![addr("origin")]]);
     let fetch = tokio::spawn(async move { fetcher.fetch(chunk(0).hash(), GUEST).await });

@@ -23,7 +23,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use block::{BoxFuture, NodeName};
-use link::{Dial, ParentAddr, Stats, Stream, Tally, Uplinks};
+use link::{Dial, FetchSettings, ParentAddr, Stats, Stream, Tally, Uplinks};
 use store::{CacheGroup, MediaSpec};
 use tokio_util::sync::CancellationToken;
 
@@ -62,7 +62,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let links = Arc::new(Stats::default());
     let removed = Arc::new(Removed::default());
     let dialer = TlsDialer { credentials: Arc::clone(&credentials), removed: Arc::clone(&removed) };
-    let (uplinks, reports) = Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links));
+    let (uplinks, reports) =
+        Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), FetchSettings::default());
     let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks));
     let vms = Vms::new(name.clone(), layout.clone());
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
