@@ -276,6 +276,14 @@ impl CacheGroup {
         Arc::new(Cached { group: Arc::clone(self), upstream })
     }
 
+    /// Whether the chunk is here, in its slot or on the way to it. Reads nothing and counts as no use; a chunk
+    /// that was found in the directory at the start and not read since may turn out to be damaged.
+    pub fn holds(&self, hash: &ChunkHash) -> bool {
+        let mut index = self.shard(hash).lock();
+        self.find(&mut index, hash).is_some()
+            || index.flights.get(hash).is_some_and(|flight| flight.arrived().is_some())
+    }
+
     /// What was counted so far.
     pub fn stats(&self) -> CacheStats {
         let counters = &self.counters;

@@ -186,6 +186,25 @@ async fn a_relay_gets_the_packed_form_as_it_came() {
 }
 
 #[tokio::test]
+async fn a_chunk_is_held_from_its_arrival_on_and_not_while_it_comes() {
+    let origin = Origin::with_gate(2, 0);
+    let medium = medium(4, 1);
+    let group = group(&[&medium]);
+    let source = group.over(origin.clone());
+    let (fetched, ()) = tokio::join!(source.fetch(hash(0), Priority::Profile), async {
+        origin.until_waiting(1).await;
+        assert!(!group.holds(&hash(0)), "it is still on its way");
+        origin.gate.add_permits(1);
+    });
+    fetched.unwrap();
+    assert!(group.holds(&hash(0)) && !group.holds(&hash(1)));
+    let hits = group.stats().hits;
+    group.settled().await;
+    assert!(group.holds(&hash(0)));
+    assert_eq!(group.stats().hits, hits, "asking is no use");
+}
+
+#[tokio::test]
 async fn a_guest_that_joins_a_background_fetch_raises_its_priority() {
     let origin = Origin::with_gate(1, 0);
     let group = group(&[&medium(4, 1)]);
