@@ -6,6 +6,8 @@ use block::{ImageId, ImageName, NodeName, VmName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::profile::NodeProfile;
+
 /// Makes a node the origin of an image.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub(crate) struct AddImage {
@@ -83,6 +85,9 @@ pub(crate) struct NodeImage {
     pub(crate) export: String,
     /// VM disks on it.
     pub(crate) vms: usize,
+    /// How far its boot profile is here, if it has one.
+    #[serde(default)]
+    pub(crate) profile: Option<NodeProfile>,
 }
 
 /// What `image verify` found.

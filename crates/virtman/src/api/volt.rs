@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use volt::{Location, Placement, Role};
 
+use super::profile::ProfileOffer;
+
 /// An image in the catalog.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ImageRecord {
@@ -96,6 +98,9 @@ pub(crate) struct Attachment {
     /// Where to fetch it from.
     #[schema(value_type = Object)]
     pub(crate) placement: Placement,
+    /// What to fetch ahead of guests.
+    #[serde(default)]
+    pub(crate) profile: ProfileOffer,
 }
 
 /// A node gives an image up.
@@ -148,6 +153,14 @@ pub(crate) enum Push {
         /// Its parents, per stripe.
         #[schema(value_type = Object)]
         placement: Placement,
+    },
+    /// The boot profile of an image that the node has attached is now this.
+    Profile {
+        /// The image.
+        #[schema(value_type = String)]
+        image: ImageId,
+        /// What to fetch ahead of guests, and whether boots are recorded.
+        offer: ProfileOffer,
     },
     /// These nodes, and no others, were removed from the cluster: what they have open is closed, and they
     /// are refused. Said first, and whenever it changes.

@@ -1,4 +1,4 @@
-//! `image add|list|show|remove|verify|attach|detach`.
+//! `image add|list|show|remove|verify|attach|detach`; `image profile` is in [`profile`].
 
 use std::fs;
 use std::path::Path;
@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use super::ImageCommand;
 use super::context::{Context, Failure, Outcome};
 use super::output::{Column, Table, bytes_bar, print_json, say};
+use super::profile;
 use crate::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
 use crate::api::volt::ImageRecord;
 use crate::http::Client;
@@ -65,6 +66,7 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
             }
             Ok(())
         }
+        ImageCommand::Profile(command) => profile::run(context, command).await,
         ImageCommand::Attach { image } => {
             let node = context.node().await?;
             let image: NodeImage = node.client.put(&format!("/v1/attached/{image}"), &()).await?;

@@ -4,6 +4,7 @@ mod boot;
 mod context;
 mod image;
 mod output;
+mod profile;
 mod run;
 mod show;
 mod vm;
@@ -198,6 +199,9 @@ pub(crate) enum ImageCommand {
         /// Name with tag
         image: ImageName,
     },
+    /// Show, record and exchange what guests read first
+    #[command(subcommand)]
+    Profile(profile::ProfileCommand),
     /// Attach an image to a node without creating a VM
     Attach {
         /// Name with tag

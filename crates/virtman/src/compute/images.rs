@@ -12,16 +12,19 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, ImageName, NodeName, Priority};
-use image::{ImageVolume, OriginImage, RootPage};
+use image::{BootProfile, ImageVolume, OriginImage, RootPage};
 use link::{Fetcher, Uplinks};
 use serde::{Deserialize, Serialize};
 use store::CacheGroup;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
 use volt::{Placement, Role};
 
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
+use super::profile::{Profile, Way};
 use crate::api::compute::NodeImage;
+use crate::api::profile::ProfileOffer;
 use crate::api::volt::ImageRecord;
 use crate::http::ApiError;
 
@@ -35,11 +38,20 @@ pub(crate) struct Images {
     cache: Arc<CacheGroup>,
     uplinks: Arc<Uplinks>,
     attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
+    /// Takes records of boots to Volt.
+    records: mpsc::Sender<BootProfile>,
     changed: Notify,
-    /// Placements that Volt pushed for the image that is being attached, before its answer was dealt with.
-    early: Mutex<Option<(ImageId, Placement)>>,
+    /// What Volt pushed about the image that is being attached, before its answer was dealt with.
+    early: Mutex<Option<Early>>,
     /// Held while an image is attached or detached.
     pub(super) changing: tokio::sync::Mutex<()>,
+}
+
+/// Pushes about one image.
+struct Early {
+    image: ImageId,
+    placement: Option<Placement>,
+    profile: Option<ProfileOffer>,
 }
 
 /// One attached image.
@@ -47,8 +59,12 @@ pub(crate) struct Attached {
     pub(crate) id: ImageId,
     pub(crate) root: RootPage,
     pub(crate) volume: Arc<ImageVolume>,
+    /// Its boot profile.
+    pub(crate) profile: Arc<Profile>,
     upstream: Arc<Switch>,
     source: Arc<dyn ChunkSource>,
+    /// How many stripes its placement has.
+    stripes: watch::Sender<usize>,
     state: Mutex<State>,
 }
 
@@ -66,6 +82,14 @@ struct Switch(RwLock<Upstream>);
 impl Switch {
     fn current(&self) -> Upstream {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What this node is for the image.
+    fn role(&self) -> Role {
+        match self.current() {
+            Upstream::Origin(_) => Role::Origin,
+            Upstream::Relay(_) => Role::Relay,
+        }
     }
 }
 
@@ -96,11 +120,18 @@ struct AttachedRecord {
 }
 
 impl Images {
-    pub(crate) fn new(layout: Layout, cache: Arc<CacheGroup>, uplinks: Arc<Uplinks>) -> Images {
+    /// No image yet. Records of boots go to `records`.
+    pub(crate) fn new(
+        layout: Layout,
+        cache: Arc<CacheGroup>,
+        uplinks: Arc<Uplinks>,
+        records: mpsc::Sender<BootProfile>,
+    ) -> Images {
         Images {
             layout,
             cache,
             uplinks,
+            records,
             attached: RwLock::default(),
             changed: Notify::new(),
             early: Mutex::new(None),
@@ -122,7 +153,7 @@ impl Images {
     fn restore_one(&self, file: &Path) -> Result<(), String> {
         let record: AttachedRecord = files::read_record(file)?;
         let root = decode_root(&record.root_page)?;
-        let attached = self.make(root, record.placement)?;
+        let attached = self.make(root, record.placement, ProfileOffer::default(), Instant::now())?;
         for name in record.names {
             self.add_export(&attached, name)?;
         }
@@ -154,13 +185,19 @@ impl Images {
     }
 
     /// To be called before Volt is asked to attach an image: forgets pushes from before.
-    pub(crate) fn expect_placement(&self) {
+    pub(crate) fn expect_pushes(&self) {
         *self.early.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Serves an image that Volt placed this node for, or gives one that is served a further name.
-    /// The caller holds `changing`.
-    pub(crate) fn attach(&self, record: &ImageRecord, placement: Placement) -> Result<Arc<Attached>, String> {
+    /// Serves an image that was asked for at `asked` and that Volt placed this node for, or gives one that is
+    /// served a further name. The caller holds `changing`.
+    pub(crate) fn attach(
+        &self,
+        record: &ImageRecord,
+        placement: Placement,
+        profile: ProfileOffer,
+        asked: Instant,
+    ) -> Result<Arc<Attached>, String> {
         let root = decode_root(&record.root_page)?;
         if root.id() != record.id {
             return Err(format!(
@@ -174,20 +211,25 @@ impl Images {
             Some(attached) => {
                 let upstream = self.upstream(&attached.id, &placement)?;
                 *attached.upstream.0.write().unwrap_or_else(PoisonError::into_inner) = upstream;
+                attached.stripes.send_replace(placement.stripes.len());
                 attached.state().placement = placement;
+                attached.profile.offer(profile);
                 attached
             }
-            None => self.make(root, placement)?,
+            None => self.make(root, placement, profile, asked)?,
         };
         self.add_export(&attached, record.name.clone())?;
         // A push that overtook Volt's answer is newer than the answer. Under the lock, a push either finds
-        // the image or leaves its placement here.
+        // the image or leaves what it says here.
         let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
         self.insert(Arc::clone(&attached));
-        if let Some((id, placement)) = early.take()
-            && id == attached.id
-        {
-            attached.place(placement);
+        if let Some(early) = early.take().filter(|early| early.image == attached.id) {
+            if let Some(placement) = early.placement {
+                attached.place(placement);
+            }
+            if let Some(profile) = early.profile {
+                attached.profile.offer(profile);
+            }
         }
         drop(early);
         self.save(&attached)?;
@@ -215,13 +257,8 @@ impl Images {
 
     /// Volt moved this node in an image's hierarchy.
     pub(crate) fn place(&self, id: &ImageId, placement: Placement) {
-        let attached = {
-            let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(attached) = self.by_id(id) else {
-                *early = Some((*id, placement));
-                return;
-            };
-            attached
+        let Some(attached) = self.by_id_or(id, |early| early.placement = Some(placement.clone())) else {
+            return;
         };
         if !attached.place(placement) {
             return;
@@ -231,18 +268,54 @@ impl Images {
         }
     }
 
+    /// Volt has another boot profile of an image.
+    pub(crate) fn offer_profile(&self, id: &ImageId, offer: ProfileOffer) {
+        if let Some(attached) = self.by_id_or(id, |early| early.profile = Some(offer.clone())) {
+            attached.profile.offer(offer);
+        }
+    }
+
+    /// The attached image of this id; else what was pushed about it is noted, in case it is being attached.
+    fn by_id_or(&self, id: &ImageId, note: impl FnOnce(&mut Early)) -> Option<Arc<Attached>> {
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+        let attached = self.by_id(id);
+        if attached.is_none() {
+            let known = early.take().filter(|early| early.image == *id);
+            note(early.insert(known.unwrap_or(Early { image: *id, placement: None, profile: None })));
+        }
+        attached
+    }
+
     /// Where the directory of an image lies whose origin this node is.
     pub(crate) fn origin_dir(&self, id: &ImageId) -> PathBuf {
         self.layout.images().join(id.to_string())
     }
 
-    fn make(&self, root: RootPage, placement: Placement) -> Result<Arc<Attached>, String> {
+    fn make(
+        &self,
+        root: RootPage,
+        placement: Placement,
+        profile: ProfileOffer,
+        asked: Instant,
+    ) -> Result<Arc<Attached>, String> {
         let id = root.id();
         let upstream = Arc::new(Switch(RwLock::new(self.upstream(&id, &placement)?)));
         let source = self.cache.over(Arc::clone(&upstream) as _);
         let volume = Arc::new(ImageVolume::new(root.clone(), Arc::clone(&source)));
-        let state = State { names: BTreeSet::new(), placement, exports: HashMap::new() };
-        Ok(Arc::new(Attached { id, root, volume, upstream, source, state: Mutex::new(state) }))
+        let stripes = watch::Sender::new(placement.stripes.len());
+        let way = Way {
+            volume: Arc::clone(&volume),
+            source: Arc::clone(&source),
+            cache: Arc::clone(&self.cache),
+            stripes: stripes.subscribe(),
+            role: {
+                let upstream = Arc::clone(&upstream);
+                Arc::new(move || upstream.role())
+            },
+        };
+        let profile = Arc::new(Profile::new(way, profile, asked, self.records.clone()));
+        let state = Mutex::new(State { names: BTreeSet::new(), placement, exports: HashMap::new() });
+        Ok(Arc::new(Attached { id, root, volume, profile, upstream, source, stripes, state }))
     }
 
     /// The node's own copy if it is an origin of the image, else the parents that Volt named.
@@ -317,6 +390,7 @@ impl Images {
             parents: parent_names(&state.placement),
             export: export.unwrap_or_default(),
             vms,
+            profile: attached.profile.describe(),
         }
     }
 }
@@ -333,10 +407,7 @@ pub(crate) enum Detached {
 impl Attached {
     /// What this node is for the image.
     pub(crate) fn role(&self) -> Role {
-        match self.upstream.current() {
-            Upstream::Origin(_) => Role::Origin,
-            Upstream::Relay(_) => Role::Relay,
-        }
+        self.upstream.role()
     }
 
     /// The origin's side of the image, on an origin.
@@ -367,6 +438,7 @@ impl Attached {
         if let Upstream::Relay(fetcher) = self.upstream.current() {
             fetcher.set_parents(&parents_of(&placement));
         }
+        self.stripes.send_replace(placement.stripes.len());
         state.placement = placement;
         true
     }

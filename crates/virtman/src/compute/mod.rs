@@ -1,9 +1,9 @@
 //! A node: `virtman compute`.
 //!
-//! Attaches images ([`images`]), gives VMs disks on them and runs guests ([`vms`]), exports both
-//! ([`exports`]), serves children over links, and keeps in touch with Volt ([`volt`]). All of its state
-//! is on disk ([`files`]): killed at any moment and started again, it has the same images, disks and
-//! exports under the same names, and its guests never noticed more than latency.
+//! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]), gives VMs disks
+//! and runs guests ([`vms`]), exports both ([`exports`]), serves children over links, and keeps in touch with
+//! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
+//! same images, disks and exports under the same names, and its guests never noticed more than latency.
 
 pub(crate) mod config;
 mod exports;
@@ -12,6 +12,7 @@ pub(crate) mod fault;
 mod files;
 mod images;
 mod node;
+mod profile;
 pub(crate) mod routes;
 mod vms;
 mod volt;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use block::{BoxFuture, NodeName};
 use link::{Dial, FetchSettings, ParentAddr, Stats, Stream, Tally, Uplinks};
 use store::{CacheGroup, MediaSpec};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::config::ComputeArgs;
@@ -42,6 +44,9 @@ use crate::identity::{Credentials, Identity, IdentityError, Principal, Removed, 
 
 /// Size of the cache if none was given, in bytes. The file is sparse: it takes what is cached.
 const CACHE_BYTES_DEFAULT: u64 = 10 << 30;
+
+/// Records of boots that wait for Volt: as many as it keeps of an image. Further ones are dropped.
+const RECORDS_WAITING_MAX: usize = 8;
 
 /// File in the node's directory that says where Volt is.
 const VOLT_FILE: &str = "volt";
@@ -64,7 +69,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let dialer = TlsDialer { credentials: Arc::clone(&credentials), removed: Arc::clone(&removed) };
     let (uplinks, reports) =
         Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), FetchSettings::default());
-    let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks));
+    let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
+    let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks, records));
     let vms = Vms::new(name.clone(), layout.clone());
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
     images.restore().map_err(restored)?;
@@ -115,6 +121,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         tokio::join!(
             node.volt.run(&introduction, &images),
             node.volt.report(reports),
+            node.volt.hand_in(recorded),
             node.volt.renew(&credentials, &identity_dir),
         );
     };

@@ -50,13 +50,14 @@ impl Node {
         if let Some(attached) = self.images.by_name(name) {
             return Ok(attached);
         }
-        self.images.expect_placement();
+        self.images.expect_pushes();
+        let asked = tokio::time::Instant::now();
         let answer = self.volt.attach(name.to_string(), Role::Relay, None).await.map_err(from_volt)?;
         let record = answer.image.ok_or_else(|| {
             ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
         })?;
         tracing::info!(image = %name, id = %record.id.short(), "image attached");
-        self.images.attach(&record, answer.placement).map_err(ApiError::internal)
+        self.images.attach(&record, answer.placement, answer.profile, asked).map_err(ApiError::internal)
     }
 
     /// Takes an image out of service that no VM of this node uses.
@@ -118,10 +119,12 @@ impl Node {
     ) -> Result<NodeImage, ApiError> {
         let request = RegisterImage { root_page: BASE64.encode(imported.root.encode()) };
         let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
-        self.images.expect_placement();
+        self.images.expect_pushes();
+        let asked = tokio::time::Instant::now();
         let answer = self.volt.attach(record.id.to_string(), Role::Origin, None).await.map_err(from_volt)?;
         let record = ImageRecord { name: name.clone(), ..record };
-        let attached = self.images.attach(&record, answer.placement).map_err(ApiError::internal)?;
+        let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
+        let attached = attached.map_err(ApiError::internal)?;
         tracing::info!(image = %name, id = %record.id, "this node is an origin of the image");
         Ok(self.describe(&attached))
     }

@@ -21,6 +21,7 @@ use store::Overlay;
 use super::exports::{ExportSocket, WatchedDisk};
 use super::files::{self, Layout};
 use super::images::Attached;
+use super::profile::BootTap;
 use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
@@ -453,7 +454,9 @@ fn fill(
     attached: &Attached,
     asked: Instant,
 ) -> Result<(Record, Overlay), String> {
-    let overlay = Overlay::create(&dir.join("overlay"), record.size_bytes, Arc::clone(&attached.volume) as _)
+    // Only a new disk shows a first boot.
+    let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
+    let overlay = Overlay::create(&dir.join("overlay"), record.size_bytes, Arc::new(base))
         .map_err(|e| e.to_string())?;
     record.disk_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
     let file = dir.join(RECORD);

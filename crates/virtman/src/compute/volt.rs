@@ -12,12 +12,14 @@ use std::time::{Duration, SystemTime};
 
 use block::{ImageId, NodeName};
 use futures_util::StreamExt;
+use image::BootProfile;
 use link::Report;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use volt::{Location, Placement, Role};
 
 use super::images::Images;
+use crate::api::profile::{NewProfile, ProfileFile};
 use crate::api::volt::{
     AttachImage, Attachment, DetachImage, ImageRecord, NodeReport, Push, RegisterImage, RegisterNode,
     Registered,
@@ -150,6 +152,7 @@ impl VoltLink {
             };
             let answer = self.attach(attached.id.to_string(), attached.role(), placement).await?;
             images.place(&attached.id, answer.placement);
+            images.offer_profile(&attached.id, answer.profile);
         }
         self.connected.store(true, Ordering::Relaxed);
         *pause = RETRY_MIN;
@@ -161,6 +164,7 @@ impl VoltLink {
             tokio::select! {
                 push = pushes.next() => match push.transpose()? {
                     Some(Push::Place { image, placement }) => images.place(&image, placement),
+                    Some(Push::Profile { image, offer }) => images.offer_profile(&image, offer),
                     Some(Push::Removed { nodes }) => self.removed.replace(nodes),
                     None => return Ok(()),
                 },
@@ -181,6 +185,27 @@ impl VoltLink {
             };
             if let Err(error) = self.ask::<()>("report", &told).await {
                 tracing::warn!(%error, "Volt could not be told");
+            }
+        }
+    }
+
+    /// Hands records of boots to Volt, until dropped. While Volt is away a record waits.
+    pub(crate) async fn hand_in(&self, mut records: mpsc::Receiver<BootProfile>) {
+        while let Some(record) = records.recv().await {
+            let image = record.image();
+            let request = NewProfile { file: ProfileFile(Arc::new(record)) };
+            loop {
+                match self.ask::<()>("records", &request).await {
+                    Ok(()) => break,
+                    Err(ClientError::Refused(refusal)) => {
+                        tracing::info!(%image, %refusal, "Volt has no use for the record of a boot");
+                        break;
+                    }
+                    Err(error) => {
+                        tracing::debug!(%image, %error, "the record of a boot waits for Volt");
+                        tokio::time::sleep(RETRY_MAX).await;
+                    }
+                }
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What Volt must not forget: images by name, nodes that joined, unused join tokens.
+//! What Volt must not forget: images by name, their boot profiles, nodes that joined, unused join tokens.
 //!
 //! Durability: every change is one redb transaction, on disk when the call returns. Consistency: rules
 //! that span records (a token is used once, a name keeps its id) are checked inside the transaction.
@@ -12,11 +12,14 @@ use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefini
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::profiles::KeptProfile;
 use crate::api::unix_ms;
 use crate::api::volt::ImageRecord;
 use crate::identity::{CERTIFICATE_LIFETIME, Grant, JoinRefusal, SecretHash};
 
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
+/// Boot profiles, by the image's id: all names of an image have one.
+const PROFILES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("profiles");
 const NODES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("nodes");
 /// Nodes that were removed, with the time in milliseconds since the UNIX epoch.
 const REMOVED: TableDefinition<'_, &str, u64> = TableDefinition::new("removed");
@@ -102,6 +105,7 @@ impl Catalog {
         })?;
         let txn = db.begin_write()?;
         txn.open_table(IMAGES)?;
+        txn.open_table(PROFILES)?;
         txn.open_table(NODES)?;
         txn.open_table(REMOVED)?;
         txn.open_table(TOKENS)?;
@@ -166,6 +170,40 @@ impl Catalog {
         };
         commit(txn)?;
         Ok(record)
+    }
+
+    /// All boot profiles.
+    pub(crate) fn profiles(&self) -> Result<Vec<(ImageId, KeptProfile)>, CatalogError> {
+        let txn = self.db.begin_read()?;
+        let mut profiles = Vec::new();
+        for entry in txn.open_table(PROFILES)?.iter()? {
+            let (image, profile) = entry?;
+            if let Ok(image) = image.value().parse() {
+                profiles.push((image, serde_json::from_slice(profile.value())?));
+            }
+        }
+        Ok(profiles)
+    }
+
+    /// What is kept of an image's boot profile.
+    pub(crate) fn profile(&self, image: &ImageId) -> Result<Option<KeptProfile>, CatalogError> {
+        let txn = self.db.begin_read()?;
+        get(&txn.open_table(PROFILES)?, &image.to_string())
+    }
+
+    /// Keeps this of an image's boot profile from now on.
+    pub(crate) fn keep_profile(&self, image: &ImageId, profile: &KeptProfile) -> Result<(), CatalogError> {
+        let record = serde_json::to_vec(profile)?;
+        let txn = self.db.begin_write()?;
+        txn.open_table(PROFILES)?.insert(image.to_string().as_str(), record.as_slice())?;
+        commit(txn)
+    }
+
+    /// Forgets an image's boot profile.
+    pub(crate) fn forget_profile(&self, image: &ImageId) -> Result<(), CatalogError> {
+        let txn = self.db.begin_write()?;
+        txn.open_table(PROFILES)?.remove(image.to_string().as_str())?;
+        commit(txn)
     }
 
     /// Notes a token that may be used once until it expires; forgets expired ones.

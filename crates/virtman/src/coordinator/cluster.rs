@@ -16,6 +16,7 @@ use block::{ImageId, NodeName};
 use tokio::sync::mpsc;
 use volt::{Action, Event, Millis, Placement, Planner, Settings};
 
+use crate::api::profile::ProfileOffer;
 use crate::api::volt::Push;
 
 /// Pushes that may wait for a slow node. A node that falls further behind is disconnected; it
@@ -131,6 +132,17 @@ impl Cluster {
         let id = inner.streams_opened;
         inner.streams.insert(node.clone(), Stream { id, sender });
         PushStream { receiver, cluster: Arc::clone(self), node: node.clone(), id }
+    }
+
+    /// Tells the nodes that have an image attached what its boot profile is now.
+    pub(crate) fn push_profile(&self, image: &ImageId, offer: &ProfileOffer) {
+        let mut inner = self.lock();
+        let nodes: Vec<NodeName> = inner.streams.keys().cloned().collect();
+        for node in nodes {
+            if inner.planner.placement(&node, image).is_some() {
+                inner.push(&node, Push::Profile { image: *image, offer: offer.clone() });
+            }
+        }
     }
 
     fn now(&self) -> Millis {

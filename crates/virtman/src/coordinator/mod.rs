@@ -1,8 +1,8 @@
 //! Volt, the coordinator: `virtman volt`.
 //!
-//! Knows who is in the cluster ([`catalog`]), who fetches what from whom ([`cluster`]), and tells both
-//! over its API ([`routes`]). It is not in the way of data: nodes serve and boot while it is away, they
-//! only get no new parents.
+//! Knows who is in the cluster ([`catalog`]), who fetches what from whom ([`cluster`]) and what guests read
+//! first ([`profiles`]), and tells all of it over its API ([`routes`]). It is not in the way of data: nodes serve
+//! and boot while it is away, they only get no new parents.
 //!
 //! Crash: the catalog is on disk with every answer; the hierarchy is rebuilt from what nodes report.
 
@@ -10,6 +10,7 @@ pub(crate) mod catalog;
 pub(crate) mod cluster;
 pub(crate) mod config;
 pub(crate) mod init;
+pub(crate) mod profiles;
 pub(crate) mod routes;
 
 use std::net::SocketAddr;
@@ -26,6 +27,7 @@ use volt::{Event, Millis, Settings};
 use self::catalog::{Catalog, CatalogError, Joined};
 use self::cluster::{Cluster, Notice};
 use self::config::VoltArgs;
+use self::profiles::Profiles;
 use crate::http::{ApiError, TlsServer, UnixServer, bind_unix};
 use crate::identity::enroll::{self, Tokens};
 use crate::identity::tls::{Accept, Acceptor, Admission};
@@ -38,6 +40,7 @@ const TICKS_PER_LEASE: u32 = 4;
 pub(crate) struct Volt {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) cluster: Arc<Cluster>,
+    pub(crate) profiles: Profiles,
     pub(crate) shutdown: CancellationToken,
     /// Said when a node was removed: what it has open here is closed.
     removals: watch::Sender<()>,
@@ -116,6 +119,7 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
     let file = dir.join("catalog.redb");
     let catalog = Catalog::open(&file).map_err(|e| format!("cannot open {}: {e}", file.display()))?;
     let catalog = Arc::new(catalog);
+    let profiles = Profiles::open(Arc::clone(&catalog)).map_err(|e| e.to_string())?;
 
     let lease = Millis(u64::try_from(args.lease.as_millis()).unwrap_or(u64::MAX));
     let removed = catalog.removed_nodes().map_err(|e| e.to_string())?;
@@ -127,7 +131,15 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
     }
     let shutdown = CancellationToken::new();
     let (removals, removed) = watch::channel(());
-    let volt = Arc::new(Volt { catalog, cluster, shutdown: shutdown.clone(), removals, authority, address });
+    let volt = Arc::new(Volt {
+        catalog,
+        cluster,
+        profiles,
+        shutdown: shutdown.clone(),
+        removals,
+        authority,
+        address,
+    });
 
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&dir.join("api.sock"))?;
@@ -137,7 +149,7 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
     };
     let acceptor = Acceptor::new(&Credentials::new(identity), Accept::MembersAndJoins, admit)
         .map_err(|e| e.to_string())?;
-    let (routes, openapi) = routes::routes().split_for_parts();
+    let (routes, openapi) = routes::routes().merge(profiles::routes::routes()).split_for_parts();
     let api = routes
         .with_state(Arc::clone(&volt))
         .merge(enroll::renew_router(Arc::clone(&volt.authority)))

@@ -144,6 +144,9 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
         ));
     }
     let record = volt.catalog.remove_image(&name)?;
+    if matches!(volt.catalog.image(&record.id.to_string()), Err(CatalogError::NoImage(_))) {
+        volt.profiles.forget(&record.id)?;
+    }
     tracing::info!(image = %name, by = %peer, "image removed from the catalog");
     Ok(Json(record))
 }
@@ -290,7 +293,9 @@ async fn attach(
     known(&volt.apply(event), &node)?;
     let placement = volt.cluster.placement(&node, &id).unwrap_or_default();
     tracing::info!(%node, image = request.image, role = ?request.role, "attached");
-    Ok(Json(Attachment { image, placement }))
+    // An image without a name has no profile either.
+    let profile = image.as_ref().map(|image| volt.profiles.offer(&image.id)).unwrap_or_default();
+    Ok(Json(Attachment { image, placement, profile }))
 }
 
 /// A node gives an image up.
@@ -331,7 +336,7 @@ async fn report(
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn any_member(peer: &Peer) -> Result<(), ApiError> {
+pub(super) fn any_member(peer: &Peer) -> Result<(), ApiError> {
     match peer {
         Peer::Local | Peer::Remote(Principal::Admin(_) | Principal::Node(_)) => Ok(()),
         Peer::Remote(Principal::Volt) => {
@@ -340,7 +345,7 @@ fn any_member(peer: &Peer) -> Result<(), ApiError> {
     }
 }
 
-fn itself(peer: &Peer, node: &NodeName) -> Result<(), ApiError> {
+pub(super) fn itself(peer: &Peer, node: &NodeName) -> Result<(), ApiError> {
     match peer {
         Peer::Remote(Principal::Node(name)) if name == node => Ok(()),
         other => Err(ApiError::forbidden("not_itself", format!("{other} cannot speak for node {node}"))),
