@@ -80,9 +80,9 @@ impl Fetcher {
             ups.mark_unchanged();
             let until = match chase.decide(&route.paths) {
                 Decision::Ask { path } | Decision::Hedge { path } => {
-                    if let Some(uplink) = route.uplinks.iter().find(|uplink| uplink.path() == path) {
-                        chase.push(path, uplink.ask(self.image, chunk, priority));
-                    }
+                    let at = route.paths.iter().position(|ranked| *ranked == path);
+                    let uplink = &route.uplinks[at.expect("a hunt asks those that are ranked")];
+                    chase.push(path, uplink.ask(self.image, chunk, priority));
                     continue;
                 }
                 Decision::Withdraw { path } => {

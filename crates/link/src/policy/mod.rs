@@ -23,6 +23,9 @@ mod hunt;
 mod latency;
 mod paths;
 
+#[cfg(test)]
+mod tests;
+
 pub use breaker::{Breaker, Strike};
 pub use budget::{HedgeBudget, TokenBucket, in_flight_max};
 pub use choice::{Multipath, Service, UnknownMultipath};

@@ -1,6 +1,6 @@
 //! Nodes that serve and fetch over in-memory streams, and sources that behave well or badly.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -181,6 +181,8 @@ pub(crate) struct Net {
     served: Mutex<Vec<(NodeName, AbortHandle)>>,
     /// Streams that nobody serves.
     frozen: Mutex<Vec<tokio::io::DuplexStream>>,
+    /// Nodes from which no byte gets out at the moment.
+    stopped: watch::Sender<HashSet<NodeName>>,
 }
 
 #[derive(Clone)]
@@ -203,6 +205,16 @@ impl Net {
 
     pub(crate) fn set(&self, node: &str, listener: Listener) {
         self.listening.lock().unwrap().insert(name(node), listener);
+    }
+
+    /// Stops the node as SIGSTOP or a cut cable would: its connections stay and carry nothing.
+    pub(crate) fn stop(&self, node: &str) {
+        self.stopped.send_if_modified(|stopped| stopped.insert(name(node)));
+    }
+
+    /// Lets it go on.
+    pub(crate) fn resume(&self, node: &str) {
+        self.stopped.send_if_modified(|stopped| stopped.remove(&name(node)));
     }
 
     /// Ends the node and all its connections.
@@ -228,26 +240,55 @@ impl Net {
         let (own, peer, tally) = (node.clone(), peer.clone(), Tally::under(total));
         let task = tokio::spawn(async move { serve(far, &own, peer, sources, tally).await });
         self.served.lock().unwrap().push((node.clone(), task.abort_handle()));
-        Box::new(near)
+        piped(Box::new(near), Pace::WhileRunning(node.clone(), self.stopped.subscribe()))
     }
+}
+
+/// When bytes go on.
+enum Pace {
+    /// Not faster than so many bytes per second.
+    Rate(usize),
+    /// While the node is not stopped.
+    WhileRunning(NodeName, watch::Receiver<HashSet<NodeName>>),
+}
+
+impl Pace {
+    async fn keep(&mut self, len: usize) {
+        match self {
+            Pace::Rate(rate) => sleep(Duration::from_secs_f64(len as f64 / *rate as f64)).await,
+            Pace::WhileRunning(node, stopped) => {
+                // The net outlives its connections, or nobody is left to read.
+                let _ = stopped.wait_for(|stopped| !stopped.contains(node)).await;
+            }
+        }
+    }
+}
+
+/// Carries bytes from `from` to the returned stream at that pace, and back.
+fn piped(from: Box<dyn Stream>, mut pace: Pace) -> Box<dyn Stream> {
+    let (near, far) = duplex(16 * 1024);
+    let (mut from_reads, mut from_writes) = tokio::io::split(from);
+    let (mut far_reads, mut far_writes) = tokio::io::split(far);
+    tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut far_reads, &mut from_writes).await;
+        let _ = from_writes.shutdown().await;
+    });
+    tokio::spawn(async move {
+        let mut piece = vec![0; 16 * 1024];
+        while let Ok(len @ 1..) = from_reads.read(&mut piece).await {
+            pace.keep(len).await;
+            if far_writes.write_all(&piece[..len]).await.is_err() {
+                return;
+            }
+        }
+        let _ = far_writes.shutdown().await;
+    });
+    Box::new(near)
 }
 
 /// Carries bytes from `from` to the returned stream and back, not faster than `rate` bytes per second.
 pub(crate) fn throttled(from: Box<dyn Stream>, rate: usize) -> Box<dyn Stream> {
-    let (near, far) = duplex(16 * 1024);
-    let (mut from_reads, mut from_writes) = tokio::io::split(from);
-    let (mut far_reads, mut far_writes) = tokio::io::split(far);
-    tokio::spawn(async move { tokio::io::copy(&mut far_reads, &mut from_writes).await });
-    tokio::spawn(async move {
-        let mut piece = vec![0; 16 * 1024];
-        while let Ok(len @ 1..) = from_reads.read(&mut piece).await {
-            sleep(Duration::from_secs_f64(len as f64 / rate as f64)).await;
-            if far_writes.write_all(&piece[..len]).await.is_err() {
-                break;
-            }
-        }
-    });
-    Box::new(near)
+    piped(from, Pace::Rate(rate))
 }
 
 /// A node's way into the net.
@@ -286,9 +327,13 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn new(net: &Arc<Net>, node: &str, parents: &[&str]) -> Node {
+        Node::with(net, node, parents, FetchSettings::default())
+    }
+
+    pub(crate) fn with(net: &Arc<Net>, node: &str, parents: &[&str], settings: FetchSettings) -> Node {
         let stats = Arc::<Stats>::default();
         let dial = Arc::new(Dialer(name(node), net.clone()));
-        let (uplinks, reports) = Uplinks::new(name(node), dial, stats.clone(), FetchSettings::default());
+        let (uplinks, reports) = Uplinks::new(name(node), dial, stats.clone(), settings);
         let node =
             Node { fetcher: Arc::new(Fetcher::new(image(), uplinks.clone())), uplinks, stats, reports };
         node.plan(parents);

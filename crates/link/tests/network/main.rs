@@ -4,4 +4,5 @@
 mod chaos;
 mod failover;
 mod harness;
+mod hedging;
 mod serving;

@@ -88,7 +88,10 @@ async fn guests_do_not_wait_for_background_requests() {
     net.listen("origin", origin.clone());
     let node = Node::new(&net, "child", &["origin"]);
     let fetcher = node.fetcher.clone();
-    let background = join_all((0..500).map(|n| fetcher.fetch(chunk(n % 90).hash(), Priority::Background)));
+    let background = join_all((0..500).map(|n| {
+        let priority = if n % 2 == 0 { Priority::Background } else { Priority::Profile };
+        fetcher.fetch(chunk(n % 90).hash(), priority)
+    }));
     let guest = async {
         let slots = ACTIVE_MAX - ACTIVE_FOR_GUESTS;
         origin.until_waiting(slots as u64).await;
