@@ -16,14 +16,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["block"]),
     ("nbd", &["block"]),
     ("volt", &["block"]),
+    ("sim", &["block", "link", "volt"]),
     ("virtman", &["block", "image", "link", "nbd", "store", "volt"]),
-    ("xtask", &["block", "link"]),
+    ("xtask", &["block", "image", "link", "nbd"]),
 ];
 
 /// Foreign crates that a crate must not know, because of what they stand for.
 const MUST_NOT_USE: &[(&str, &[&str])] = &[
     ("block", &["tokio", "rustix", "tracing"]),
     ("volt", &["tokio", "hyper", "axum", "redb", "rustix"]),
+    ("sim", &["tokio", "rustix", "futures-util", "tempfile"]),
     ("link", &["rustls", "tokio-rustls", "hyper", "rustix"]),
     ("store", &["rustls", "hyper", "axum"]),
     ("image", &["rustls", "hyper", "axum", "redb"]),

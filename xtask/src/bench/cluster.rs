@@ -1,17 +1,13 @@
 //! A cluster of Volt and one node, as a user would start it, in a directory of the benchmark.
 
 use std::net::TcpListener;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::http::Api;
-use super::process::{Daemon, output};
+use super::process::{Daemon, output, spawn_until_ready};
 use super::{Bench, Outcome};
-
-/// How long a daemon may take until it is ready.
-const START_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Room for cached chunks: the largest image with a little more.
 const CACHE_SIZE: &str = "3G";
@@ -32,7 +28,8 @@ impl<'a> Cluster<'a> {
         let address = free_address()?;
         let virtman = || in_home(bench, home.path());
         output(virtman().args(["volt", "init", "--address", &address]))?;
-        let (volt, _) = spawn_until_ready(home.path(), virtman().args(["volt", "--listen", &address]))?;
+        let (volt, _) =
+            spawn_until_ready(home.path(), quiet(virtman().args(["volt", "--listen", &address])))?;
         let token = output(virtman().args(["volt", "token"]))?;
         let mut cluster = Cluster { bench, node: None, _volt: volt, home };
         cluster.start_node(&["--join", token.trim(), "--name", "origin"])?;
@@ -49,7 +46,7 @@ impl<'a> Cluster<'a> {
         let cache = format!("{}={CACHE_SIZE}", self.home.path().join("chunks").display());
         let mut command = self.virtman();
         command.args(["compute", "--listen", "127.0.0.1:0", "--cache", &cache]).args(args);
-        let (node, took) = spawn_until_ready(self.home.path(), &mut command)?;
+        let (node, took) = spawn_until_ready(self.home.path(), quiet(&mut command))?;
         self.node = Some(node);
         Ok(took)
     }
@@ -104,27 +101,7 @@ fn free_address() -> Outcome<String> {
     listener.map(|address| address.to_string()).map_err(|e| format!("there is no free port: {e}"))
 }
 
-/// Starts a daemon and waits until it says that it is ready, in the way in which service managers are told.
-fn spawn_until_ready(dir: &Path, command: &mut Command) -> Outcome<(Daemon, Duration)> {
-    let path: PathBuf = dir.join("ready");
-    // The socket of the daemon before.
-    let _ = std::fs::remove_file(&path);
-    let failed = |e: std::io::Error| format!("cannot listen at {}: {e}", path.display());
-    let socket = UnixDatagram::bind(&path).map_err(failed)?;
-    // In short steps, so that a daemon that ends is noticed.
-    socket.set_read_timeout(Some(Duration::from_millis(100))).map_err(failed)?;
-    let begin = Instant::now();
-    let mut daemon = Daemon::spawn(command.env("NOTIFY_SOCKET", &path))?;
-    let mut message = [0; 4096];
-    while begin.elapsed() < START_TIME_MAX {
-        if let Ok(len) = socket.recv(&mut message)
-            && message[..len].starts_with(b"READY=1")
-        {
-            return Ok((daemon, begin.elapsed()));
-        }
-        if let Some(why) = daemon.ended() {
-            return Err(why);
-        }
-    }
-    Err(format!("a daemon was not ready within {START_TIME_MAX:?}"))
+/// What daemons print goes nowhere.
+fn quiet(command: &mut Command) -> &mut Command {
+    command.stdout(Stdio::null()).stderr(Stdio::null())
 }

@@ -16,11 +16,12 @@ mod machine;
 mod nbd;
 mod process;
 mod report;
+mod storm;
 mod tools;
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use self::process::Virtman;
 use self::report::Report;
@@ -30,7 +31,10 @@ pub(crate) type Outcome<T = ()> = Result<T, String>;
 
 /// What to measure, and how.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    large: Option<Large>,
     /// What to measure
     #[arg(value_enum, default_value = "all")]
     what: What,
@@ -63,6 +67,12 @@ enum What {
     All,
 }
 
+/// Benchmarks that take minutes and are set up in a way of their own.
+#[derive(Debug, Subcommand)]
+enum Large {
+    Storm(Box<storm::StormArgs>),
+}
+
 /// What every benchmark needs.
 struct Bench {
     virtman: Virtman,
@@ -79,6 +89,9 @@ impl Bench {
 
 /// Measures what was asked for and prints it.
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
+    if let Some(Large::Storm(args)) = &args.large {
+        return storm::run(args);
+    }
     let wanted = |what| args.what == What::All || args.what == what;
     tools::check(&[
         (wanted(What::Nbd), &[tools::FIO, tools::QEMU_STORAGE_DAEMON]),

@@ -2,14 +2,18 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Outcome;
 
 /// Ticks per second in `/proc/PID/stat`: fixed by the kernel's interface (`USER_HZ`).
 const TICKS_PER_SECOND: f64 = 100.0;
+
+/// How long a daemon may take until it is ready.
+const START_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Runs a command to its end and gives its standard output. The error shows what it said.
 pub(super) fn output(command: &mut Command) -> Outcome<String> {
@@ -32,10 +36,20 @@ pub(super) struct Daemon {
 impl Daemon {
     /// Starts `command`; what it prints goes nowhere.
     pub(super) fn spawn(command: &mut Command) -> Outcome<Daemon> {
+        Daemon::start(command.stdout(Stdio::null()).stderr(Stdio::null()))
+    }
+
+    /// Starts `command`; what it prints goes where `command` says.
+    pub(super) fn start(command: &mut Command) -> Outcome<Daemon> {
         let name = command.get_program().to_string_lossy().into_owned();
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdin(Stdio::null());
         let child = command.spawn().map_err(|e| format!("cannot run {name}: {e}"))?;
         Ok(Daemon { name, child })
+    }
+
+    /// Its process, for signals.
+    pub(super) fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
     }
 
     /// Processor time of all its threads so far, in seconds, to 10 ms.
@@ -116,6 +130,32 @@ pub(super) fn settle_disks() -> Outcome {
     output(&mut Command::new("sync")).map(drop)
 }
 
+/// Starts a daemon and waits until it says that it is ready, in the way in which service managers are told.
+/// What it prints goes where `command` says; `dir` is for the socket on which it says so.
+pub(super) fn spawn_until_ready(dir: &Path, command: &mut Command) -> Outcome<(Daemon, Duration)> {
+    let path: PathBuf = dir.join("ready");
+    // The socket of the daemon before.
+    let _ = fs::remove_file(&path);
+    let failed = |e: std::io::Error| format!("cannot listen at {}: {e}", path.display());
+    let socket = UnixDatagram::bind(&path).map_err(failed)?;
+    // In short steps, so that a daemon that ends is noticed.
+    socket.set_read_timeout(Some(Duration::from_millis(100))).map_err(failed)?;
+    let begin = Instant::now();
+    let mut daemon = Daemon::start(command.env("NOTIFY_SOCKET", &path))?;
+    let mut message = [0; 4096];
+    while begin.elapsed() < START_TIME_MAX {
+        if let Ok(len) = socket.recv(&mut message)
+            && message[..len].starts_with(b"READY=1")
+        {
+            return Ok((daemon, begin.elapsed()));
+        }
+        if let Some(why) = daemon.ended() {
+            return Err(why);
+        }
+    }
+    Err(format!("a daemon was not ready within {START_TIME_MAX:?}"))
+}
+
 /// The released program.
 #[derive(Debug)]
 pub(super) struct Virtman {
@@ -140,6 +180,11 @@ impl Virtman {
         Virtman { path: path.to_owned() }
     }
 
+    /// Where it lies.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// A command of it.
     pub(super) fn command(&self) -> Command {
         Command::new(&self.path)
@@ -157,7 +202,7 @@ fn executable(message: &str) -> Option<PathBuf> {
 pub(super) fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Outcome<T> {
     /// Short against everything that is waited for.
     const PAUSE: Duration = Duration::from_millis(5);
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     loop {
         if let Some(found) = probe() {
             return Ok(found);

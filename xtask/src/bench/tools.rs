@@ -15,6 +15,11 @@ pub(super) struct Tool {
 pub(super) const FIO: Tool = Tool { program: "fio", package: "fio" };
 pub(super) const QEMU_STORAGE_DAEMON: Tool = Tool { program: "qemu-storage-daemon", package: "qemu-utils" };
 pub(super) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
+pub(super) const IP: Tool = Tool { program: "ip", package: "iproute2" };
+pub(super) const TC: Tool = Tool { program: "tc", package: "iproute2" };
+pub(super) const UNSHARE: Tool = Tool { program: "unshare", package: "util-linux" };
+pub(super) const SETPRIV: Tool = Tool { program: "setpriv", package: "util-linux" };
+pub(super) const NSENTER: Tool = Tool { program: "nsenter", package: "util-linux" };
 pub(super) const B3SUM: Tool = Tool { program: "b3sum", package: "b3sum" };
 
 impl Tool {

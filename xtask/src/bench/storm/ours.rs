@@ -1,0 +1,230 @@
+//! One run of VirtMan itself: all VMs of all nodes, or an attach of all nodes without VMs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::BoxFuture;
+use nbd::client::{Client, Options};
+use serde_json::Value;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::super::Outcome;
+use super::churn::{self, Churn};
+use super::crowd::{self, Cast, Progress, Seat};
+use super::figures::{Percentiles, Run, Uplink};
+use super::network::Traffic;
+use super::site::{Node, Site};
+use super::watch as look;
+use super::{Boot, Plan, Profile};
+
+/// Nodes that may join while a storm runs: they wait in a queue of so many.
+const ARRIVALS_MAX: usize = 64;
+
+/// Between two questions to a node whether it has its boot profile: ten a second from 32 nodes are nothing
+/// beside a storm, and the answer holds the exact time.
+const PROFILE_POLL: Duration = Duration::from_millis(200);
+
+/// What a run is about.
+pub(super) struct Task<'a> {
+    pub(super) name: String,
+    pub(super) plan: &'a Plan,
+    pub(super) boot: &'a Boot,
+    pub(super) cast: Cast,
+    /// What happens meanwhile.
+    pub(super) weather: Weather,
+}
+
+impl Task<'_> {
+    /// About the time in which guests fetch: as long as they boot, or as the network needs.
+    fn fetching(&self) -> Duration {
+        let network = Duration::from_secs_f64(self.plan.bound_seconds(self.boot));
+        network.max(self.boot.recorded.mul_f64(self.cast.script.think))
+    }
+}
+
+/// Whether anything goes wrong during a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Weather {
+    Calm,
+    /// Faults, chosen by this seed.
+    Churn {
+        seed: u64,
+    },
+}
+
+impl Seat for Node {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn open<'a>(&'a self, vm: &'a str) -> BoxFuture<'a, Outcome<Client>> {
+        Box::pin(async move {
+            let uri = self.create_or_find(vm).await?;
+            let uri = uri.parse().map_err(|e| format!("node {}: {e}", self.name))?;
+            Client::connect_uri(&uri, Options::default()).await.map_err(|e| e.to_string())
+        })
+    }
+
+    fn gone(&self) -> watch::Receiver<bool> {
+        self.gone.subscribe()
+    }
+}
+
+/// What was counted before a run.
+struct Marks {
+    origin: Traffic,
+    uplinks: Vec<Traffic>,
+    cpu_seconds: f64,
+    origin_sent: u64,
+    /// Per node: chunks that came over links, and chunks that its cache holds.
+    chunks: BTreeMap<String, (u64, u64)>,
+}
+
+impl Marks {
+    fn take(site: &Site) -> Outcome<Marks> {
+        let mut chunks = BTreeMap::new();
+        for node in site.nodes().iter().filter(|node| !node.is_gone()) {
+            let status = node.status()?;
+            let counts =
+                (count(&status["links"]["received_chunks"]), count(&status["cache"]["resident_chunks"]));
+            chunks.insert(node.name.clone(), counts);
+        }
+        Ok(Marks {
+            origin: site.network.traffic(site.origin.host()),
+            uplinks: site.network.uplinks(),
+            cpu_seconds: site.cpu_seconds()?,
+            origin_sent: count(&site.origin.status()?["links"]["sent_wire_bytes"]),
+            chunks,
+        })
+    }
+}
+
+fn count(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+/// Runs the task on a site.
+pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
+    let before = Marks::take(site)?;
+    let nodes = site.nodes();
+    let progress = Arc::new(Progress::new());
+    let hosts = nodes.iter().map(|node| node.host().clone()).collect();
+    let (watcher, points) =
+        look::watch(Arc::clone(&site.network), site.origin.host().clone(), hosts, Arc::clone(&progress));
+    let mut polls = JoinSet::new();
+    if task.plan.vms == 0 {
+        nodes
+            .iter()
+            .for_each(|node| drop(polls.spawn(attach_whole(Arc::clone(node), Arc::clone(&progress)))));
+    } else if task.plan.profile == Profile::Trace {
+        nodes.iter().for_each(|node| drop(polls.spawn(whole(Arc::clone(node), Arc::clone(&progress)))));
+    }
+    let (arrivals, arriving) = mpsc::channel(ARRIVALS_MAX);
+    let storm = crowd::run(&task.cast, nodes.clone(), arriving, &progress);
+    let (stories, churn) = match task.weather {
+        Weather::Calm => {
+            drop(arrivals);
+            (storm.await?, None)
+        }
+        Weather::Churn { seed } => {
+            let (stories, churn) = tokio::join!(storm, churn::make(site, seed, task.fetching(), arrivals));
+            (stories?, Some(churn?))
+        }
+    };
+    // Without VMs, the nodes' answers are the run.
+    let deadline = progress.begin + task.cast.limit;
+    if task.plan.vms == 0 {
+        while let Ok(Some(done)) = tokio::time::timeout_at(deadline, polls.join_next()).await {
+            done.map_err(|e| format!("waiting for a node ended early: {e}"))??;
+        }
+    }
+    let complete = progress.complete.lock().expect("no holder of this lock panics").clone();
+    let last = complete.values().max().copied().unwrap_or_else(|| progress.begin.elapsed());
+    let end = if task.plan.vms == 0 { last } else { progress.begin.elapsed() };
+    polls.shutdown().await;
+    watcher.abort();
+    // So that nothing holds the network any more.
+    let _ = watcher.await;
+
+    let mut run = Run::of_stories(task.name.clone(), nodes.len(), &stories, end.as_secs_f64());
+    run.points = points.lock().expect("no holder of this lock panics").clone();
+    let after = Marks::take(site)?;
+    let boot_bytes = task.boot.bytes() as f64;
+    run.origin_wire_ratio = (after.origin - before.origin).sent as f64 / boot_bytes;
+    let restarted = churn.as_ref().map(Churn::restarted).unwrap_or_default();
+    // A daemon that was killed counts from nothing again.
+    if !restarted.contains(&site.origin.name) {
+        run.origin_sent_ratio = Some((after.origin_sent - before.origin_sent) as f64 / boot_bytes);
+    }
+    run.uplinks = (after.uplinks.iter().zip(&before.uplinks))
+        .map(|(after, before)| *after - *before)
+        .map(|moved| Uplink { up: moved.sent as f64 / boot_bytes, down: moved.received as f64 / boot_bytes })
+        .collect();
+    run.cpu_seconds = Some(after.cpu_seconds - before.cpu_seconds);
+    run.fetches_per_chunk = fetches_per_chunk(&before, &after, &restarted);
+    if complete.len() >= nodes.len() || churn.is_some() {
+        run.boot_set_seconds = Percentiles::of(complete.values().map(Duration::as_secs_f64));
+        run.boot_set_ratio = run.boot_set_seconds.map(|p| p.scaled(1.0 / task.plan.bound_seconds(task.boot)));
+    }
+    if run.vms_unfinished > 0 {
+        let all = task.cast.script.trace.reads() * run.vms;
+        let done = progress.reads.load(std::sync::atomic::Ordering::Relaxed);
+        run.part_done = Some(done as f64 / all as f64);
+    }
+    if let Some(mut churn) = churn {
+        churn.judge(&stories);
+        run.vms_given_up = stories.iter().filter(|s| s.finished.is_none() && churn.is_dead(&s.seat)).count();
+        run.vms_unfinished -= run.vms_given_up;
+        run.churn = Some(churn);
+    }
+    Ok(run)
+}
+
+/// The most chunks that a node received for each that it then held more.
+fn fetches_per_chunk(before: &Marks, after: &Marks, restarted: &BTreeSet<String>) -> Option<f64> {
+    let stayed = after.chunks.iter().filter(|(node, _)| !restarted.contains(*node));
+    let ratio = stayed.filter_map(|(node, (received, held))| {
+        let (received_before, held_before) = before.chunks.get(node).copied().unwrap_or_default();
+        let (received, held) = (received - received_before, held.saturating_sub(held_before));
+        (held > 0).then(|| received as f64 / held as f64)
+    });
+    ratio.reduce(f64::max)
+}
+
+/// Attaches the image on a node and waits until it has the whole boot profile.
+async fn attach_whole(node: Arc<Node>, progress: Arc<Progress>) -> Outcome {
+    let begun = progress.begin.elapsed();
+    let attaching = Arc::clone(&node);
+    blocking(move || attaching.attach()).await?;
+    poll_profile(node, progress, begun).await
+}
+
+/// Waits until a node whose VMs are being created has the whole boot profile.
+async fn whole(node: Arc<Node>, progress: Arc<Progress>) -> Outcome {
+    poll_profile(node, progress, Duration::ZERO).await
+}
+
+/// `attached` is when the attach was asked for, since the beginning: the node counts from about there.
+async fn poll_profile(node: Arc<Node>, progress: Arc<Progress>, attached: Duration) -> Outcome {
+    loop {
+        tokio::time::sleep(PROFILE_POLL).await;
+        let asked = Arc::clone(&node);
+        // A node that was killed does not answer until it is back.
+        let Ok(Some(image)) = blocking(move || asked.image()).await else { continue };
+        if image["profile"]["complete"] == true {
+            let took = image["profile"]["elapsed_ms"].as_u64().map(Duration::from_millis);
+            let at = took.map_or_else(|| progress.begin.elapsed(), |took| attached + took);
+            progress.note_complete(&node.name, at);
+            return Ok(());
+        }
+    }
+}
+
+/// Runs what blocks on a thread for such things.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Outcome<T> + Send + 'static,
+) -> Outcome<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| format!("a thread ended early: {e}"))?
+}
