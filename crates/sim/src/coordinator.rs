@@ -1,0 +1,248 @@
+//! Volt's daemon in virtual time, over the real [`Planner`]: what nodes tell it, and what it pushes to them.
+//!
+//! A node calls, registers, attaches with the placement that it has, and then beats. Words between a node and
+//! Volt keep their order and take a delay. A run of Volt that dies forgets the plan, as the daemon does; the
+//! next one hears of it from the nodes, and of quarantines from its durable record.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use block::{ChunkHash, NodeName};
+use rand::Rng;
+use volt::{Action, Millis, Placement, Planner, Settings, Shaping};
+
+use crate::event::{Event, Life, NodeIx};
+use crate::node::{Power, Session};
+use crate::scenario::{Bug, Scenario, fixed};
+use crate::world::World;
+
+/// What a node tells Volt.
+#[derive(Debug)]
+pub(crate) enum Word {
+    /// It registers, and attaches the image.
+    Hello {
+        current: Option<Placement>,
+    },
+    Heartbeat,
+    Lost {
+        parent: NodeIx,
+    },
+    Blame {
+        liar: NodeIx,
+        chunk: ChunkHash,
+    },
+    /// It leaves in peace.
+    Detach,
+    /// Its connection ended, which its host says.
+    Gone,
+}
+
+/// Heartbeats per lease, as nodes send them.
+const BEATS_PER_LEASE: u32 = 3;
+
+/// Looks at the clock per lease, as the daemon takes them.
+const TICKS_PER_LEASE: u32 = 4;
+
+/// How long a node waits before it calls Volt again.
+const CALL_AGAIN: Duration = Duration::from_millis(500);
+
+/// Volt, or what is left of it while it is down.
+pub(crate) struct Coordinator {
+    settings: Settings,
+    pub(crate) planner: Option<Planner>,
+    /// Counts runs.
+    pub(crate) run: u32,
+    connected: BTreeMap<NodeIx, Life>,
+    quarantined: BTreeSet<NodeName>,
+    /// When it is done with what it was told.
+    free_at: Duration,
+}
+
+impl Coordinator {
+    pub(crate) fn new(scenario: &Scenario) -> Coordinator {
+        let lease = Millis(scenario.lease.as_millis() as u64);
+        let shaping = match (scenario.bug, scenario.shaping) {
+            (Some(Bug::CrowdedParents), Shaping::Fixed(shape)) => fixed(shape.fan_out() * 2, shape.stripes()),
+            (_, shaping) => shaping,
+        };
+        Coordinator {
+            settings: Settings { lease, shaping },
+            planner: None,
+            run: 0,
+            connected: BTreeMap::new(),
+            quarantined: BTreeSet::new(),
+            free_at: Duration::ZERO,
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn start_volt(&mut self) {
+        let now = self.agenda.now();
+        self.volt.planner = Some(Planner::new(self.volt.settings));
+        self.volt.free_at = now;
+        for node in self.volt.quarantined.clone() {
+            self.plan(volt::Event::Quarantine { node });
+        }
+        self.agenda.after(self.scenario.lease / TICKS_PER_LEASE, Event::VoltTicks(self.volt.run));
+    }
+
+    pub(crate) fn kill_volt(&mut self) {
+        let run = self.volt.run;
+        self.volt.planner = None;
+        self.volt.run += 1;
+        for (_, life) in std::mem::take(&mut self.volt.connected) {
+            self.agenda.after(self.net.latency(), Event::VoltLost(life, run));
+        }
+    }
+
+    pub(crate) fn volt_ticks(&mut self, run: u32) {
+        if run == self.volt.run && self.volt.planner.is_some() {
+            self.plan(volt::Event::Tick);
+            self.agenda.after(self.scenario.lease / TICKS_PER_LEASE, Event::VoltTicks(run));
+        }
+    }
+
+    /// A word reaches Volt.
+    pub(crate) fn volt_hears(&mut self, life: Life, run: u32, word: Word) {
+        if run != self.volt.run || self.volt.planner.is_none() {
+            return;
+        }
+        let node = &self.nodes[life.node.at()];
+        let name = node.name.clone();
+        if !matches!(word, Word::Hello { .. }) && self.volt.connected.get(&life.node) != Some(&life) {
+            return;
+        }
+        match word {
+            Word::Hello { current } => {
+                let (location, role) = (node.location.clone(), node.role);
+                self.volt.connected.insert(life.node, life);
+                self.plan(volt::Event::NodeUp { node: name.clone(), address: String::new(), location });
+                let image = self.content.image;
+                self.plan(volt::Event::Attach { node: name, image, role, current });
+            }
+            Word::Heartbeat => self.plan(volt::Event::Heartbeat { node: name }),
+            Word::Lost { parent } => {
+                let parent = self.nodes[parent.at()].name.clone();
+                self.plan(volt::Event::Lost { by: name, parent });
+            }
+            Word::Blame { liar, chunk } => {
+                let liar = self.nodes[liar.at()].name.clone();
+                let image = self.content.image;
+                self.plan(volt::Event::Blame { by: name, liar, image, chunk });
+            }
+            Word::Detach => self.plan(volt::Event::Detach { node: name, image: self.content.image }),
+            Word::Gone => {
+                self.volt.connected.remove(&life.node);
+                self.plan(volt::Event::NodeDown { node: name });
+            }
+        }
+    }
+
+    /// Lets the planner take note of something, and does what it says.
+    fn plan(&mut self, event: volt::Event) {
+        let now = self.agenda.now();
+        let Some(planner) = self.volt.planner.as_mut() else { return };
+        self.volt.free_at = self.volt.free_at.max(now) + self.scenario.volt_cpu;
+        let actions = planner.apply(Millis(now.as_millis() as u64), event);
+        for action in actions {
+            match action {
+                Action::Place { node, placement, .. } => self.push(&node, Some(placement)),
+                Action::Unknown { node } => self.push(&node, None),
+                Action::Quarantine { node } => {
+                    self.volt.quarantined.insert(node);
+                }
+                Action::Refuse { node } => self.checks.violated(format!("Volt refuses {node}")),
+                Action::Dead { .. } | Action::Suspect { .. } => {}
+            }
+        }
+        if let Some(planner) = &self.volt.planner {
+            self.checks.planned(planner, &self.content.image);
+        }
+    }
+
+    /// Sends a node its placement, or, if there is none, the word that it is not known.
+    fn push(&mut self, name: &NodeName, placement: Option<Placement>) {
+        let Some(&life) = self.names.get(name).and_then(|node| self.volt.connected.get(node)) else { return };
+        let at = self.volt.free_at.max(self.agenda.now()) + self.delay(life.node);
+        let node = &mut self.nodes[life.node.at()];
+        node.heard_volt_at = at.max(node.heard_volt_at);
+        let event = match placement {
+            Some(placement) => Event::Placed(life, self.volt.run, Box::new(placement)),
+            None => Event::VoltLost(life, self.volt.run),
+        };
+        self.agenda.at(node.heard_volt_at, event);
+    }
+
+    /// What a word between a node and Volt takes now.
+    fn delay(&mut self, node: NodeIx) -> Duration {
+        let now = self.agenda.now();
+        let jitter = self.random.random_range(0.0..=1.0);
+        let blocked = self.net.outside_blocked_until(node).saturating_sub(now);
+        blocked + self.net.latency() + self.scenario.volt_delay_max.mul_f64(jitter)
+    }
+}
+
+/// The nodes' side.
+impl World {
+    pub(crate) fn calls_volt(&mut self, ix: NodeIx) {
+        let life = self.life(ix);
+        if self.volt.planner.is_none() {
+            return self.agenda.after(CALL_AGAIN, Event::Calls(life));
+        }
+        let run = self.volt.run;
+        let node = &mut self.nodes[ix.at()];
+        node.session = Session::On(run);
+        let current = node.placement.clone();
+        self.tell_volt(ix, Word::Hello { current });
+        self.agenda.after(self.scenario.lease / BEATS_PER_LEASE, Event::Beats(life, run));
+    }
+
+    /// Sends a word to Volt; without a session it is lost, as the daemon's reports are.
+    pub(crate) fn tell_volt(&mut self, ix: NodeIx, word: Word) {
+        let Session::On(run) = self.nodes[ix.at()].session else { return };
+        let at = self.agenda.now() + self.delay(ix);
+        let life = self.life(ix);
+        let node = &mut self.nodes[ix.at()];
+        node.heard_by_volt_at = at.max(node.heard_by_volt_at);
+        self.agenda.at(node.heard_by_volt_at, Event::VoltHears(life, run, word));
+    }
+
+    pub(crate) fn beats(&mut self, ix: NodeIx, run: u32) {
+        if self.nodes[ix.at()].session == Session::On(run) {
+            self.tell_volt(ix, Word::Heartbeat);
+            let life = self.life(ix);
+            self.agenda.after(self.scenario.lease / BEATS_PER_LEASE, Event::Beats(life, run));
+        }
+    }
+
+    pub(crate) fn placed(&mut self, ix: NodeIx, run: u32, placement: Placement) {
+        if self.nodes[ix.at()].session != Session::On(run) {
+            return;
+        }
+        let is_usable = !placement.stripes.is_empty();
+        self.place(ix, placement);
+        let node = &mut self.nodes[ix.at()];
+        if is_usable && node.began_at.is_none() {
+            let at = self.scenario.stream_at.max(self.agenda.now());
+            node.began_at = Some(at);
+            let life = self.life(ix);
+            self.agenda.at(at, Event::Streams(life));
+        }
+    }
+
+    pub(crate) fn volt_lost(&mut self, ix: NodeIx, run: u32) {
+        if self.nodes[ix.at()].session == Session::On(run) {
+            self.nodes[ix.at()].session = Session::Off;
+            let life = self.life(ix);
+            self.agenda.after(CALL_AGAIN, Event::Calls(life));
+        }
+    }
+
+    /// Volt hears that a process is gone, if the host can still say so.
+    pub(crate) fn process_gone(&mut self, ix: NodeIx, power: Power) {
+        if power == Power::Off {
+            self.tell_volt(ix, Word::Gone);
+        }
+    }
+}

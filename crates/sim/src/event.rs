@@ -1,0 +1,125 @@
+//! The names of things in a run, and all that can happen to them.
+
+use link::policy::PathId;
+use volt::Placement;
+
+use crate::content::ChunkIx;
+use crate::coordinator::Word;
+
+/// A node, and the host that it runs on. They count from 0; the origin is the first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct NodeIx(pub(crate) u32);
+
+/// A link, in the order in which they were opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct LinkId(pub(crate) u32);
+
+/// One direction of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct FlowId(pub(crate) u32);
+
+/// Which end of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Side {
+    Child,
+    Parent,
+}
+
+/// One end of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct End {
+    pub(crate) link: LinkId,
+    pub(crate) side: Side,
+}
+
+/// One life of a node, from a start to a death: what was meant for an earlier life is void.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Life {
+    pub(crate) node: NodeIx,
+    pub(crate) count: u32,
+}
+
+impl NodeIx {
+    pub(crate) fn at(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl LinkId {
+    pub(crate) fn at(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl FlowId {
+    pub(crate) fn at(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The end that hears what comes along this flow. A link's flows are opened together, upward first.
+    pub(crate) fn hearer(self) -> End {
+        let side = if self.0.is_multiple_of(2) { Side::Parent } else { Side::Child };
+        End { link: LinkId(self.0 / 2), side }
+    }
+
+    /// The end that writes to this flow.
+    pub(crate) fn writer(self) -> End {
+        self.hearer().other()
+    }
+}
+
+impl End {
+    pub(crate) fn other(self) -> End {
+        let side = match self.side {
+            Side::Child => Side::Parent,
+            Side::Parent => Side::Child,
+        };
+        End { side, ..self }
+    }
+
+    /// The flow that this end writes to.
+    pub(crate) fn flow(self) -> FlowId {
+        FlowId(self.link.0 * 2 + u32::from(self.side == Side::Parent))
+    }
+}
+
+/// What happens.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A host's link out is free.
+    SentOut(NodeIx),
+    /// The oldest message of a flow arrives.
+    Arrives(FlowId),
+    /// The stream of this end is over, because the other end closed it.
+    Ends(End),
+    /// An end's machine wants to know the time.
+    Timer(End),
+    /// A parent may be dialed now.
+    Dials(Life, PathId),
+    /// A dial is answered, if there is somebody to answer.
+    Dialed(Life, PathId),
+    /// A dial takes long.
+    DialsLate(Life, PathId),
+    /// A dial is given up.
+    DialFails(Life, PathId),
+    /// A fetch is due for a decision, if it is still at this turn.
+    Decides(Life, ChunkIx, u64),
+    /// A guest issues its next read.
+    GuestReads(Life, usize),
+    /// A node begins to stream the boot profile.
+    Streams(Life),
+    /// A node calls Volt.
+    Calls(Life),
+    /// A node's heartbeat is due, in this session with Volt.
+    Beats(Life, u32),
+    /// A word reaches Volt, meant for that run of it.
+    VoltHears(Life, u32, Word),
+    /// A placement reaches a node, from that run of Volt.
+    Placed(Life, u32, Box<Placement>),
+    /// The node notices that this run of Volt is gone.
+    VoltLost(Life, u32),
+    /// Volt looks at its clock.
+    VoltTicks(u32),
+    /// A fault of the plan begins or ends.
+    Fault(usize),
+}

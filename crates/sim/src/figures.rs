@@ -1,0 +1,167 @@
+//! Figures: how close the simulated storm comes to the limit of the network.
+//!
+//! All relays have attached before the clock of a figure starts, so that a figure is about the transfer and not
+//! about how fast Volt takes registrations, which is a figure of its own. Then all stream the boot set at once.
+
+use std::fmt;
+use std::time::Duration;
+
+use block::limits::CHUNK_BYTES;
+use serde::Serialize;
+use volt::Shaping;
+
+use crate::run::{Failure, Outcome, run};
+use crate::scenario::{Faults, Scale, Scenario, fixed};
+
+/// Chunks of the boot set of a Debian boot: 110 MB.
+pub const BOOT_CHUNKS: u32 = 1_680;
+
+/// The same for ten thousand nodes: a fourth, because every chunk is really hashed on every node.
+const BOOT_CHUNKS_OF_MANY: u32 = 420;
+
+/// From how many nodes on it is that many.
+const MANY: u32 = 5_000;
+
+/// Time in which the nodes attach before the storm.
+const START_WITHIN: Duration = Duration::from_secs(2);
+
+/// When the storm begins.
+const STREAM_AT: Duration = Duration::from_secs(6);
+
+/// One storm's figures.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// Its nodes, shape and speed.
+    pub what: String,
+    /// Relays.
+    pub nodes: u32,
+    /// Chunks of 64 KiB of the boot set.
+    pub chunks: u32,
+    /// Rate of a link in Gbit/s.
+    pub gbits: f64,
+    /// Boot set over rate, in seconds.
+    pub limit_s: f64,
+    /// Time until a node has the boot set over that limit: the median of the nodes.
+    pub e_p50: f64,
+    /// The same, for 99 of 100 nodes.
+    pub e_p99: f64,
+    /// The same, for all.
+    pub e_max: f64,
+    /// Bytes that left the origin over the bytes of the boot set.
+    pub g: f64,
+    /// The most bytes through one rack's link in one direction over those of the boot set.
+    pub rack_max: Option<f64>,
+    /// Chunks sent for each that a node kept.
+    pub sent_per_kept: f64,
+    /// Steps from the origin to the deepest node.
+    pub depth: u32,
+    /// Seconds until 99 of 100 guests had read all.
+    pub booted_p99_s: Option<f64>,
+    /// Seconds until the last guest had.
+    pub booted_max_s: Option<f64>,
+    /// The longest wait for one read, in seconds, for 99 of 100 guests.
+    pub stall_p99_s: Option<f64>,
+}
+
+impl Scenario {
+    /// A storm without faults on a flat network.
+    pub fn storm(nodes: u32, chunks: u32, gbits: f64, shaping: Shaping) -> Scenario {
+        Scenario {
+            seed: 1,
+            nodes,
+            chunks,
+            gbits,
+            racks: 0,
+            rack_gbits: gbits,
+            shaping,
+            guests: 0,
+            profile: true,
+            faults: Faults::None,
+            bug: None,
+            scale: Scale::Measured,
+            latency: Duration::from_micros(50),
+            lease: Duration::from_secs(3),
+            volt_delay_max: Duration::from_millis(1),
+            volt_cpu: Duration::ZERO,
+            stream_at: STREAM_AT,
+            start_within: START_WITHIN,
+            trace: None,
+        }
+    }
+}
+
+impl Row {
+    fn of(what: String, scenario: &Scenario, outcome: &Outcome) -> Row {
+        let limit = scenario.wire_limit().as_secs_f64();
+        let bytes = f64::from(scenario.chunks) * CHUNK_BYTES as f64;
+        let e = |time: Duration| time.as_secs_f64() / limit;
+        let guests = |seconds: Duration| (scenario.guests > 0).then_some(seconds.as_secs_f64());
+        Row {
+            what,
+            nodes: scenario.nodes,
+            chunks: scenario.chunks,
+            gbits: scenario.gbits,
+            limit_s: limit,
+            e_p50: e(outcome.complete.quantile(0.5)),
+            e_p99: e(outcome.complete.quantile(0.99)),
+            e_max: e(outcome.complete.max()),
+            g: outcome.origin_bytes as f64 / bytes,
+            rack_max: (scenario.racks > 0).then_some(outcome.rack_bytes_max as f64 / bytes),
+            sent_per_kept: outcome.sent_per_kept,
+            depth: outcome.depth,
+            booted_p99_s: guests(outcome.booted.quantile(0.99)),
+            booted_max_s: guests(outcome.booted.max()),
+            stall_p99_s: guests(outcome.stalls.quantile(0.99)),
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let or_dash = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
+        write!(
+            f,
+            "{:32} {:6} {:5} {:5} {:8.4} {:6.3} {:6.3} {:6.3} {:6.3} {:>6} {:6.3} {:5} {:>7} {:>7} {:>7}",
+            self.what,
+            self.nodes,
+            self.chunks,
+            self.gbits,
+            self.limit_s,
+            self.e_p50,
+            self.e_p99,
+            self.e_max,
+            self.g,
+            or_dash(self.rack_max),
+            self.sent_per_kept,
+            self.depth,
+            or_dash(self.booted_p99_s),
+            or_dash(self.booted_max_s),
+            or_dash(self.stall_p99_s),
+        )
+    }
+}
+
+/// The heads of the columns of a [`Row`].
+pub const HEADS: &str = "what                              nodes chunks Gbit/s  W/B, s  E p50  E p99  E max      G   rack   sent depth boot p99 boot max stall p99";
+
+/// Measures the storms, one after the other, and hands each row out as it is done.
+///
+/// # Errors
+/// The first promise that a run broke.
+pub fn storms(sizes: &[u32], mut done: impl FnMut(&Row)) -> Result<Vec<Row>, Failure> {
+    let mut rows = Vec::new();
+    for &nodes in sizes {
+        for gbits in [1.0, 10.0, 25.0] {
+            for (name, shaping) in
+                [("binary", fixed(2, 1)), ("4 stripes", fixed(4, 4)), ("auto", Shaping::Auto)]
+            {
+                let chunks = if nodes >= MANY { BOOT_CHUNKS_OF_MANY } else { BOOT_CHUNKS };
+                let scenario = Scenario::storm(nodes, chunks, gbits, shaping);
+                let row = Row::of(name.to_owned(), &scenario, &run(&scenario)?);
+                done(&row);
+                rows.push(row);
+            }
+        }
+    }
+    Ok(rows)
+}

@@ -1,0 +1,48 @@
+//! The parent's end of a link: what a child wants is fetched as anybody's chunk is, and answered.
+
+use link::wire::RequestId;
+use link::{ParentEvent, Reply};
+
+use crate::event::{End, LinkId, Side};
+use crate::fetch::Got;
+use crate::node::Waiter;
+use crate::world::World;
+
+impl World {
+    /// Does what an event of a link's parent end asks for.
+    pub(crate) fn parent_event(&mut self, link: LinkId, event: &ParentEvent) {
+        let node = self.links[link.at()].parent_node;
+        match *event {
+            ParentEvent::Wanted { id, chunk, priority, .. } => {
+                let Some(chunk) = self.content.find(&chunk) else {
+                    return self.checks.violated("a child wants what is no chunk of the image".to_owned());
+                };
+                self.links[link.at()].serving.insert(id, chunk);
+                if self.fetch(node, chunk, priority, Waiter::Child(link, id)) == Got::Here {
+                    self.serve_chunk(node, link, id, chunk);
+                }
+            }
+            ParentEvent::Raised { id, priority } => {
+                if let Some(&chunk) = self.links[link.at()].serving.get(&id) {
+                    self.raise(node, chunk, Waiter::Child(link, id), priority);
+                }
+            }
+            ParentEvent::Cancelled { id } => {
+                if let Some(chunk) = self.links[link.at()].serving.remove(&id) {
+                    self.leave(node, chunk, Waiter::Child(link, id));
+                }
+            }
+            ParentEvent::Ready | ParentEvent::Closed(_) => {}
+        }
+    }
+
+    /// Answers a child.
+    pub(crate) fn answer(&mut self, link: LinkId, id: RequestId, reply: Reply) {
+        let entry = &mut self.links[link.at()];
+        entry.serving.remove(&id);
+        if let Some(parent) = entry.parent.as_mut() {
+            parent.answer(id, reply);
+            self.dirty.push_back(End { link, side: Side::Parent });
+        }
+    }
+}

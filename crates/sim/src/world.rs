@@ -1,0 +1,352 @@
+//! The world: all nodes, links, the network and Volt, and what each event does to them.
+//!
+//! One owner, one thread. An event changes its subject directly; ends of links that have something to say or
+//! to hear because of it stand in a line and are seen to before the next event, so that nothing recurses.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use block::NodeName;
+use link::policy::PathId;
+use link::wire::RequestId;
+use link::{Child, Parent};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::agenda::Agenda;
+use crate::check::Checks;
+use crate::content::{ChunkIx, Content};
+use crate::coordinator::Coordinator;
+use crate::event::{End, Event, Life, LinkId, NodeIx, Side};
+use crate::fault::Fault;
+use crate::net::Net;
+use crate::node::Node;
+use crate::scenario::Scenario;
+
+/// One link with both of its ends; an end that is gone is none.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) child_node: NodeIx,
+    pub(crate) parent_node: NodeIx,
+    /// The child's name for its parent.
+    pub(crate) path: PathId,
+    pub(crate) child: Option<Child>,
+    pub(crate) parent: Option<Parent>,
+    /// When the ends' timers go off next.
+    timers: [Option<Duration>; 2],
+    /// The parent sent a wrong chunk.
+    pub(crate) lied: bool,
+    /// What the parent's node was asked for and has not answered.
+    pub(crate) serving: BTreeMap<RequestId, ChunkIx>,
+}
+
+/// Everything. See the module's documentation.
+pub(crate) struct World {
+    pub(crate) agenda: Agenda<Event>,
+    pub(crate) net: Net,
+    pub(crate) content: Rc<Content>,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) names: BTreeMap<NodeName, NodeIx>,
+    pub(crate) links: Vec<Link>,
+    pub(crate) volt: Coordinator,
+    pub(crate) scenario: Scenario,
+    pub(crate) faults: Vec<(Duration, Fault)>,
+    /// When the last of them is over.
+    pub(crate) faults_end: Duration,
+    pub(crate) checks: Checks,
+    pub(crate) random: StdRng,
+    /// Ends that have something to say or to hear.
+    pub(crate) dirty: VecDeque<End>,
+    pub(crate) events: u64,
+}
+
+impl World {
+    /// A world in which nothing has happened.
+    pub(crate) fn new(scenario: Scenario, content: Rc<Content>) -> World {
+        let mut world = World {
+            agenda: Agenda::new(),
+            net: Net::new(scenario.latency, scenario.rack_links()),
+            nodes: Vec::new(),
+            names: BTreeMap::new(),
+            links: Vec::new(),
+            volt: Coordinator::new(&scenario),
+            faults: Vec::new(),
+            faults_end: Duration::ZERO,
+            checks: Checks::new(&scenario),
+            random: StdRng::seed_from_u64(scenario.seed),
+            dirty: VecDeque::new(),
+            events: 0,
+            content,
+            scenario,
+        };
+        world.populate();
+        world
+    }
+
+    pub(crate) fn life(&self, node: NodeIx) -> Life {
+        Life { node, count: self.nodes[node.at()].life }
+    }
+
+    /// Lets the next event happen. Says whether there was one.
+    pub(crate) fn step(&mut self) -> bool {
+        let Some(event) = self.agenda.next() else { return false };
+        self.events += 1;
+        self.apply(event);
+        loop {
+            for flow in self.net.take_roomy() {
+                self.dirty.push_back(flow.writer());
+            }
+            let Some(end) = self.dirty.pop_front() else { break };
+            self.attend(end);
+        }
+        true
+    }
+
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::SentOut(node) => self.net.sent_out(&mut self.agenda, node),
+            Event::Arrives(flow) => {
+                let end = flow.hearer();
+                if let Some(event) = self.postponed(self.owner(end), Event::Arrives(flow)) {
+                    debug_assert!(matches!(event, Event::Arrives(_)));
+                    if let Some(bytes) = self.net.arrive(&mut self.agenda, flow) {
+                        self.hear(end, bytes);
+                    }
+                }
+            }
+            Event::Ends(end) => self.stream_ended(end),
+            Event::Timer(end) => {
+                if let Some(Event::Timer(end)) = self.postponed(self.owner(end), event) {
+                    self.timer(end);
+                }
+            }
+            Event::Fault(at) => self.fault(at),
+            Event::VoltHears(life, run, word) => self.volt_hears(life, run, word),
+            Event::VoltTicks(run) => self.volt_ticks(run),
+            Event::Dials(life, _)
+            | Event::Dialed(life, _)
+            | Event::DialsLate(life, _)
+            | Event::DialFails(life, _)
+            | Event::Decides(life, ..)
+            | Event::GuestReads(life, _)
+            | Event::Streams(life)
+            | Event::Calls(life)
+            | Event::Beats(life, _)
+            | Event::Placed(life, ..)
+            | Event::VoltLost(life, _) => {
+                if self.life(life.node) == life
+                    && let Some(event) = self.postponed(life.node, event)
+                {
+                    self.apply_to_node(life.node, event);
+                }
+            }
+        }
+    }
+
+    fn apply_to_node(&mut self, node: NodeIx, event: Event) {
+        match event {
+            Event::Dials(_, path) => self.dials(node, path),
+            Event::Dialed(_, path) => self.dialed(node, path),
+            Event::DialsLate(_, path) => self.dials_late(node, path),
+            Event::DialFails(_, path) => self.uplink_failed(node, path),
+            Event::Decides(_, chunk, turn) => self.decides(node, chunk, turn),
+            Event::GuestReads(_, guest) => self.guest_reads(node, guest),
+            Event::Streams(_) => self.streams(node),
+            Event::Calls(_) => self.calls_volt(node),
+            Event::Beats(_, run) => self.beats(node, run),
+            Event::Placed(_, run, placement) => self.placed(node, run, *placement),
+            Event::VoltLost(_, run) => self.volt_lost(node, run),
+            _ => unreachable!("not an event of one node"),
+        }
+    }
+
+    /// The event, unless its node is frozen: then it happens when the node thaws.
+    fn postponed(&mut self, node: NodeIx, event: Event) -> Option<Event> {
+        let until = self.nodes[node.at()].frozen_until;
+        if until <= self.agenda.now() {
+            return Some(event);
+        }
+        self.agenda.at(until, event);
+        None
+    }
+
+    fn owner(&self, end: End) -> NodeIx {
+        let link = &self.links[end.link.at()];
+        match end.side {
+            Side::Child => link.child_node,
+            Side::Parent => link.parent_node,
+        }
+    }
+
+    pub(crate) fn open_link(
+        &mut self,
+        child_node: NodeIx,
+        path: PathId,
+        parent_node: NodeIx,
+        child: Child,
+        parent: Parent,
+    ) -> LinkId {
+        let link = LinkId(u32::try_from(self.links.len()).expect("a run opens fewer links than that"));
+        self.links.push(Link {
+            child_node,
+            parent_node,
+            path,
+            child: Some(child),
+            parent: Some(parent),
+            timers: [None; 2],
+            lied: false,
+            serving: BTreeMap::new(),
+        });
+        self.net.open(child_node, parent_node);
+        self.net.open(parent_node, child_node);
+        self.nodes[parent_node.at()].downlinks.push(link);
+        for side in [Side::Child, Side::Parent] {
+            self.dirty.push_back(End { link, side });
+        }
+        link
+    }
+}
+
+/// What both ends of links have in common.
+impl World {
+    /// Bytes reach an end.
+    fn hear(&mut self, end: End, bytes: link::Outgoing) {
+        use bytes::{Buf, BufMut};
+        let now = self.agenda.now();
+        let link = &mut self.links[end.link.at()];
+        let inbox = match end.side {
+            Side::Child => link.child.as_mut().map(Child::inbox),
+            Side::Parent => link.parent.as_mut().map(Parent::inbox),
+        };
+        let Some(inbox) = inbox else { return };
+        if inbox.is_empty() {
+            // No room of an earlier chunk is kept: ten thousand nodes have many links.
+            *inbox = bytes::BytesMut::with_capacity(bytes.remaining());
+        }
+        inbox.put(bytes);
+        match end.side {
+            Side::Child => {
+                if let Some(child) = link.child.as_mut() {
+                    child.heard(now);
+                }
+                let (node, path) = (link.child_node, link.path);
+                self.nodes[node.at()].paths.heard(path, now);
+            }
+            Side::Parent => {
+                if let Some(parent) = link.parent.as_mut() {
+                    parent.heard(now);
+                }
+            }
+        }
+        self.dirty.push_back(end);
+    }
+
+    /// Takes the events of an end and sends what it has to say.
+    fn attend(&mut self, end: End) {
+        let now = self.agenda.now();
+        match end.side {
+            Side::Child => {
+                while let Some(event) = self.links[end.link.at()].child.as_mut().and_then(Child::poll_event) {
+                    self.child_event(end.link, event);
+                }
+            }
+            Side::Parent => self.attend_parent(end),
+        }
+        let flow = end.flow();
+        while self.net.has_room(flow) {
+            let link = &mut self.links[end.link.at()];
+            let out = match end.side {
+                Side::Child => link.child.as_mut().and_then(|child| child.poll_transmit(now)),
+                Side::Parent => link.parent.as_mut().and_then(Parent::poll_transmit),
+            };
+            let Some(out) = out else { break };
+            self.net.write(&mut self.agenda, flow, out);
+            if end.side == Side::Parent {
+                // Sending an answer frees its place for another request.
+                self.attend_parent(end);
+            }
+        }
+        self.checks.queued(self.net.waiting_bytes(flow));
+        let link = &self.links[end.link.at()];
+        let is_over = match end.side {
+            Side::Child => link.child.as_ref().is_some_and(|child| child.closed().is_some()),
+            Side::Parent => link.parent.as_ref().is_some_and(|parent| parent.closed().is_some()),
+        };
+        if is_over { self.hang_up(end) } else { self.set_timer(end) }
+    }
+
+    fn attend_parent(&mut self, end: End) {
+        while let Some(event) = self.links[end.link.at()].parent.as_mut().and_then(Parent::poll_event) {
+            self.parent_event(end.link, &event);
+        }
+    }
+
+    fn set_timer(&mut self, end: End) {
+        let link = &mut self.links[end.link.at()];
+        let deadline = match end.side {
+            Side::Child => link.child.as_ref().map(Child::deadline),
+            Side::Parent => link.parent.as_ref().map(Parent::deadline),
+        };
+        let Some(deadline) = deadline else { return };
+        let timer = &mut link.timers[end.side as usize];
+        if timer.is_none_or(|set| deadline < set) {
+            *timer = Some(deadline);
+            self.agenda.at(deadline, Event::Timer(end));
+        }
+    }
+
+    fn timer(&mut self, end: End) {
+        let now = self.agenda.now();
+        let link = &mut self.links[end.link.at()];
+        if link.timers[end.side as usize].is_none_or(|set| set > now) {
+            return;
+        }
+        link.timers[end.side as usize] = None;
+        match end.side {
+            Side::Child => {
+                link.child.as_mut().filter(|child| child.deadline() <= now).map(|child| child.tick(now))
+            }
+            Side::Parent => {
+                link.parent.as_mut().filter(|parent| parent.deadline() <= now).map(|parent| parent.tick(now))
+            }
+        };
+        self.attend(end);
+    }
+
+    /// The other end closed the stream.
+    fn stream_ended(&mut self, end: End) {
+        let link = &mut self.links[end.link.at()];
+        match end.side {
+            Side::Child => link.child.as_mut().map(Child::ended),
+            Side::Parent => link.parent.as_mut().map(Parent::ended),
+        };
+        self.attend(end);
+    }
+
+    /// An end goes; the other one notices after what was said, unless this host is gone.
+    pub(crate) fn hang_up(&mut self, end: End) {
+        self.drop_end(end);
+        let at = self.net.end_of(end.flow(), self.agenda.now());
+        self.agenda.at(at, Event::Ends(end.other()));
+    }
+
+    /// An end is gone without a word.
+    pub(crate) fn drop_end(&mut self, end: End) {
+        let link = &mut self.links[end.link.at()];
+        match end.side {
+            Side::Child => link.child = None,
+            Side::Parent => {
+                link.parent = None;
+                let (node, child) = (link.parent_node, end.link);
+                let serving = std::mem::take(&mut link.serving);
+                self.nodes[node.at()].downlinks.retain(|other| *other != child);
+                for (id, chunk) in serving {
+                    self.leave(node, chunk, crate::node::Waiter::Child(child, id));
+                }
+            }
+        }
+        // What was sent to it is lost.
+        self.net.close(end.other().flow());
+    }
+}
