@@ -289,6 +289,24 @@ pub(crate) struct LinkStatus {
     pub(crate) sent_wire_bytes: u64,
     /// Requests that went to another parent because one failed.
     pub(crate) failovers: u64,
+    /// Requests that were asked of another parent too because a guest waited too long.
+    #[serde(default)]
+    pub(crate) hedges: u64,
+    /// Those in which the other parent was first.
+    #[serde(default)]
+    pub(crate) hedge_wins: u64,
+    /// Answers that guests waited too long for, hedged or not.
+    #[serde(default)]
+    pub(crate) late_fetches: u64,
+    /// Parents that were not asked for a while because they were late time and again.
+    #[serde(default)]
+    pub(crate) breaker_openings: u64,
+    /// Requests to an origin because the planned parents failed.
+    #[serde(default)]
+    pub(crate) last_resort_fetches: u64,
+    /// Requests that waited for a budget.
+    #[serde(default)]
+    pub(crate) throttled: u64,
     /// Wrong chunks that parents sent.
     pub(crate) lies: u64,
 }

@@ -2,10 +2,15 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use block::NodeName;
 use clap::Args;
+use link::FetchSettings;
+use link::policy::{Multipath, Settings};
 use volt::Location;
+
+use crate::units::ByteSize;
 
 /// A file or block device for the cache group.
 #[derive(Debug, Clone)]
@@ -36,6 +41,15 @@ pub(crate) struct ComputeArgs {
     /// Where this host stands, as ZONE/RACK/HOST
     #[arg(long, default_value = "", value_name = "LABEL")]
     pub(crate) location: Location,
+    /// How a parent is chosen among those that work: planned, round-robin, service-time or queue-length
+    #[arg(long, default_value_t, value_name = "CHOICE")]
+    pub(crate) multipath: Multipath,
+    /// How long a guest's read may wait for a chunk before it fails, such as 5m; for ever if absent
+    #[arg(long, value_parser = crate::units::parse_duration, value_name = "TIME")]
+    pub(crate) fetch_timeout: Option<Duration>,
+    /// What fetches that nobody waits for may take per second, such as 10M; no bound if absent
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) background_rate: Option<ByteSize>,
     /// Also export disks and images over NBD on this TCP address (TLS with client certificates)
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) nbd_listen: Option<SocketAddr>,
@@ -46,4 +60,15 @@ pub(crate) struct ComputeArgs {
     #[cfg(feature = "faults")]
     #[arg(long, hide = true)]
     pub(crate) fault: Option<super::fault::Fault>,
+}
+
+impl ComputeArgs {
+    /// How chunks are fetched.
+    pub(crate) fn fetch_settings(&self) -> FetchSettings {
+        let paths = Settings {
+            multipath: self.multipath,
+            background_bytes_per_second: self.background_rate.map(|rate| rate.0),
+        };
+        FetchSettings { paths, timeout: self.fetch_timeout }
+    }
 }

@@ -24,7 +24,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use block::{BoxFuture, NodeName};
-use link::{Dial, FetchSettings, ParentAddr, Stats, Stream, Tally, Uplinks};
+use link::{Dial, ParentAddr, Stats, Stream, Tally, Uplinks};
 use store::{CacheGroup, MediaSpec};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -68,7 +68,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let removed = Arc::new(Removed::default());
     let dialer = TlsDialer { credentials: Arc::clone(&credentials), removed: Arc::clone(&removed) };
     let (uplinks, reports) =
-        Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), FetchSettings::default());
+        Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), args.fetch_settings());
     let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
     let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks, records));
     let vms = Vms::new(name.clone(), layout.clone());

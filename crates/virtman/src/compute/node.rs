@@ -270,6 +270,12 @@ impl Node {
             sent_chunks: get(&self.links.chunks_sent),
             sent_wire_bytes: get(&self.links.wire_bytes_sent),
             failovers: get(&self.links.failovers),
+            hedges: get(&self.links.hedges),
+            hedge_wins: get(&self.links.hedge_wins),
+            late_fetches: get(&self.links.late_fetches),
+            breaker_openings: get(&self.links.breaker_openings),
+            last_resort_fetches: get(&self.links.last_resort_fetches),
+            throttled: get(&self.links.throttled),
             lies: get(&self.links.lies),
         }
     }

@@ -21,6 +21,7 @@ use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 pub(crate) use accept::{Accept, AcceptError, Accepted, Acceptor, Admission};
@@ -62,7 +63,12 @@ impl Alpn {
 /// limit is a quarter of an hour.
 const UNACKNOWLEDGED_TIME_MAX: Duration = Duration::from_secs(20);
 
-/// Sets what every connection between members has: no Nagle's delay, and an end when the peer is gone.
+/// Bytes that may lie unsent in a socket: two chunks, which keep a link busy until the next are handed over.
+/// What lies there cannot be overtaken by a chunk that a guest waits for; without a bound it grows to megabytes.
+const UNSENT_BYTES_MAX: u32 = 128 * 1024;
+
+/// Sets what every connection between members has: no Nagle's delay, an end when the peer is gone, and little
+/// that waits in the socket.
 ///
 /// # Errors
 /// What the system says.
@@ -70,7 +76,7 @@ pub(crate) fn prepare(tcp: &TcpStream) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     let millis = u32::try_from(UNACKNOWLEDGED_TIME_MAX.as_millis()).expect("some seconds fit");
     rustix::net::sockopt::set_tcp_user_timeout(tcp, millis)?;
-    Ok(())
+    SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT_BYTES_MAX)
 }
 
 /// The one cryptographic library, named explicitly: no process-wide default decides what we trust.

@@ -355,6 +355,15 @@ async fn a_closed_port_is_unreachable_and_a_foreign_server_untrusted() {
     assert!(matches!(error, Err(ConnectError::Unreachable { .. })), "{error:?}");
 }
 
+#[tokio::test]
+async fn a_connection_keeps_little_unsent() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    prepare(&tcp).unwrap();
+    let unsent_max = SockRef::from(&tcp).tcp_notsent_lowat().unwrap();
+    assert_eq!((unsent_max, tcp.nodelay().unwrap()), (UNSENT_BYTES_MAX, true));
+}
+
 /// A TLS client as others write it: standard verification by the DNS name `b`.
 fn foreign_client(
     authority: &Authority,
