@@ -33,8 +33,9 @@ const RATE_SAMPLE_BYTES: u64 = 1 << 20;
 /// What a disk image usually shrinks to: assumed until the link's own chunks tell.
 const RATIO_GUESS: f64 = 0.5;
 
-/// While chunks do not shrink enough, one in so many is tried, to notice when they do.
-const PROBE_EVERY: u32 = 16;
+/// While chunks do not shrink enough, one in so many is tried, to notice when they do: what that costs is lost
+/// in the noise.
+const PROBE_EVERY: u32 = 64;
 
 /// Weight of the newest chunk in the running ratio: about the last ten chunks count.
 const RATIO_WEIGHT: f64 = 0.1;
@@ -189,7 +190,7 @@ mod tests {
     fn chunks_that_do_not_shrink_are_tried_now_and_then_until_they_do() {
         let mut policy = slow();
         (0..100).for_each(|_| policy.tried(1.0));
-        let tries = (0..160).filter(|_| policy.choose() == Packing::Try).count();
+        let tries = (0..10 * PROBE_EVERY).filter(|_| policy.choose() == Packing::Try).count();
         assert_eq!(tries, 10);
         (0..20).for_each(|_| policy.tried(0.3));
         assert_eq!(policy.choose(), Packing::Try);

@@ -96,15 +96,17 @@ impl Uplink {
     pub(crate) fn ask(&self, image: ImageId, chunk: ChunkHash, priority: Priority) -> Asked {
         let (reply, answer) = oneshot::channel();
         let mut state = self.desk.state();
-        state.last_id = RequestId(state.last_id.0.wrapping_add(1));
-        let id = state.last_id;
+        let id = state.withdrawn.take(image, chunk).unwrap_or_else(|| {
+            state.last_id = RequestId(state.last_id.0.wrapping_add(1));
+            state.last_id
+        });
         if state.open == Open::Yes && state.wants.len() < QUEUED_MAX {
             state.wants.push_back(Want { id, image, chunk, priority, reply });
             state.needed = Needed::Yes;
             drop(state);
             self.desk.changed.notify_one();
         }
-        Asked { desk: self.desk.clone(), id, answer, answered: Answered::No }
+        Asked { desk: self.desk.clone(), id, image, chunk, answer, answered: Answered::No }
     }
 }
 
@@ -112,6 +114,8 @@ impl Uplink {
 pub(crate) struct Asked {
     desk: Arc<Desk>,
     id: RequestId,
+    image: ImageId,
+    chunk: ChunkHash,
     answer: oneshot::Receiver<Answer>,
     answered: Answered,
 }
@@ -135,7 +139,7 @@ impl Future for Asked {
 impl Drop for Asked {
     fn drop(&mut self) {
         if self.answered == Answered::No {
-            self.desk.withdraw(self.id);
+            self.desk.withdraw(self.id, self.image, self.chunk);
         }
     }
 }
@@ -161,7 +165,19 @@ struct DeskState {
     /// At most [`QUEUED_MAX`].
     wants: VecDeque<Want>,
     /// Requests that the task took and nobody wants any more: no more than it took.
-    withdrawn: Vec<RequestId>,
+    withdrawn: Withdrawn,
+}
+
+/// Requests that nobody wants any more. One that is wanted again before the parent was told goes on under its
+/// number: a cache that becomes more urgent asks anew, and the chunk may be on its way already.
+#[derive(Default)]
+struct Withdrawn(Vec<(RequestId, ImageId, ChunkHash)>);
+
+impl Withdrawn {
+    fn take(&mut self, image: ImageId, chunk: ChunkHash) -> Option<RequestId> {
+        let at = self.0.iter().position(|(_, of, what)| (*of, *what) == (image, chunk))?;
+        Some(self.0.swap_remove(at).0)
+    }
 }
 
 /// Whether requests are taken: as long as the standing of the path is usable.
@@ -184,7 +200,7 @@ impl Desk {
             needed: Needed::No,
             last_id: RequestId(0),
             wants: VecDeque::new(),
-            withdrawn: Vec::new(),
+            withdrawn: Withdrawn::default(),
         };
         Desk { state: Mutex::new(state), changed: Notify::new() }
     }
@@ -194,12 +210,12 @@ impl Desk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn withdraw(&self, id: RequestId) {
+    fn withdraw(&self, id: RequestId, image: ImageId, chunk: ChunkHash) {
         let mut state = self.state();
         if let Some(at) = state.wants.iter().position(|want| want.id == id) {
             state.wants.remove(at);
         } else if state.open == Open::Yes {
-            state.withdrawn.push(id);
+            state.withdrawn.0.push((id, image, chunk));
             drop(state);
             self.changed.notify_one();
         }
@@ -214,7 +230,7 @@ impl Desk {
         let mut state = self.state();
         state.open = Open::No;
         state.wants.clear();
-        state.withdrawn.clear();
+        state.withdrawn.0.clear();
     }
 }
 
@@ -370,12 +386,17 @@ impl Task {
             (std::mem::take(&mut state.wants), std::mem::take(&mut state.withdrawn))
         };
         for want in wants {
+            if let Some(reply) = replies.get_mut(&want.id) {
+                child.raise(want.id, want.priority);
+                *reply = want.reply;
+                continue;
+            }
             // A refused request drops its reply, which tells whoever waits to ask another.
             if child.want(want.id, want.image, want.chunk, want.priority).is_ok() {
                 replies.insert(want.id, want.reply);
             }
         }
-        for id in withdrawn {
+        for (id, ..) in withdrawn.0 {
             child.cancel(id);
             replies.remove(&id);
         }

@@ -147,6 +147,27 @@ async fn a_raised_request_is_raised_at_the_source() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_fetch_that_is_begun_anew_more_urgently_is_raised_and_not_sent_twice() {
+    let net = Arc::new(Net::default());
+    let origin = Memory::new(Mood::Hangs);
+    net.listen("origin", origin.clone());
+    let node = Node::new(&net, "child", &["origin"]);
+    let hash = chunk(0).hash();
+    tokio::select! {
+        _ = node.fetcher.fetch(hash, Priority::Profile) => panic!("the origin hangs"),
+        () = origin.until_waiting(1) => {}
+    }
+    // The source gets the raised one beside the first.
+    let release = async {
+        origin.until_waiting(2).await;
+        origin.mood.send_replace(Mood::Gives);
+    };
+    let (fetched, ()) = tokio::join!(node.fetcher.fetch(hash, GUEST), release);
+    assert_eq!(fetched.unwrap(), chunk(0));
+    assert_eq!((node.counter(|s| &s.wants_sent), node.counter(|s| &s.cancels_sent)), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn chunks_are_compressed_on_a_slow_link_and_passed_on_as_they_came() {
     let net = Arc::new(Net::default());
     let stats = Arc::<Stats>::default();
