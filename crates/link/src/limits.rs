@@ -148,6 +148,10 @@ pub const BREAKER_PAUSE_MIN: Duration = Duration::from_millis(500);
 /// Longest pause before it is probed.
 pub const BREAKER_PAUSE_MAX: Duration = Duration::from_secs(16);
 
+/// Openings in a row, the last ones after failed probes, until the coordinator is told that the parent is lost:
+/// after 1.5 s or more.
+pub const BREAKER_OPENINGS_MAX: u32 = 3;
+
 /// Chunks that a node may fetch from the last resort at once when its planned parents fail: half a guest's
 /// read-ahead, while the coordinator plans anew. A thousand orphans then ask an origin for 2 GiB, not for all.
 pub const LAST_RESORT_BURST: f64 = 32.0;

@@ -22,7 +22,7 @@ use tokio::time::{sleep_until, timeout_at};
 
 use crate::child::{Child, ChildEvent};
 use crate::limits::{DIAL_MAX, DIAL_PATIENCE, QUEUED_MAX};
-use crate::policy::{Circuit, PathId, Standing};
+use crate::policy::{Circuit, PathId, Standing, Verdict};
 use crate::session::Closed;
 use crate::stats::Tally;
 use crate::stream::{self, Clock, Exchanged, Stream};
@@ -323,6 +323,22 @@ impl Task {
         uplinks.came_up();
     }
 
+    /// Tells the coordinator of a parent that lives and does not deliver, and when it does again.
+    fn judge(&mut self) {
+        let (lost, report) = match (self.paths.lock().verdict(self.path), &self.lost) {
+            (Verdict::Beaten, Reported::No) => {
+                (Reported::Yes, Report::Lost { node: self.parent.node.clone() })
+            }
+            (Verdict::Fair, Reported::Yes) => (Reported::No, Report::Back { node: self.parent.node.clone() }),
+            _ => return,
+        };
+        self.lost = lost;
+        tracing::info!(parent = %self.parent.node, ?report, "the parent does not deliver, or does again");
+        if let Some(uplinks) = self.uplinks.upgrade() {
+            uplinks.report(report);
+        }
+    }
+
     /// Runs the protocol until the link ends. Every reply that is still open is dropped then, which tells
     /// those who wait.
     async fn drive(&mut self, stream: Box<dyn Stream>) {
@@ -333,6 +349,7 @@ impl Task {
         let mut lie = None;
         loop {
             self.take_in(&mut child, &mut replies);
+            self.judge();
             while let Some(event) = child.poll_event() {
                 match event {
                     ChildEvent::Ready => self.greeted(),

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use crate::limits::{BREAKER_PAUSE_MAX, BREAKER_PAUSE_MIN, BREAKER_STRIKES_MAX};
+use crate::limits::{BREAKER_OPENINGS_MAX, BREAKER_PAUSE_MAX, BREAKER_PAUSE_MIN, BREAKER_STRIKES_MAX};
 
 /// What a strike did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +56,11 @@ impl Breaker {
         if !matches!(self.state, State::Closed) && self.allows(now) {
             self.state = State::Probing { next_at: now + self.pause() };
         }
+    }
+
+    /// Whether it opened so often without a chunk between that somebody should know.
+    pub fn is_beaten(&self) -> bool {
+        self.openings >= BREAKER_OPENINGS_MAX
     }
 
     /// It delivered a chunk, or is connected anew.

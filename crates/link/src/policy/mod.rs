@@ -32,4 +32,4 @@ pub use choice::{Multipath, Service, UnknownMultipath};
 pub use circuit::{Circuit, Standing};
 pub use hunt::{Decision, Hunt};
 pub use latency::Latency;
-pub use paths::{PathId, Paths, Settings};
+pub use paths::{PathId, Paths, Settings, Verdict};

@@ -77,6 +77,17 @@ enum Silence {
     Since(Duration),
 }
 
+/// What a coordinator should think of a parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is not connected.
+    Down,
+    /// It is connected, and others have to deliver what it is asked for.
+    Beaten,
+    /// It is good, or in doubt.
+    Fair,
+}
+
 /// Whether a parent should get a new request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Grade {
@@ -134,6 +145,15 @@ impl Paths {
     /// Whether requests may go over its connection.
     pub fn standing(&self, id: PathId) -> Standing {
         self.paths.get(&id).map_or(Standing::Down, |path| path.circuit.standing())
+    }
+
+    /// What a coordinator should think of it.
+    pub fn verdict(&self, id: PathId) -> Verdict {
+        match self.paths.get(&id) {
+            Some(path) if path.circuit.is_up() && path.breaker.is_beaten() => Verdict::Beaten,
+            Some(path) if path.circuit.is_up() => Verdict::Fair,
+            _ => Verdict::Down,
+        }
     }
 
     /// When it may be dialed.

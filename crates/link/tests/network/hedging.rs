@@ -86,6 +86,29 @@ async fn guests_overtake_a_parent_that_lives_and_does_not_answer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_parent_that_lives_and_never_delivers_is_reported_until_it_does() {
+    let net = Arc::new(Net::default());
+    let parent = Memory::new(Mood::Hangs);
+    net.listen("parent", parent.clone());
+    net.listen("uncle", Memory::new(Mood::Gives));
+    net.listen("origin", Memory::new(Mood::Gives));
+    let mut node = Node::new(&net, "child", &["parent", "uncle", "origin"]);
+    // Reads go on until the breaker has opened often enough, and until it is closed again.
+    for report in [Report::Lost { node: name("parent") }, Report::Back { node: name("parent") }] {
+        let reported = loop {
+            node.get(0).await;
+            sleep(Duration::from_millis(100)).await;
+            if let Ok(reported) = node.reports.try_recv() {
+                break reported;
+            }
+        };
+        assert_eq!(reported, report);
+        parent.mood.send_replace(Mood::Gives);
+    }
+    assert_eq!(node.counter(|s| &s.losses), 0, "the connection was never lost");
+}
+
+#[tokio::test(start_paused = true)]
 async fn when_all_parents_are_slow_requests_are_not_doubled() {
     let net = Arc::new(Net::default());
     let mut sent = Vec::new();
