@@ -207,3 +207,6 @@ impl Streamer {
 fn chunks_in(profile: Option<&BootProfile>) -> usize {
     profile.map_or(0, |profile| profile.chunks().len())
 }
+
+#[cfg(test)]
+mod tests;
