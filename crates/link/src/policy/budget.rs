@@ -1,4 +1,4 @@
-//! What requests may take of a shared good: tokens that come back with time, hedges that come back with
+//! What requests may take of a good that they share: tokens that come back with time, hedges that come back with
 //! requests, and the number of fetches in flight by urgency.
 
 use std::time::Duration;

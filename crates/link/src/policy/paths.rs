@@ -66,6 +66,8 @@ struct Path {
     heard_at: Duration,
     /// When the last chunk came.
     delivered_at: Duration,
+    /// When the last strike was given. Requests that were in flight then tell of the same pause, not of another.
+    struck_at: Duration,
     silence: Silence,
 }
 
@@ -131,6 +133,7 @@ impl Paths {
             busy_since: Duration::ZERO,
             heard_at: Duration::ZERO,
             delivered_at: Duration::ZERO,
+            struck_at: Duration::ZERO,
             silence: Silence::No,
         };
         self.paths.insert(PathId(self.last_id), path);
@@ -315,7 +318,8 @@ impl Paths {
         self.change(id, Path::ended);
     }
 
-    /// A request was withdrawn because another parent answered it. `late` says whether it was then.
+    /// A request was withdrawn because another parent answered it, or because the patience is over. If it was
+    /// late, and nothing else came meanwhile, that is a strike.
     pub(super) fn overtaken(&mut self, id: PathId, priority: Priority, asked_at: Duration, now: Duration) {
         let Some(path) = self.paths.get_mut(&id) else { return };
         path.ended();
@@ -324,7 +328,11 @@ impl Paths {
         if priority == Priority::Guest {
             path.latency.unanswered(after);
         }
-        if late && path.delivered_at < asked_at && path.breaker.strike(now) == Strike::Opened {
+        if !late || path.delivered_at.max(path.struck_at) > asked_at {
+            return;
+        }
+        path.struck_at = now;
+        if path.breaker.strike(now) == Strike::Opened {
             self.count(|stats| &stats.breaker_openings);
         }
     }

@@ -79,7 +79,8 @@ impl Node {
             self.now = until;
             self.paths.heard(self.ranked[0], self.now);
         }
-        hunt.answered(&mut self.paths, self.ranked[1], self.now + MS);
+        self.now += MS;
+        hunt.answered(&mut self.paths, self.ranked[1], self.now);
     }
 
     fn stat(&self, name: &str) -> u64 {
@@ -212,6 +213,24 @@ fn a_parent_that_lives_and_always_loses_is_taken_out_and_probed() {
     node.fetch(1, MS);
     probe.answered(&mut node.paths, node.ranked[0], node.now);
     node.fetch(0, MS);
+}
+
+#[test]
+fn requests_that_one_pause_delays_together_are_one_strike() {
+    let mut node = Node::new(3);
+    let mut hunts: Vec<Hunt> = (0..3 * BREAKER_STRIKES_MAX).map(|_| Hunt::new(Priority::Guest)).collect();
+    for hunt in &mut hunts {
+        assert_eq!(node.asks(hunt), 0);
+    }
+    node.now += LATE_UNMEASURED;
+    for hunt in &mut hunts {
+        assert_eq!(node.asks(hunt), 1);
+    }
+    node.now = START + PATIENCE_GUEST - MS;
+    for hunt in &mut hunts {
+        hunt.answered(&mut node.paths, node.ranked[1], node.now);
+    }
+    assert_eq!(node.stat("breaker_openings"), 0);
 }
 
 #[test]
