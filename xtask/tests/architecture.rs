@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("link", &["block"]),
     ("store", &["block"]),
     ("nbd", &["block"]),
+    ("iscsi", &["block"]),
     ("volt", &["block"]),
     ("sim", &["block", "link", "volt"]),
     ("virtman", &["block", "image", "link", "nbd", "store", "volt"]),
@@ -30,6 +31,7 @@ const MUST_NOT_USE: &[(&str, &[&str])] = &[
     ("store", &["rustls", "hyper", "axum"]),
     ("image", &["rustls", "hyper", "axum", "redb"]),
     ("nbd", &["rustls", "tokio-rustls", "hyper"]),
+    ("iscsi", &["rustls", "tokio-rustls", "hyper", "rustix"]),
 ];
 
 /// Longest file of the project's own code, in lines: what a reader can hold in mind.

@@ -15,6 +15,10 @@ pub(super) struct Tool {
 pub(super) const FIO: Tool = Tool { program: "fio", package: "fio" };
 pub(super) const QEMU_STORAGE_DAEMON: Tool = Tool { program: "qemu-storage-daemon", package: "qemu-utils" };
 pub(super) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
+pub(super) const QEMU_NBD: Tool = Tool { program: "qemu-nbd", package: "qemu-utils" };
+pub(super) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };
+pub(super) const PYTHON: Tool = Tool { program: "python3", package: "python3" };
+pub(super) const CURL: Tool = Tool { program: "curl", package: "curl" };
 pub(super) const IP: Tool = Tool { program: "ip", package: "iproute2" };
 pub(super) const TC: Tool = Tool { program: "tc", package: "iproute2" };
 pub(super) const UNSHARE: Tool = Tool { program: "unshare", package: "util-linux" };

@@ -49,8 +49,12 @@ pub(super) struct Churn {
     pub(super) parent_death_stall_ms: Option<Percentiles>,
     /// How many VMs that is about.
     pub(super) parent_death_vms: usize,
+    /// Deaths that are left out of it: the origin was away too, and waiting for it is no matter of healing.
+    pub(super) parent_deaths_left_out: usize,
     #[serde(skip)]
     deaths: Vec<Death>,
+    #[serde(skip)]
+    origin_away: Option<(Instant, Instant)>,
     #[serde(skip)]
     restarted: BTreeSet<String>,
     #[serde(skip)]
@@ -89,6 +93,7 @@ enum Fault {
 struct Trail {
     events: Vec<(Instant, String)>,
     death: Option<Death>,
+    origin_away: Option<(Instant, Instant)>,
     restarted: Option<String>,
     dead: Option<String>,
 }
@@ -109,7 +114,12 @@ impl Churn {
         let struck =
             |story: &&VmStory| !self.restarted.contains(&story.seat) && !self.dead.contains(&story.seat);
         let mut longest = Vec::new();
-        for death in &self.deaths {
+        let healing = |death: &&Death| {
+            self.origin_away.is_none_or(|(from, to)| death.at + AFTERMATH < from || death.at > to)
+        };
+        let deaths: Vec<&Death> = self.deaths.iter().filter(healing).collect();
+        self.parent_deaths_left_out = self.deaths.len() - deaths.len();
+        for death in deaths {
             for story in stories.iter().filter(struck).filter(|story| death.children.contains(&story.seat)) {
                 let waited =
                     story.played.slow.iter().filter(|read| {
@@ -145,7 +155,9 @@ pub(super) async fn make(
         events: Vec::new(),
         parent_death_stall_ms: None,
         parent_death_vms: 0,
+        parent_deaths_left_out: 0,
         deaths: Vec::new(),
+        origin_away: None,
         restarted: BTreeSet::new(),
         dead: BTreeSet::new(),
     };
@@ -154,6 +166,7 @@ pub(super) async fn make(
         let since = |at: Instant| at.duration_since(begin).as_secs_f64();
         churn.events.extend(trail.events.into_iter().map(|(at, what)| Event { seconds: since(at), what }));
         churn.deaths.extend(trail.death);
+        churn.origin_away = churn.origin_away.or(trail.origin_away);
         churn.restarted.extend(trail.restarted);
         churn.dead.extend(trail.dead);
     }
@@ -203,10 +216,11 @@ async fn strike(
             node.declare_gone();
         }
         Fault::KillOrigin => {
-            kill(&site, &site.origin, &mut trail.events).await?;
+            let death = kill(&site, &site.origin, &mut trail.events).await?;
             trail.restarted = Some(site.origin.name.clone());
             tokio::time::sleep(ORIGIN_AWAY).await;
             restart(&site, &site.origin, &mut trail.events).await?;
+            trail.origin_away = Some((death.at, Instant::now()));
         }
         Fault::KillVolt => {
             let volt = Arc::clone(&site);

@@ -1,9 +1,12 @@
 //! What a run gives: figures from what its VMs met and what the network and the daemons counted.
 
+use std::sync::atomic::Ordering;
+
 use serde::Serialize;
 
-use super::crowd::VmStory;
+use super::crowd::{Progress, VmStory};
 use super::histogram::Histogram;
+use super::trace::Trace;
 use super::watch::Point;
 
 /// Of many values.
@@ -98,15 +101,13 @@ impl Run {
         stories.iter().for_each(|story| latencies.merge(&story.played.latencies));
         let seconds = |value: Option<std::time::Duration>| value.map(|value| value.as_secs_f64());
         let finished = || stories.iter().filter_map(|story| seconds(story.finished));
-        let all_finished = finished().count() == stories.len();
-        let last = finished().fold(0.0, f64::max);
         Run {
             name,
             nodes,
             vms: stories.len(),
             vms_unfinished: stories.len() - finished().count(),
             vms_given_up: 0,
-            makespan_seconds: if all_finished && last > 0.0 { last } else { end_seconds },
+            makespan_seconds: end_seconds,
             opened_seconds: Percentiles::of(stories.iter().filter_map(|story| seconds(story.opened))),
             finished_seconds: Percentiles::of(finished()),
             read_ms: Latencies {
@@ -134,6 +135,25 @@ impl Run {
             part_done: None,
             churn: None,
             points: Vec::new(),
+        }
+    }
+
+    /// Leaves VMs out of what was to finish whose node is gone for good.
+    pub(super) fn give_up(&mut self, stories: &[VmStory], is_gone: impl Fn(&str) -> bool) {
+        self.vms_given_up = stories.iter().filter(|s| s.finished.is_none() && is_gone(&s.seat)).count();
+        self.vms_unfinished -= self.vms_given_up;
+        if self.vms_unfinished == 0
+            && let Some(finished) = self.finished_seconds
+        {
+            self.makespan_seconds = finished.max;
+        }
+    }
+
+    /// Says how far the VMs came, if some had not finished.
+    pub(super) fn note_part_done(&mut self, trace: &Trace, progress: &Progress) {
+        if self.vms_unfinished > 0 {
+            let done = progress.reads.load(Ordering::Relaxed) as f64;
+            self.part_done = Some(done / (trace.reads() * self.vms) as f64);
         }
     }
 }

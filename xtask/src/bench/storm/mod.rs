@@ -10,6 +10,7 @@
 //! against foreign programs in the same network under the same guests.
 
 mod attach;
+mod baseline;
 mod cage;
 mod churn;
 mod content;
@@ -130,6 +131,15 @@ async fn measure(args: &StormArgs, virtman: &Virtman, files: &Path) -> Outcome<R
         }
         drop(site);
         fs::remove_dir_all(&dir).map_err(|e| format!("cannot remove {}: {e}", dir.display()))?;
+    }
+    if args.baselines {
+        for kind in baseline::ALL {
+            note(&format!("baseline: {kind}"));
+            let plan = args.plan(Shape::Auto);
+            report
+                .runs
+                .push(baseline::run(kind, &plan, &boot, &cast("b", Writes::Kept), files, &image).await?);
+        }
     }
     if args.attach {
         note("attach at depth 7");

@@ -205,13 +205,14 @@ impl Host {
     /// A command that runs on this host.
     pub(super) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", namespace(&self.name))).arg("--").arg(program);
+        command.arg(format!("--net={}", self.namespace())).arg("--").arg(program);
         command
     }
-}
 
-fn namespace(name: &str) -> String {
-    format!("/run/netns/{name}")
+    /// The file that holds the host's network namespace.
+    pub(super) fn namespace(&self) -> String {
+        format!("/run/netns/{}", self.name)
+    }
 }
 
 fn in_namespace(tool: &str, name: &str) -> Command {

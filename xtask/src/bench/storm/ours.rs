@@ -168,17 +168,12 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
         run.boot_set_seconds = Percentiles::of(complete.values().map(Duration::as_secs_f64));
         run.boot_set_ratio = run.boot_set_seconds.map(|p| p.scaled(1.0 / task.plan.bound_seconds(task.boot)));
     }
-    if run.vms_unfinished > 0 {
-        let all = task.cast.script.trace.reads() * run.vms;
-        let done = progress.reads.load(std::sync::atomic::Ordering::Relaxed);
-        run.part_done = Some(done as f64 / all as f64);
-    }
     if let Some(mut churn) = churn {
         churn.judge(&stories);
-        run.vms_given_up = stories.iter().filter(|s| s.finished.is_none() && churn.is_dead(&s.seat)).count();
-        run.vms_unfinished -= run.vms_given_up;
+        run.give_up(&stories, |seat| churn.is_dead(seat));
         run.churn = Some(churn);
     }
+    run.note_part_done(&task.cast.script.trace, &progress);
     Ok(run)
 }
 

@@ -58,6 +58,9 @@ pub(crate) struct StormArgs {
     /// Let things go wrong during the cold run: nodes, links, Volt and the origin
     #[arg(long)]
     pub(super) churn: bool,
+    /// Also run foreign programs in the same network under the same guests
+    #[arg(long)]
+    pub(super) baselines: bool,
     /// Also measure an attach at the end of a chain of eight nodes
     #[arg(long)]
     pub(super) attach: bool,
@@ -174,7 +177,11 @@ pub(super) struct Boot {
 impl StormArgs {
     /// Refuses what cannot be run, before anything is built.
     pub(super) fn check(&self) -> Outcome {
-        tools::check(&[(true, &[tools::IP, tools::TC, tools::UNSHARE, tools::SETPRIV, tools::NSENTER])])?;
+        tools::check(&[
+            (true, &[tools::IP, tools::TC, tools::UNSHARE, tools::SETPRIV, tools::NSENTER]),
+            (self.baselines, &[tools::NBDKIT, tools::QEMU_NBD, tools::QEMU_STORAGE_DAEMON, tools::QEMU_IMG]),
+            (self.baselines, &[tools::PYTHON, tools::CURL]),
+        ])?;
         if self.vms == 0 && self.profile == Profile::None {
             return Err("without VMs nodes fetch nothing but a boot profile: use --profile trace".to_owned());
         }

@@ -161,9 +161,10 @@ fn print_notes(run: &Run) {
         }
         note(format!("{} VMs were given up with their nodes", run.vms_given_up));
         note(format!(
-            "longest read after the death of a parent, p50/p99/max of {} VMs: {} ms",
+            "longest read after the death of a parent, p50/p99/max of {} VMs: {} ms; deaths while the origin was away, left out: {}",
             churn.parent_death_vms,
-            three(churn.parent_death_stall_ms, 0)
+            three(churn.parent_death_stall_ms, 0),
+            churn.parent_deaths_left_out
         ));
     }
     run.complaints.iter().for_each(|complaint| note(complaint.clone()));
