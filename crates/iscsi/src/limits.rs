@@ -1,0 +1,119 @@
+//! Every bound of this crate, each with its reason.
+
+use std::time::Duration;
+
+/// Longest data segment in bytes that we take in one PDU (`MaxRecvDataSegmentLength`): what open-iscsi and
+/// libiscsi declare themselves; longer ones save nothing.
+pub const SEGMENT_BYTES_MAX: u32 = 256 << 10;
+
+/// Longest burst of data in bytes (`MaxBurstLength`): a write of 1 MiB needs one R2T.
+pub const BURST_BYTES_MAX: u32 = 1 << 20;
+
+/// Longest unsolicited data of one command in bytes (`FirstBurstLength`). Unsolicited data cannot be made to
+/// wait, so this times [`COMMANDS_MAX`] bounds what a session holds of it: 8 MiB.
+pub const FIRST_BURST_BYTES_MAX: u32 = 64 << 10;
+
+/// R2Ts of one command under way (`MaxOutstandingR2T`): the next burst is asked for before the last has come.
+pub const R2T_MAX: u32 = 2;
+
+/// Longest transfer of one SCSI command in bytes; the Block Limits page tells it. Windows and ESXi stay
+/// below 4 MiB, Linux and QEMU go by the page.
+pub const TRANSFER_BYTES_MAX: u32 = 8 << 20;
+
+/// Longest parameter list of a command in bytes, but for data that is written: UNMAP descriptors and mode
+/// pages are shorter by far.
+pub const PARAMETERS_BYTES_MAX: u32 = 64 << 10;
+
+/// Commands of one session under way: the window that MaxCmdSN opens. open-iscsi has 128 by default.
+pub const COMMANDS_MAX: u32 = 128;
+
+/// Commands beyond the window that an initiator may send as immediate ones; more are rejected.
+pub const IMMEDIATE_COMMANDS_MAX: u32 = 8;
+
+/// Bytes of solicited writes, reads and unsent replies above which a session begins no further transfer:
+/// full means that it waits in the queue of commands. One transfer may exceed it.
+pub const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
+
+/// The same bound for all sessions of a server together. A session that has nothing under way may begin one
+/// transfer beyond it, so that all make progress.
+pub const IN_FLIGHT_BYTES_MAX_ALL: usize = 256 << 20;
+
+/// Unsent bytes above which nothing more is read from an initiator that does not take its replies.
+pub const UNSENT_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX;
+
+/// Size of a connection's receive buffer in bytes: one PDU of full length and what comes with it. Only the
+/// part that was ever used costs memory.
+pub const INPUT_BYTES: usize = 2 * SEGMENT_BYTES_MAX as usize;
+
+/// Longest piece in bytes that is gathered with others into one buffer to be sent.
+pub const INLINE_BYTES_MAX: usize = 64 << 10;
+
+/// Size of one such buffer in bytes: 32 reads of 4 KiB leave in one system call.
+pub const BATCH_BYTES: usize = 256 << 10;
+
+/// Bytes of empty buffers that a connection keeps for its next transfers.
+pub const SPARE_BYTES_MAX: usize = (1 << 20) + BATCH_BYTES;
+
+/// Pieces that are sent with one system call: the limit of Linux is 1024.
+pub const VECTORS_MAX: usize = 64;
+
+/// Longest data segment of a login request in bytes, as RFC 7143 §13.12 sets it.
+pub const LOGIN_SEGMENT_BYTES_MAX: u32 = 8192;
+
+/// Login requests of one connection: real initiators need three, or five with CHAP.
+pub const LOGIN_REQUESTS_MAX: u32 = 32;
+
+/// Text of one negotiation step or text request in bytes, over all its PDUs (RFC 7143 §6.1 asks for 8192).
+pub const TEXT_BYTES_MAX: usize = 16 << 10;
+
+/// Longest key in bytes (RFC 7143 §6.1).
+pub const KEY_BYTES_MAX: usize = 63;
+
+/// Longest iSCSI name in bytes (RFC 7143 §4.2.7.1).
+pub const NAME_BYTES_MAX: usize = 223;
+
+/// Longest binary value of a text key in bytes (RFC 7143 §12.1.3).
+pub const BINARY_BYTES_MAX: usize = 1024;
+
+/// Shortest CHAP secret in bytes: RFC 7143 §9.2.1 asks for 96 bits.
+pub const SECRET_BYTES_MIN: usize = 12;
+
+/// Longest CHAP secret in bytes: initiators take no more than 16 to 255.
+pub const SECRET_BYTES_MAX: usize = 255;
+
+/// Logical units of one target.
+pub const UNITS_MAX: usize = 256;
+
+/// Initiators that hold registrations of one logical unit: the size of a large cluster.
+pub const REGISTRATIONS_MAX: usize = 256;
+
+/// Logical blocks of one WRITE SAME, and of all descriptors of one UNMAP together (16 GiB): long enough to
+/// clear a disk in few commands.
+pub const CLEAR_BLOCKS_MAX: u32 = 32 << 20;
+
+/// Descriptors of one UNMAP command: one page of them.
+pub const UNMAP_DESCRIPTORS_MAX: u32 = 256;
+
+/// Logical blocks of one COMPARE AND WRITE: its field has eight bits, and VMware uses one block.
+pub const COMPARE_AND_WRITE_BLOCKS_MAX: u8 = 255;
+
+/// Bytes that are read at a time where a command has data of its own to compare with.
+pub const STEP_BYTES: usize = 256 << 10;
+
+/// Connections of one server; one more is closed at once. 100 hosts with two paths each fit, with room.
+pub const CONNECTIONS_MAX: usize = 512;
+
+/// Time that an initiator has from connecting to the full feature phase.
+pub const LOGIN_TIME_MAX: Duration = Duration::from_secs(15);
+
+/// Silence after which an initiator is pinged.
+pub const PING_AFTER: Duration = Duration::from_secs(30);
+
+/// Time in which it has to answer, or at least to say something, before its connection is closed.
+pub const PING_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// Time in which replies that are due when a connection ends may still leave.
+pub const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Pause after `accept` failed, which it does for want of file descriptors.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -1,0 +1,368 @@
+//! One logical unit: a disk, and what its initiators have set, reserved and not been told yet.
+//!
+//! One short lock guards that state; it is never held across I/O, and other units have their own.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block::{Access, Disk};
+use tokio::sync::RwLock;
+
+use super::media::{self, Kind, Work};
+use super::mode::Modes;
+use super::opcodes::{self, Command, Effect, Entry};
+use super::persistent::Table;
+use super::sense::{Fault, Sense, Status};
+use super::{Begin, LOGICAL_BLOCK_BYTES, PHYSICAL_BLOCK_EXPONENT, Reply, inquiry, number, truncated};
+use crate::pdu::{Cdb, Isid};
+
+/// The side of an initiator: its name and the identifier of its session (RFC 7143 §4.4.3).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct InitiatorPort {
+    /// The initiator's name.
+    pub name: String,
+    /// Which of its sessions.
+    pub isid: Isid,
+}
+
+/// The side of a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetPort {
+    /// The target's name.
+    pub name: String,
+    /// The portal group through which this nexus came; also its relative port identifier.
+    pub group: u16,
+    /// All portal groups of the target.
+    pub groups: Vec<u16>,
+}
+
+/// Which nexus; unique while a device lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NexusId(pub u64);
+
+/// An initiator port and a target port that talk with each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nexus {
+    /// Which one.
+    pub id: NexusId,
+    /// The initiator.
+    pub initiator: InitiatorPort,
+    /// The target.
+    pub target: Arc<TargetPort>,
+}
+
+/// By what a unit is known, whatever the path to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Serial number: printable ASCII of at most [`SERIAL_BYTES_MAX`] bytes, the same for the same disk on
+    /// all its paths and after restarts.
+    pub serial: String,
+}
+
+/// Longest serial number in bytes: it has to fit a designator.
+pub const SERIAL_BYTES_MAX: usize = 128;
+
+/// Called when all commands of a nexus at a unit are to be aborted, because another one said so.
+pub type Interrupt = Arc<dyn Fn() + Send + Sync>;
+
+/// Unit attention codes (SPC-4 table F.2).
+pub(super) mod attention {
+    pub(in crate::scsi) const POWER_ON: u16 = 0x2900;
+    pub(in crate::scsi) const RESET: u16 = 0x2903;
+    pub(in crate::scsi) const MODE_CHANGED: u16 = 0x2a01;
+    pub(in crate::scsi) const RESERVATIONS_PREEMPTED: u16 = 0x2a03;
+    pub(in crate::scsi) const RESERVATIONS_RELEASED: u16 = 0x2a04;
+    pub(in crate::scsi) const REGISTRATIONS_PREEMPTED: u16 = 0x2a05;
+}
+
+/// A disk as a SCSI logical unit.
+pub struct Unit {
+    pub(super) disk: Arc<dyn Disk>,
+    identity: Identity,
+    state: Mutex<State>,
+    /// Writes share it; commands that read, decide and write hold it alone.
+    pub(super) gate: RwLock<()>,
+}
+
+pub(super) struct State {
+    nexuses: HashMap<NexusId, Attached>,
+    /// Who holds RESERVE(6).
+    reserved_by: Option<NexusId>,
+    pub(super) persistent: Table,
+    pub(super) modes: Modes,
+}
+
+struct Attached {
+    initiator: InitiatorPort,
+    interrupt: Interrupt,
+    /// Codes that were not told yet, each at most once, the oldest first.
+    attentions: Vec<u16>,
+}
+
+impl Unit {
+    /// A unit of this disk. Bytes beyond its last whole logical block cannot be seen.
+    ///
+    /// # Panics
+    /// If the serial number is not what [`Identity::serial`] asks for.
+    pub fn new(disk: Arc<dyn Disk>, identity: Identity) -> Unit {
+        let fits = (1..=SERIAL_BYTES_MAX).contains(&identity.serial.len());
+        assert!(fits && identity.serial.bytes().all(|b| (0x20..0x7f).contains(&b)), "{identity:?}");
+        let state = State {
+            nexuses: HashMap::new(),
+            reserved_by: None,
+            persistent: Table::default(),
+            modes: Modes::default(),
+        };
+        Unit { disk, identity, state: Mutex::new(state), gate: RwLock::new(()) }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        // The state is changed in whole steps: a panic between them leaves it consistent.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Size in logical blocks.
+    pub fn blocks(&self) -> u64 {
+        self.disk.size_bytes() / u64::from(LOGICAL_BLOCK_BYTES)
+    }
+
+    /// Makes a nexus known.
+    pub fn attach(&self, nexus: &Nexus, interrupt: Interrupt) {
+        let initiator = nexus.initiator.clone();
+        let attached = Attached { initiator, interrupt, attentions: vec![attention::POWER_ON] };
+        self.state().nexuses.insert(nexus.id, attached);
+    }
+
+    /// Forgets a nexus, and what it had reserved with RESERVE(6).
+    pub fn detach(&self, nexus: &Nexus) {
+        let mut state = self.state();
+        state.nexuses.remove(&nexus.id);
+        state.reserved_by = state.reserved_by.filter(|holder| *holder != nexus.id);
+    }
+
+    /// Resets the unit: aborts all commands, releases RESERVE(6), takes back the mode parameters.
+    pub fn reset(&self) {
+        let mut state = self.state();
+        state.reserved_by = None;
+        state.modes = Modes::default();
+        let interrupts: Vec<_> = state.nexuses.values().map(|n| Arc::clone(&n.interrupt)).collect();
+        for attached in state.nexuses.values_mut() {
+            // What was to be told before is of no interest any more (SAM-5 §5.14.1).
+            attached.attentions = vec![attention::RESET];
+        }
+        drop(state);
+        interrupts.iter().for_each(|interrupt| interrupt());
+    }
+
+    /// Begins a command.
+    pub fn begin(&self, nexus: &Nexus, cdb: &Cdb) -> Begin {
+        let begun = Entry::find(cdb).map_err(Fault::from).and_then(|entry| {
+            let mut state = self.state();
+            state.admit(nexus, cdb, entry)?;
+            self.dispatch(&mut state, nexus, cdb, entry)
+        });
+        begun.unwrap_or_else(|fault| Begin::Done(self.refuse(fault)))
+    }
+
+    /// What is answered for a fault, in the format of sense data that was asked for.
+    pub fn refuse(&self, fault: Fault) -> Reply {
+        match fault {
+            Fault::Conflict => Reply { status: Status::ReservationConflict, ..Reply::good() },
+            Fault::Check(sense) => {
+                let descriptors = self.state().modes.descriptor_sense();
+                let sense = if descriptors { sense.descriptors() } else { sense.fixed() };
+                Reply { status: Status::CheckCondition, data: Vec::new(), sense }
+            }
+        }
+    }
+
+    fn dispatch(&self, state: &mut State, nexus: &Nexus, cdb: &Cdb, entry: &Entry) -> Result<Begin, Fault> {
+        if entry.effect == Effect::Writes && self.is_protected(state) {
+            // Flushing a disk that takes no writes is no write.
+            if entry.command != Command::SynchronizeCache {
+                return Err(Sense::WRITE_PROTECTED.into());
+            }
+        }
+        let data = match entry.command {
+            Command::TestUnitReady | Command::PreventAllow => Vec::new(),
+            Command::StartStop => return start_stop(cdb),
+            Command::RequestSense => state.request_sense(nexus, cdb)?,
+            Command::Inquiry => inquiry::inquiry(cdb, &self.identity, nexus)?,
+            Command::ModeSense => state.modes.sense(cdb, self.blocks(), self.is_protected(state))?,
+            Command::ReadCapacity10 => self.capacity_10(cdb)?,
+            Command::ReadCapacity16 => self.capacity_16(cdb)?,
+            Command::PersistentIn => state.persistent.report(cdb)?,
+            Command::ReportOpcodes => opcodes::report(cdb)?,
+            Command::ReportTargetPortGroups => port_groups(nexus, cdb),
+            Command::ReportTaskFunctions => task_functions(cdb),
+            Command::Reserve => {
+                if !state.persistent.is_empty() {
+                    return Err(Fault::Conflict);
+                }
+                state.reserved_by = Some(nexus.id);
+                Vec::new()
+            }
+            Command::Release => {
+                state.reserved_by = state.reserved_by.filter(|holder| *holder != nexus.id);
+                Vec::new()
+            }
+            Command::ModeSelect => return Ok(Begin::Work(media::mode_select(cdb)?)),
+            Command::PersistentOut => return Ok(Begin::Work(media::persistent_out(cdb)?)),
+            Command::ReportLuns => return Err(Sense::OPERATION_CODE.into()), // The device answers it.
+            medium => return Ok(Begin::Work(media::parse(medium, cdb, self.blocks())?)),
+        };
+        Ok(Begin::Done(Reply::data(data)))
+    }
+
+    fn is_protected(&self, state: &State) -> bool {
+        self.disk.access() == Access::ReadOnly || state.modes.write_protected()
+    }
+
+    fn capacity_10(&self, cdb: &Cdb) -> Result<Vec<u8>, Sense> {
+        if number(&cdb[2..6]) != 0 {
+            return Err(Sense::in_command(2));
+        }
+        // A larger disk says so by its largest number, and READ CAPACITY(16) tells the rest.
+        let last = u32::try_from(self.blocks().saturating_sub(1)).unwrap_or(u32::MAX);
+        Ok([last.to_be_bytes(), LOGICAL_BLOCK_BYTES.to_be_bytes()].concat())
+    }
+
+    fn capacity_16(&self, cdb: &Cdb) -> Result<Vec<u8>, Sense> {
+        const PROVISIONED_AND_ZEROES: u8 = 0xc0;
+        if number(&cdb[2..10]) != 0 {
+            return Err(Sense::in_command(2));
+        }
+        let mut data = self.blocks().saturating_sub(1).to_be_bytes().to_vec();
+        data.extend_from_slice(&LOGICAL_BLOCK_BYTES.to_be_bytes());
+        data.extend_from_slice(&[0, PHYSICAL_BLOCK_EXPONENT, PROVISIONED_AND_ZEROES]);
+        data.resize(32, 0);
+        Ok(truncated(data, number(&cdb[10..14])))
+    }
+
+    /// Carries out PERSISTENT RESERVE OUT.
+    pub(super) fn persistent_out(&self, nexus: &Nexus, work: &Work, data: &[u8]) -> Result<(), Fault> {
+        let Kind::PersistentOut { action, scope_and_type } = work.kind else {
+            return Err(Sense::INTERNAL.into());
+        };
+        let mut state = self.state();
+        if state.reserved_by.is_some() {
+            return Err(Fault::Conflict);
+        }
+        let change = state.persistent.change(nexus, action, scope_and_type, data)?;
+        let mut interrupts = Vec::new();
+        for attached in state.nexuses.values_mut() {
+            for (who, code) in &change.attentions {
+                if *who == attached.initiator {
+                    attached.note(*code);
+                }
+            }
+            if change.aborted.contains(&attached.initiator) {
+                interrupts.push(Arc::clone(&attached.interrupt));
+            }
+        }
+        drop(state);
+        interrupts.iter().for_each(|interrupt| interrupt());
+        Ok(())
+    }
+
+    /// Carries out MODE SELECT.
+    pub(super) fn mode_select(&self, nexus: &Nexus, work: &Work, data: &[u8]) -> Result<(), Fault> {
+        let Kind::ModeSelect(form) = work.kind else { return Err(Sense::INTERNAL.into()) };
+        let mut state = self.state();
+        let before = state.modes;
+        state.modes.select(form, data)?;
+        if state.modes != before {
+            let others = state.nexuses.iter_mut().filter(|(id, _)| **id != nexus.id);
+            others.for_each(|(_, attached)| attached.note(attention::MODE_CHANGED));
+        }
+        Ok(())
+    }
+}
+
+impl Attached {
+    fn note(&mut self, code: u16) {
+        if !self.attentions.contains(&code) {
+            self.attentions.push(code);
+        }
+    }
+}
+
+impl State {
+    /// Whether a command may begin: nothing has to be told first, and nobody else has reserved the unit.
+    fn admit(&mut self, nexus: &Nexus, cdb: &Cdb, entry: &Entry) -> Result<(), Fault> {
+        if entry.effect != Effect::Tells
+            && let Some(attached) = self.nexuses.get_mut(&nexus.id)
+            && !attached.attentions.is_empty()
+        {
+            return Err(Sense::attention(attached.attentions.remove(0)).into());
+        }
+        let allows_removal = entry.command == Command::PreventAllow && cdb[4] & 3 == 0;
+        if entry.effect == Effect::Tells || entry.command == Command::Release || allows_removal {
+            return Ok(());
+        }
+        let reserved = self.reserved_by.is_some_and(|holder| holder != nexus.id);
+        if reserved || !self.persistent.allows(nexus, entry.effect) {
+            return Err(Fault::Conflict);
+        }
+        Ok(())
+    }
+
+    fn request_sense(&mut self, nexus: &Nexus, cdb: &Cdb) -> Result<Vec<u8>, Fault> {
+        let attached = self.nexuses.get_mut(&nexus.id).filter(|attached| !attached.attentions.is_empty());
+        let sense = attached.map_or(Sense::NONE, |a| Sense::attention(a.attentions.remove(0)));
+        let data = if cdb[1] & 1 == 0 { sense.fixed() } else { sense.descriptors() };
+        Ok(truncated(data, cdb[4].into()))
+    }
+}
+
+/// There is nothing to start, stop or eject: only what cannot be is refused.
+fn start_stop(cdb: &Cdb) -> Result<Begin, Fault> {
+    const LOAD_OR_EJECT: u8 = 2;
+    const START: u8 = 1;
+    let power_condition = cdb[4] >> 4;
+    if power_condition == 0 && cdb[4] & LOAD_OR_EJECT != 0 {
+        return Err(Sense::in_command(4).into());
+    }
+    // What stops had best be durable (SBC-3 §5.20).
+    if power_condition == 0 && cdb[4] & START == 0 {
+        return Ok(Begin::Work(Work::flush()));
+    }
+    Ok(Begin::Done(Reply::good()))
+}
+
+/// REPORT TARGET PORT GROUPS: one group, active and optimized, with all ports.
+fn port_groups(nexus: &Nexus, cdb: &Cdb) -> Vec<u8> {
+    const EXTENDED_FORMAT: u8 = 0x20;
+    const ACTIVE_OPTIMIZED_SUPPORTED: u8 = 0x01;
+    let count = u8::try_from(nexus.target.groups.len()).unwrap_or(u8::MAX);
+    let mut data = Vec::new();
+    if cdb[1] & 0xe0 == EXTENDED_FORMAT {
+        data.extend_from_slice(&[0x10, 0, 0, 0]);
+    }
+    data.extend_from_slice(&[0, ACTIVE_OPTIMIZED_SUPPORTED]);
+    data.extend_from_slice(&inquiry::PORT_GROUP.to_be_bytes());
+    data.extend_from_slice(&[0, 0, 0, count]);
+    for group in nexus.target.groups.iter().take(usize::from(count)) {
+        data.extend_from_slice(&[0, 0]);
+        data.extend_from_slice(&group.to_be_bytes());
+    }
+    let len = u32::try_from(data.len()).expect("255 ports are short").to_be_bytes();
+    truncated([&len[..], &data].concat(), number(&cdb[6..10]))
+}
+
+/// REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: abort task, abort and clear task set, unit reset.
+fn task_functions(cdb: &Cdb) -> Vec<u8> {
+    truncated(vec![0xd8, 0, 0, 0], number(&cdb[6..10]))
+}
+
+#[cfg(test)]
+pub(in crate::scsi) mod tests {
+    use super::*;
+
+    /// A nexus of initiator `n`.
+    pub(in crate::scsi) fn nexus(n: u8) -> Nexus {
+        let target = TargetPort { name: "iqn.2026-01.test:disk".to_owned(), group: 1, groups: vec![1, 2] };
+        let initiator = InitiatorPort { name: format!("iqn.2026-01.test:{n}"), isid: Isid([n; 6]) };
+        Nexus { id: NexusId(n.into()), initiator, target: Arc::new(target) }
+    }
+}

@@ -1,0 +1,418 @@
+//! SCSI commands of a session: their data in both directions, and their answers.
+
+use std::sync::Arc;
+
+use block::Now;
+
+use super::session::{Peer, Session};
+use super::tasks::{Finished, Outcome, Phase, Solicited, Task, incoming, is_ordered, outgoing, residual};
+use crate::limits::{COMMANDS_MAX, IMMEDIATE_COMMANDS_MAX, INLINE_BYTES_MAX};
+use crate::pdu::{DataIn, DataOut, FINAL, Frame, NO_TAG, R2t, ScsiCommand, ScsiResponse, data_in, seal};
+use crate::pdu::{HEADER_BYTES, reject_reason};
+use crate::scsi::{Begin, Fault, Reply, Sense, Status, Unit, Work};
+
+impl Session {
+    /// A SCSI command that came in its turn.
+    pub(super) fn scsi_command(&mut self, frame: &Frame<'_>, pdu: &ScsiCommand) {
+        let Peer::Target(membership, nexus) = &self.peer else {
+            return self.reject(&frame.header, reject_reason::PROTOCOL);
+        };
+        let is_immediate = frame.header.is_immediate();
+        if self.tasks.contains_key(&pdu.task_tag) || pdu.task_tag == NO_TAG {
+            return self.reject(&frame.header, reject_reason::INVALID_FIELD);
+        }
+        if is_immediate && self.immediate >= IMMEDIATE_COMMANDS_MAX as usize {
+            return self.reject(&frame.header, reject_reason::IMMEDIATE);
+        }
+        let device = &membership.served.device;
+        let unit = device.unit(pdu.lun).map(Arc::clone);
+        let begun = match self.check_data(frame, pdu) {
+            Err(sense) => Begin::Done(device.refuse(pdu.lun, sense)),
+            Ok(()) if self.tasks.len() >= (COMMANDS_MAX + IMMEDIATE_COMMANDS_MAX) as usize => {
+                Begin::Done(Reply { status: Status::TaskSetFull, ..Reply::good() })
+            }
+            Ok(()) => device.begin(nexus, pdu.lun, &pdu.cdb),
+        };
+        match (begun, unit) {
+            (Begin::Work(work), Some(unit)) => self.work(frame, pdu, unit, work),
+            (Begin::Done(reply), _) => self.answer(pdu, 0, &reply),
+            // A device begins work only at units that it has.
+            (Begin::Work(_), None) => self.reject(&frame.header, reject_reason::INVALID_FIELD),
+        }
+    }
+
+    /// Whether the data that comes with a command, or is announced by it, is what was agreed on.
+    fn check_data(&self, frame: &Frame<'_>, pdu: &ScsiCommand) -> Result<(), Sense> {
+        let agreed = &self.parameters;
+        let unsolicited_max = agreed.first_burst_bytes_max.min(outgoing(pdu)) as usize;
+        let comes_early = pdu.flags & FINAL == 0;
+        if !frame.additional.is_empty() {
+            // Longer commands and data in both directions: there are none here.
+            return Err(Sense::in_command(0));
+        }
+        if frame.data.len() > unsolicited_max
+            || (!frame.data.is_empty() && !agreed.immediate_data)
+            || (comes_early && (agreed.initial_r2t || outgoing(pdu) == 0))
+        {
+            return Err(Sense::UNEXPECTED_DATA);
+        }
+        Ok(())
+    }
+
+    fn work(&mut self, frame: &Frame<'_>, pdu: &ScsiCommand, unit: Arc<Unit>, work: Work) {
+        let free = self.queue.is_empty() && self.ordered == 0 && !is_ordered(pdu);
+        if free && work.is_read() && self.read_now(pdu, &unit, &work) {
+            return;
+        }
+        let needed = work.data_out_bytes.min(outgoing(pdu));
+        let complete = pdu.flags & FINAL != 0 && frame.data.len() >= needed as usize;
+        if free && complete && needed > 0 && !work.is_read() {
+            match unit.write_now(&work, &frame.data[..needed as usize]) {
+                Ok(Now::Done) => return self.answer(pdu, needed_total(&work), &Reply::good()),
+                Ok(Now::Wait) => {}
+                Err(fault) => return self.answer(pdu, needed_total(&work), &unit.refuse(fault)),
+            }
+        }
+        let is_immediate = frame.header.is_immediate();
+        self.arrivals += 1;
+        let mut task = Task {
+            pdu: *pdu,
+            is_immediate,
+            arrival: self.arrivals,
+            unit,
+            work: Some(work),
+            phase: Phase::Queued,
+            data: Vec::new(),
+            received: 0,
+            asked: 0,
+            solicited: Vec::new(),
+            r2ts: 0,
+            booked: 0,
+        };
+        task.receive(frame.data);
+        if pdu.flags & FINAL == 0 {
+            task.phase = Phase::Unsolicited(0);
+        }
+        self.ordered += usize::from(task.is_ordered());
+        self.immediate += usize::from(is_immediate);
+        self.tasks.insert(pdu.task_tag, task);
+        if pdu.flags & FINAL != 0 {
+            self.enqueue(pdu.task_tag);
+        }
+    }
+
+    /// Reads and answers in one go, if there is room and the disk need not wait; whether it did.
+    fn read_now(&mut self, pdu: &ScsiCommand, unit: &Arc<Unit>, work: &Work) -> bool {
+        let len = work.read_bytes.min(incoming(pdu));
+        let segment = (INLINE_BYTES_MAX as u32).min(self.parameters.peer_segment_bytes_max);
+        let segment = segment.min(self.parameters.burst_bytes_max);
+        if len == 0 || len > segment || !self.account.has_room(self.output.bytes()) {
+            return false;
+        }
+        let digests = self.parameters.digests;
+        let head_bytes = HEADER_BYTES + digests.header.bytes();
+        let len = len as usize;
+        let room = self.output.room(head_bytes + len);
+        match unit.read_now(work, &mut room[head_bytes..]) {
+            Ok(Now::Done) => {}
+            Ok(Now::Wait) => return false,
+            Err(fault) => {
+                self.answer(pdu, 0, &unit.refuse(fault));
+                return true;
+            }
+        }
+        let header = self.last_data_in(pdu, 0, 0, work.read_bytes).header();
+        let room = self.output.room(head_bytes + len);
+        let seal = seal(header, &room[head_bytes..], digests);
+        room[..head_bytes].copy_from_slice(seal.head());
+        self.output.commit(head_bytes + len);
+        self.output.push(seal.tail());
+        true
+    }
+
+    /// Puts a command that has its unsolicited data in line.
+    fn enqueue(&mut self, task_tag: u32) {
+        if let Some(task) = self.tasks.get_mut(&task_tag) {
+            task.phase = Phase::Queued;
+            task.asked = task.received.min(task.needed());
+            self.queue.push_back(task_tag);
+        }
+        self.pump();
+    }
+
+    /// Begins the commands in line, as far as there is room for them.
+    pub(super) fn pump(&mut self) {
+        while let Some(&task_tag) = self.queue.front() {
+            let Some(task) = self.tasks.get(&task_tag) else {
+                self.queue.pop_front();
+                continue;
+            };
+            let bytes = match &task.work {
+                Some(work) if work.is_read() => work.read_bytes.min(incoming(&task.pdu)),
+                _ => task.needed() - task.asked,
+            };
+            let may = (self.ordered == 0 || self.is_next(task)) && self.has_room_for(bytes);
+            if !may {
+                return;
+            }
+            self.queue.pop_front();
+            self.account.book(bytes as usize);
+            if let Some(task) = self.tasks.get_mut(&task_tag) {
+                task.booked = bytes as usize;
+                task.phase = Phase::Solicited;
+            }
+            self.go_on(task_tag);
+        }
+    }
+
+    fn has_room_for(&self, bytes: u32) -> bool {
+        bytes == 0 || self.account.has_room(self.output.bytes())
+    }
+
+    /// Whether no ORDERED command lies between this one and those before it.
+    fn is_next(&self, task: &Task) -> bool {
+        let before = |other: &&Task| other.arrival < task.arrival;
+        let mut earlier = self.tasks.values().filter(before);
+        if task.is_ordered() { earlier.next().is_none() } else { !earlier.any(Task::is_ordered) }
+    }
+
+    /// Asks for the next data of a command, or carries it out if it has all.
+    fn go_on(&mut self, task_tag: u32) {
+        loop {
+            let Some(task) = self.tasks.get(&task_tag) else { return };
+            let (needed, asked, open) = (task.needed(), task.asked, task.solicited.len());
+            if asked < needed && open < self.parameters.r2t_max as usize {
+                self.solicit(task_tag, (needed - asked).min(self.parameters.burst_bytes_max));
+                continue;
+            }
+            if asked == needed && open == 0 {
+                self.spawn(task_tag);
+            }
+            return;
+        }
+    }
+
+    fn solicit(&mut self, task_tag: u32, wanted_bytes: u32) {
+        let (stat_sn, exp_cmd_sn, max_cmd_sn) = self.numbers();
+        let transfer_tag = self.tags.next();
+        let Some(task) = self.tasks.get_mut(&task_tag) else { return };
+        let r2t = R2t {
+            flags: FINAL,
+            lun: task.pdu.lun,
+            task_tag,
+            transfer_tag,
+            stat_sn,
+            exp_cmd_sn,
+            max_cmd_sn,
+            r2t_sn: task.r2ts,
+            offset: task.asked,
+            wanted_bytes,
+        };
+        task.r2ts += 1;
+        task.asked += wanted_bytes;
+        task.solicited.push(Solicited { transfer_tag, left: wanted_bytes, data_sn: 0 });
+        self.send(r2t.header(), &[]);
+    }
+
+    /// A piece of data. What belongs to no command is what is left of one that failed or was aborted.
+    pub(super) fn data_out(&mut self, pdu: &DataOut, data: &[u8]) {
+        let first_burst = self.parameters.first_burst_bytes_max;
+        let Some(task) = self.tasks.get_mut(&pdu.task_tag) else { return };
+        let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let last = pdu.flags & FINAL != 0;
+        let in_order = pdu.offset == task.received;
+        let taken = match &mut task.phase {
+            Phase::Unsolicited(data_sn) if pdu.transfer_tag == NO_TAG => {
+                let max = first_burst.min(outgoing(&task.pdu));
+                let right = *data_sn == pdu.data_sn && task.received.saturating_add(len) <= max;
+                *data_sn = data_sn.wrapping_add(1);
+                right.then_some(last)
+            }
+            Phase::Solicited => match task.solicited.first_mut() {
+                Some(now) if now.transfer_tag == pdu.transfer_tag => {
+                    let right = now.data_sn == pdu.data_sn && len <= now.left;
+                    now.data_sn = now.data_sn.wrapping_add(1);
+                    now.left = now.left.saturating_sub(len);
+                    // The last piece says so, and no other does.
+                    (right && last == (now.left == 0)).then_some(last)
+                }
+                _ => None,
+            },
+            _ => None,
+        };
+        match taken {
+            Some(last) if in_order => {
+                task.receive(data);
+                if !last {
+                    return;
+                }
+                if matches!(task.phase, Phase::Unsolicited(_)) {
+                    self.enqueue(pdu.task_tag);
+                } else {
+                    task.solicited.remove(0);
+                    self.go_on(pdu.task_tag);
+                }
+            }
+            _ => {
+                let reply = task.unit.refuse(Fault::Check(Sense::DATA_ORDER));
+                self.complete(pdu.task_tag, &reply);
+            }
+        }
+    }
+
+    /// Gives a command to its disk.
+    fn spawn(&mut self, task_tag: u32) {
+        let Peer::Target(_, nexus) = &self.peer else { return };
+        let Some(task) = self.tasks.get_mut(&task_tag) else { return };
+        let Some(work) = task.work.clone() else { return };
+        let unit = Arc::clone(&task.unit);
+        let handle = if work.is_read() {
+            let len = work.read_bytes.min(incoming(&task.pdu)) as usize;
+            let mut buffer = self.output.spares().take(len);
+            self.jobs.spawn(async move {
+                let read = unit.read(&work, &mut buffer[..len]).await;
+                Finished { task_tag, outcome: Outcome::Read(buffer, read.map(|()| len)) }
+            })
+        } else {
+            let data = std::mem::take(&mut task.data);
+            let nexus = nexus.clone();
+            self.jobs.spawn(async move {
+                let reply = unit.run(&nexus, &work, &data).await;
+                Finished { task_tag, outcome: Outcome::Other(reply) }
+            })
+        };
+        task.phase = Phase::Running(handle);
+    }
+
+    /// Answers a command that has come back from its disk.
+    pub(super) fn finish(&mut self, finished: Finished) {
+        match finished.outcome {
+            Outcome::Other(reply) => self.complete(finished.task_tag, &reply),
+            Outcome::Read(buffer, Err(fault)) => {
+                self.output.spares().give(buffer);
+                let Some(task) = self.tasks.get(&finished.task_tag) else { return };
+                let reply = task.unit.refuse(fault);
+                self.complete(finished.task_tag, &reply);
+            }
+            Outcome::Read(buffer, Ok(len)) => {
+                let Some(task) = self.forget(finished.task_tag) else { return };
+                let available = task.work.as_ref().map_or(0, |work| work.read_bytes);
+                if len == 0 {
+                    self.output.spares().give(buffer);
+                    self.respond(&task.pdu, available, &Reply::good(), 0);
+                } else {
+                    self.data_in(&task.pdu, buffer, len, available);
+                }
+            }
+        }
+    }
+
+    /// Answers a task and forgets it.
+    fn complete(&mut self, task_tag: u32, reply: &Reply) {
+        if let Some(task) = self.forget(task_tag) {
+            let wanted = task.work.as_ref().map_or(0, needed_total);
+            let r2ts = task.r2ts;
+            self.answer_after(&task.pdu, wanted, reply, r2ts);
+        }
+        self.pump();
+    }
+
+    /// Takes a task out of all lists, and gives back what it was booked with.
+    pub(super) fn forget(&mut self, task_tag: u32) -> Option<Task> {
+        let task = self.tasks.remove(&task_tag)?;
+        self.ordered -= usize::from(task.is_ordered());
+        self.immediate -= usize::from(task.is_immediate);
+        self.account.release(task.booked);
+        Some(task)
+    }
+
+    /// Answers a command; `wanted` is how much data it took.
+    fn answer(&mut self, pdu: &ScsiCommand, wanted: u32, reply: &Reply) {
+        self.answer_after(pdu, wanted, reply, 0);
+    }
+
+    fn answer_after(&mut self, pdu: &ScsiCommand, wanted: u32, reply: &Reply, r2ts: u32) {
+        let available = u32::try_from(reply.data.len()).unwrap_or(u32::MAX);
+        let len = available.min(incoming(pdu)) as usize;
+        if len > 0 {
+            return self.data_in(pdu, reply.data.clone(), len, available);
+        }
+        self.respond(pdu, available.max(wanted), reply, r2ts);
+    }
+
+    /// A SCSI response without data.
+    fn respond(&mut self, pdu: &ScsiCommand, transfer: u32, reply: &Reply, data_pdus: u32) {
+        let expected = if outgoing(pdu) > 0 { outgoing(pdu) } else { incoming(pdu) };
+        let (flags, residual_bytes) = residual(expected, transfer);
+        let (stat_sn, exp_cmd_sn, max_cmd_sn) = self.status_numbers();
+        let response = ScsiResponse {
+            flags: FINAL | flags,
+            response: 0,
+            status: reply.status as u8,
+            task_tag: pdu.task_tag,
+            stat_sn,
+            exp_cmd_sn,
+            max_cmd_sn,
+            exp_data_sn: data_pdus,
+            residual_bytes,
+        };
+        if reply.sense.is_empty() {
+            return self.send(response.header(), &[]);
+        }
+        let len = u16::try_from(reply.sense.len()).expect("sense data is short").to_be_bytes();
+        self.send(response.header(), &[&len[..], &reply.sense].concat());
+    }
+
+    /// Data with the status in its last PDU.
+    fn data_in(&mut self, pdu: &ScsiCommand, buffer: Vec<u8>, len: usize, available: u32) {
+        let segment = self.parameters.peer_segment_bytes_max;
+        let burst = self.parameters.burst_bytes_max;
+        let len = u32::try_from(len).expect("transfers are bounded");
+        let buffer = Arc::new(buffer);
+        let (mut at, mut data_sn) = (0, 0);
+        while at < len {
+            let burst_end = (at / burst + 1).saturating_mul(burst);
+            let end = at.saturating_add(segment).min(burst_end).min(len);
+            let header = if end == len {
+                self.last_data_in(pdu, data_sn, at, available)
+            } else {
+                let (_, exp_cmd_sn, max_cmd_sn) = self.numbers();
+                let flags = if end == burst_end { FINAL } else { 0 };
+                let (lun, task_tag) = (pdu.lun, pdu.task_tag);
+                let numbers = DataIn { exp_cmd_sn, max_cmd_sn, data_sn, offset: at, ..DataIn::default() };
+                DataIn { flags, lun, task_tag, transfer_tag: NO_TAG, ..numbers }
+            };
+            let (range, digests) = (at as usize..end as usize, self.parameters.digests);
+            if range.len() <= HEADER_BYTES {
+                self.output.pdu(header.header(), &buffer[range], digests);
+            } else {
+                self.output.pdu_of(header.header(), &buffer, range, digests);
+            }
+            (at, data_sn) = (end, data_sn + 1);
+        }
+    }
+
+    /// The header of a command's last data, with the status GOOD.
+    fn last_data_in(&mut self, pdu: &ScsiCommand, data_sn: u32, offset: u32, available: u32) -> DataIn {
+        let (flags, residual_bytes) = residual(incoming(pdu), available);
+        let (stat_sn, exp_cmd_sn, max_cmd_sn) = self.status_numbers();
+        DataIn {
+            flags: FINAL | data_in::STATUS | flags,
+            status: Status::Good as u8,
+            lun: pdu.lun,
+            task_tag: pdu.task_tag,
+            transfer_tag: NO_TAG,
+            stat_sn,
+            exp_cmd_sn,
+            max_cmd_sn,
+            data_sn,
+            offset,
+            residual_bytes,
+        }
+    }
+}
+
+/// Bytes that a command transfers, whatever its initiator expects.
+fn needed_total(work: &Work) -> u32 {
+    work.data_out_bytes.max(work.read_bytes)
+}
