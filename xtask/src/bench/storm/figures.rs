@@ -67,6 +67,10 @@ pub(super) struct Run {
     pub(super) origin_sent_ratio: Option<f64>,
     /// The highest of all nodes that were not restarted.
     pub(super) fetches_per_chunk: Option<f64>,
+    /// Chunks that came again though they were there, of these nodes together.
+    pub(super) refetched_chunks: Option<u64>,
+    /// Fetches that these nodes sent to a second parent because the first was late or failed: what may come twice.
+    pub(super) second_fetches: Option<u64>,
     /// Per rack: what its uplink carried / boot bytes.
     pub(super) uplinks: Vec<Uplink>,
     pub(super) cpu_seconds: Option<f64>,
@@ -130,6 +134,8 @@ impl Run {
             origin_wire_ratio: 0.0,
             origin_sent_ratio: None,
             fetches_per_chunk: None,
+            refetched_chunks: None,
+            second_fetches: None,
             uplinks: Vec::new(),
             cpu_seconds: None,
             part_done: None,

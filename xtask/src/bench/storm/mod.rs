@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::crowd::Cast;
-use self::ours::{Task, Weather};
+use self::ours::{Caches, Task, Weather};
 pub(crate) use self::plan::StormArgs;
 use self::plan::{Boot, Plan, Profile, Shape};
 use self::replay::{Script, Writes};
@@ -112,18 +112,19 @@ async fn measure(args: &StormArgs, virtman: &Virtman, files: &Path) -> Outcome<R
         }
         let weather = if args.churn { Weather::Churn { seed: args.seed } } else { Weather::Calm };
         let name = if args.vms == 0 { "attach" } else { "cold" };
-        let task = |name: &str, prefix, weather| Task {
+        let task = |name: &str, prefix, caches, weather| Task {
             name: format!("{name} {shape}"),
             plan: &plan,
             boot: &boot,
             cast: cast(prefix, Writes::ToDisk),
+            caches,
             weather,
         };
         note(&format!("{shape}: {name}"));
-        let mut cold = ours::run(&task(name, "c", weather), &site).await?;
+        let mut cold = ours::run(&task(name, "c", Caches::Cold, weather), &site).await?;
         if args.vms > 0 && !args.churn {
             note(&format!("{shape}: warm"));
-            let warm = ours::run(&task("warm", "w", Weather::Calm), &site).await?;
+            let warm = ours::run(&task("warm", "w", Caches::Warm, Weather::Calm), &site).await?;
             cold.cold_to_warm = Some(cold.makespan_seconds / warm.makespan_seconds);
             report.runs.extend([cold, warm]);
         } else {

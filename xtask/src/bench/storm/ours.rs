@@ -32,6 +32,7 @@ pub(super) struct Task<'a> {
     pub(super) plan: &'a Plan,
     pub(super) boot: &'a Boot,
     pub(super) cast: Cast,
+    pub(super) caches: Caches,
     /// What happens meanwhile.
     pub(super) weather: Weather,
 }
@@ -42,6 +43,15 @@ impl Task<'_> {
         let network = Duration::from_secs_f64(self.plan.bound_seconds(self.boot));
         network.max(self.boot.recorded.mul_f64(self.cast.script.think))
     }
+}
+
+/// What the nodes hold when a run begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Caches {
+    /// Nothing.
+    Cold,
+    /// All that the run before read.
+    Warm,
 }
 
 /// Whether anything goes wrong during a run.
@@ -78,25 +88,52 @@ struct Marks {
     uplinks: Vec<Traffic>,
     cpu_seconds: f64,
     origin_sent: u64,
-    /// Per node: chunks that came over links, and chunks that its cache holds.
-    chunks: BTreeMap<String, (u64, u64)>,
+    nodes: BTreeMap<String, Fetches>,
+}
+
+/// What a node counted.
+#[derive(Debug, Clone, Copy, Default)]
+struct Fetches {
+    /// Chunks that came over links.
+    received: u64,
+    /// Chunks that its cache holds.
+    held: u64,
+    /// Fetches that went to a second parent.
+    second: u64,
+}
+
+impl Fetches {
+    fn of(status: &Value) -> Fetches {
+        let links = &status["links"];
+        Fetches {
+            received: count(&links["received_chunks"]),
+            held: count(&status["cache"]["resident_chunks"]),
+            second: count(&links["hedges"]) + count(&links["failovers"]),
+        }
+    }
+
+    /// What came on top of `before`. Nothing is evicted: the cache has room for the whole image.
+    fn since(self, before: Fetches) -> Fetches {
+        Fetches {
+            received: self.received - before.received,
+            held: self.held - before.held,
+            second: self.second - before.second,
+        }
+    }
 }
 
 impl Marks {
     fn take(site: &Site) -> Outcome<Marks> {
-        let mut chunks = BTreeMap::new();
+        let mut nodes = BTreeMap::new();
         for node in site.nodes().iter().filter(|node| !node.is_gone()) {
-            let status = node.status()?;
-            let counts =
-                (count(&status["links"]["received_chunks"]), count(&status["cache"]["resident_chunks"]));
-            chunks.insert(node.name.clone(), counts);
+            nodes.insert(node.name.clone(), Fetches::of(&node.status()?));
         }
         Ok(Marks {
             origin: site.network.traffic(site.origin.host()),
             uplinks: site.network.uplinks(),
             cpu_seconds: site.cpu_seconds()?,
             origin_sent: count(&site.origin.status()?["links"]["sent_wire_bytes"]),
-            chunks,
+            nodes,
         })
     }
 }
@@ -118,7 +155,7 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
         nodes
             .iter()
             .for_each(|node| drop(polls.spawn(attach_whole(Arc::clone(node), Arc::clone(&progress)))));
-    } else if task.plan.profile == Profile::Trace {
+    } else if task.plan.profile == Profile::Trace && task.caches == Caches::Cold {
         nodes.iter().for_each(|node| drop(polls.spawn(whole(Arc::clone(node), Arc::clone(&progress)))));
     }
     let (arrivals, arriving) = mpsc::channel(ARRIVALS_MAX);
@@ -163,8 +200,12 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
         .map(|moved| Uplink { up: moved.sent as f64 / boot_bytes, down: moved.received as f64 / boot_bytes })
         .collect();
     run.cpu_seconds = Some(after.cpu_seconds - before.cpu_seconds);
-    run.fetches_per_chunk = fetches_per_chunk(&before, &after, &restarted);
-    if complete.len() >= nodes.len() || churn.is_some() {
+    let fetches = fetches(&before, &after, &restarted);
+    let per_chunk = fetches.iter().filter(|f| f.held > 0).map(|f| f.received as f64 / f.held as f64);
+    run.fetches_per_chunk = per_chunk.reduce(f64::max);
+    run.refetched_chunks = Some(fetches.iter().map(|f| f.received.saturating_sub(f.held)).sum());
+    run.second_fetches = Some(fetches.iter().map(|f| f.second).sum());
+    if task.caches == Caches::Cold && (complete.len() >= nodes.len() || churn.is_some()) {
         run.boot_set_seconds = Percentiles::of(complete.values().map(Duration::as_secs_f64));
         run.boot_set_ratio = run.boot_set_seconds.map(|p| p.scaled(1.0 / task.plan.bound_seconds(task.boot)));
     }
@@ -177,15 +218,10 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
     Ok(run)
 }
 
-/// The most chunks that a node received for each that it then held more.
-fn fetches_per_chunk(before: &Marks, after: &Marks, restarted: &BTreeSet<String>) -> Option<f64> {
-    let stayed = after.chunks.iter().filter(|(node, _)| !restarted.contains(*node));
-    let ratio = stayed.filter_map(|(node, (received, held))| {
-        let (received_before, held_before) = before.chunks.get(node).copied().unwrap_or_default();
-        let (received, held) = (received - received_before, held.saturating_sub(held_before));
-        (held > 0).then(|| received as f64 / held as f64)
-    });
-    ratio.reduce(f64::max)
+/// What each node fetched that was there all the time.
+fn fetches(before: &Marks, after: &Marks, restarted: &BTreeSet<String>) -> Vec<Fetches> {
+    let stayed = after.nodes.iter().filter(|(node, _)| !restarted.contains(*node));
+    stayed.map(|(node, now)| now.since(before.nodes.get(node).copied().unwrap_or_default())).collect()
 }
 
 /// Attaches the image on a node and waits until it has the whole boot profile.
