@@ -16,9 +16,9 @@ pub const FIRST_BURST_BYTES_MAX: u32 = 64 << 10;
 /// R2Ts of one command under way (`MaxOutstandingR2T`): the next burst is asked for before the last has come.
 pub const R2T_MAX: u32 = 2;
 
-/// Longest transfer of one SCSI command in bytes; the Block Limits page tells it. Windows and ESXi stay
-/// below 4 MiB, Linux and QEMU go by the page.
-pub const TRANSFER_BYTES_MAX: u32 = 8 << 20;
+/// Longest transfer of one SCSI command in bytes: what an export may pass to a disk. The Block Limits page
+/// tells it; some initiators do not look, and none goes beyond.
+pub const TRANSFER_BYTES_MAX: u32 = block::limits::REQUEST_BYTES_MAX as u32;
 
 /// Longest parameter list of a command in bytes, but for data that is written: UNMAP descriptors and mode
 /// pages are shorter by far.
@@ -87,9 +87,9 @@ pub const UNITS_MAX: usize = 256;
 /// Initiators that hold registrations of one logical unit: the size of a large cluster.
 pub const REGISTRATIONS_MAX: usize = 256;
 
-/// Logical blocks of one WRITE SAME, and of all descriptors of one UNMAP together (16 GiB): long enough to
-/// clear a disk in few commands.
-pub const CLEAR_BLOCKS_MAX: u32 = 32 << 20;
+/// Logical blocks of one WRITE SAME, and of all descriptors of one UNMAP together (512 MiB): more
+/// would keep an initiator waiting for one answer for longer than some do.
+pub const CLEAR_BLOCKS_MAX: u32 = 1 << 20;
 
 /// Descriptors of one UNMAP command: one page of them.
 pub const UNMAP_DESCRIPTORS_MAX: u32 = 256;
@@ -100,8 +100,8 @@ pub const COMPARE_AND_WRITE_BLOCKS_MAX: u8 = 255;
 /// Bytes that are read at a time where a command has data of its own to compare with.
 pub const STEP_BYTES: usize = 256 << 10;
 
-/// Connections of one server; one more is closed at once. 100 hosts with two paths each fit, with room.
-pub const CONNECTIONS_MAX: usize = 512;
+/// Connections of one server; one more is closed at once. 100 hosts with two paths each fit.
+pub const CONNECTIONS_MAX: usize = 256;
 
 /// Time that an initiator has from connecting to the full feature phase.
 pub const LOGIN_TIME_MAX: Duration = Duration::from_secs(15);

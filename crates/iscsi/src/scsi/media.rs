@@ -92,6 +92,17 @@ impl Work {
         Work::new(Kind::Flush, Range::default(), 0)
     }
 
+    /// Refuses to combine a block that is compared or repeated with more or less data than it has. `offered`
+    /// is what the initiator means to send.
+    pub fn check_offer(&self, offered: u32) -> Result<(), Sense> {
+        let wrong = self.data_out_bytes != offered;
+        match self.kind {
+            Kind::CompareAndWrite(_) if wrong => Err(Sense::in_command(13)),
+            Kind::WriteSame if wrong => Err(Sense::INFORMATION_UNIT),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether this is a plain read, for [`Unit::read_now`](super::Unit::read_now).
     pub fn is_read(&self) -> bool {
         matches!(self.kind, Kind::Read(_))
@@ -293,7 +304,7 @@ mod tests {
 
     #[test]
     fn what_is_longer_than_the_limits_is_refused() {
-        let long = cdb(&[0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]);
+        let long = cdb(&[0x88, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
         assert_eq!(parse(Command::Read, &long, 1 << 30), Err(Sense::in_command(10)));
     }
 

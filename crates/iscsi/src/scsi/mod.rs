@@ -64,6 +64,11 @@ pub enum Begin {
     Work(Work),
 }
 
+/// The operation codes that are known, for tests that want to get beyond them.
+#[cfg(test)]
+pub(crate) const OPERATION_CODES: [u8; 16] =
+    [0x00, 0x03, 0x12, 0x1a, 0x15, 0x28, 0x2f, 0x41, 0x42, 0x55, 0x5e, 0x5f, 0x89, 0x8b, 0x9e, 0xa3];
+
 /// A big-endian number of up to eight bytes.
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))

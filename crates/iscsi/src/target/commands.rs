@@ -34,7 +34,10 @@ impl Session {
             Ok(()) => device.begin(nexus, pdu.lun, &pdu.cdb),
         };
         match (begun, unit) {
-            (Begin::Work(work), Some(unit)) => self.work(frame, pdu, unit, work),
+            (Begin::Work(work), Some(unit)) => match work.check_offer(outgoing(pdu)) {
+                Ok(()) => self.work(frame, pdu, unit, work),
+                Err(sense) => self.answer(pdu, 0, &unit.refuse(Fault::Check(sense))),
+            },
             (Begin::Done(reply), _) => self.answer(pdu, 0, &reply),
             // A device begins work only at units that it has.
             (Begin::Work(_), None) => self.reject(&frame.header, reject_reason::INVALID_FIELD),
