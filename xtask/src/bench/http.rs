@@ -21,8 +21,13 @@ pub(super) struct Api {
 
 impl Api {
     pub(super) fn connect(socket: &Path) -> Outcome<Api> {
+        Api::connect_for(socket, ANSWER_TIME_MAX)
+    }
+
+    /// For requests whose answers are not waited for longer than `limit`.
+    pub(super) fn connect_for(socket: &Path, limit: Duration) -> Outcome<Api> {
         let stream = UnixStream::connect(socket)
-            .and_then(|stream| stream.set_read_timeout(Some(ANSWER_TIME_MAX)).map(|()| stream))
+            .and_then(|stream| stream.set_read_timeout(Some(limit)).map(|()| stream))
             .map_err(|e| format!("cannot connect to {}: {e}", socket.display()))?;
         Ok(Api { stream: BufReader::new(stream) })
     }

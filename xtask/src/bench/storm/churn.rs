@@ -5,6 +5,7 @@
 //! a while; Volt is killed and started again, the origin is killed and comes back, and nodes join.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ use super::crowd::VmStory;
 use super::figures::Percentiles;
 use super::network::Rate;
 use super::ours::blocking;
+use super::plan::ChurnKind;
 use super::site::{Node, Site};
 
 /// One node in so many is killed, and as many join.
@@ -45,7 +47,8 @@ const AFTERMATH: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Churn {
     pub(super) events: Vec<Event>,
-    /// The longest read, in milliseconds, of each VM on a child of a killed node, from the death on.
+    /// The longest read, in milliseconds, of each VM on a child of a killed node, from the death on. Children
+    /// to which something happened themselves are left out.
     pub(super) parent_death_stall_ms: Option<Percentiles>,
     /// How many VMs that is about.
     pub(super) parent_death_vms: usize,
@@ -59,6 +62,9 @@ pub(super) struct Churn {
     restarted: BTreeSet<String>,
     #[serde(skip)]
     dead: BTreeSet<String>,
+    /// Nodes to which anything happened.
+    #[serde(skip)]
+    struck: BTreeSet<String>,
 }
 
 /// One thing that went wrong.
@@ -88,6 +94,30 @@ enum Fault {
     Join,
 }
 
+impl Fault {
+    /// The node that it strikes.
+    fn node(&self) -> Option<&Node> {
+        match self {
+            Fault::KillForAWhile(node)
+            | Fault::KillForGood(node)
+            | Fault::Unplug(node)
+            | Fault::Throttle(node)
+            | Fault::Stop(node) => Some(node),
+            Fault::KillVolt | Fault::KillOrigin | Fault::Join => None,
+        }
+    }
+
+    /// The part of the span in which it may come: nodes die before the origin does, so that what the others feel
+    /// of it is their parent's death alone.
+    fn when(&self) -> Range<f64> {
+        match self {
+            Fault::KillForAWhile(_) | Fault::KillForGood(_) => 0.05..0.5,
+            Fault::KillOrigin => 0.7..1.0,
+            _ => 0.05..1.0,
+        }
+    }
+}
+
 /// What a fault left behind.
 #[derive(Default)]
 struct Trail {
@@ -111,8 +141,7 @@ impl Churn {
 
     /// Finds the longest read after each parent's death in what the VMs met.
     pub(super) fn judge(&mut self, stories: &[VmStory]) {
-        let struck =
-            |story: &&VmStory| !self.restarted.contains(&story.seat) && !self.dead.contains(&story.seat);
+        let unharmed = |story: &&VmStory| !self.struck.contains(&story.seat);
         let mut longest = Vec::new();
         let healing = |death: &&Death| {
             self.origin_away.is_none_or(|(from, to)| death.at + AFTERMATH < from || death.at > to)
@@ -120,7 +149,8 @@ impl Churn {
         let deaths: Vec<&Death> = self.deaths.iter().filter(healing).collect();
         self.parent_deaths_left_out = self.deaths.len() - deaths.len();
         for death in deaths {
-            for story in stories.iter().filter(struck).filter(|story| death.children.contains(&story.seat)) {
+            for story in stories.iter().filter(unharmed).filter(|story| death.children.contains(&story.seat))
+            {
                 let waited =
                     story.played.slow.iter().filter(|read| {
                         read.began + read.took > death.at && read.began < death.at + AFTERMATH
@@ -139,6 +169,7 @@ impl Churn {
 /// nodes are told to `arrivals`.
 pub(super) async fn make(
     site: &Arc<Site>,
+    kind: ChurnKind,
     seed: u64,
     span: Duration,
     arrivals: mpsc::Sender<Arc<Node>>,
@@ -146,8 +177,10 @@ pub(super) async fn make(
     let begin = Instant::now();
     let mut random = SmallRng::seed_from_u64(seed);
     let mut faults = JoinSet::new();
-    for fault in choose(site, &mut random) {
-        let at = begin + span.mul_f64(random.random_range(0.05..1.0));
+    let mut struck = BTreeSet::new();
+    for fault in choose(site, kind, &mut random) {
+        let at = begin + span.mul_f64(random.random_range(fault.when()));
+        struck.extend(fault.node().map(|node| node.name.clone()));
         faults.spawn(strike(fault, Arc::clone(site), at, arrivals.clone()));
     }
     drop(arrivals);
@@ -160,6 +193,7 @@ pub(super) async fn make(
         origin_away: None,
         restarted: BTreeSet::new(),
         dead: BTreeSet::new(),
+        struck,
     };
     while let Some(trail) = faults.join_next().await {
         let trail = trail.map_err(|e| format!("a fault ended early: {e}"))??;
@@ -175,7 +209,7 @@ pub(super) async fn make(
 }
 
 /// Whom each fault strikes: no node is struck twice.
-fn choose(site: &Site, random: &mut SmallRng) -> Vec<Fault> {
+fn choose(site: &Site, kind: ChurnKind, random: &mut SmallRng) -> Vec<Fault> {
     let mut nodes = site.nodes();
     nodes.shuffle(random);
     let killed = (nodes.len() / KILLED_ONE_IN).max(2);
@@ -186,6 +220,9 @@ fn choose(site: &Site, random: &mut SmallRng) -> Vec<Fault> {
         .enumerate()
         .map(|(n, node)| if n % 2 == 0 { Fault::KillForAWhile(node) } else { Fault::KillForGood(node) })
         .collect();
+    if kind == ChurnKind::Deaths {
+        return faults;
+    }
     faults.extend(nodes.next().map(Fault::Unplug));
     faults.extend(nodes.next().map(Fault::Throttle));
     faults.extend(nodes.next().map(Fault::Stop));
@@ -254,16 +291,16 @@ async fn strike(
             trail.note(format!("{} goes on", node.name));
         }
         Fault::Join => {
-            let joining = Arc::clone(&site);
+            let node = site.plug_in()?;
             // While Volt is away nobody can join; whoever joins then tries again.
-            let node = loop {
-                let site = Arc::clone(&joining);
-                match blocking(move || site.join_one()).await {
-                    Ok(node) => break node,
+            loop {
+                let (site, joining) = (Arc::clone(&site), Arc::clone(&node));
+                match blocking(move || site.join_late(&joining)).await {
+                    Ok(()) => break,
                     Err(_) if at.elapsed() < VOLT_AWAY * 5 => tokio::time::sleep(VOLT_AWAY / 2).await,
                     Err(error) => return Err(error),
                 }
-            };
+            }
             trail.note(format!("{} joined", node.name));
             // A storm that is over wants no more nodes.
             let _ = arrivals.send(node).await;

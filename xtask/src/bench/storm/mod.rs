@@ -110,7 +110,7 @@ async fn measure(args: &StormArgs, virtman: &Virtman, files: &Path) -> Outcome<R
             boot.write_profile(&profile, site.image_id()?)?;
             site.import_profile(&profile)?;
         }
-        let weather = if args.churn { Weather::Churn { seed: args.seed } } else { Weather::Calm };
+        let weather = args.churn.map_or(Weather::Calm, |kind| Weather::Churn { kind, seed: args.seed });
         let name = if args.vms == 0 { "attach" } else { "cold" };
         let task = |name: &str, prefix, caches, weather| Task {
             name: format!("{name} {shape}"),
@@ -122,7 +122,7 @@ async fn measure(args: &StormArgs, virtman: &Virtman, files: &Path) -> Outcome<R
         };
         note(&format!("{shape}: {name}"));
         let mut cold = ours::run(&task(name, "c", Caches::Cold, weather), &site).await?;
-        if args.vms > 0 && !args.churn {
+        if args.vms > 0 && args.churn.is_none() {
             note(&format!("{shape}: warm"));
             let warm = ours::run(&task("warm", "w", Caches::Warm, Weather::Calm), &site).await?;
             cold.cold_to_warm = Some(cold.makespan_seconds / warm.makespan_seconds);

@@ -15,9 +15,9 @@ use super::churn::{self, Churn};
 use super::crowd::{self, Cast, Progress, Seat};
 use super::figures::{Percentiles, Run, Uplink};
 use super::network::Traffic;
+use super::plan::{Boot, ChurnKind, Plan, Profile};
 use super::site::{Node, Site};
 use super::watch as look;
-use super::{Boot, Plan, Profile};
 
 /// Nodes that may join while a storm runs: they wait in a queue of so many.
 const ARRIVALS_MAX: usize = 64;
@@ -58,8 +58,9 @@ pub(super) enum Caches {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Weather {
     Calm,
-    /// Faults, chosen by this seed.
+    /// Faults of this kind, chosen by this seed.
     Churn {
+        kind: ChurnKind,
         seed: u64,
     },
 }
@@ -165,8 +166,9 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
             drop(arrivals);
             (storm.await?, None)
         }
-        Weather::Churn { seed } => {
-            let (stories, churn) = tokio::join!(storm, churn::make(site, seed, task.fetching(), arrivals));
+        Weather::Churn { kind, seed } => {
+            let (stories, churn) =
+                tokio::join!(storm, churn::make(site, kind, seed, task.fetching(), arrivals));
             (stories?, Some(churn?))
         }
     };

@@ -55,9 +55,9 @@ pub(crate) struct StormArgs {
     /// Data in the image, in MiB: what the boot reads, and a rest that it does not
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     image_mib: u64,
-    /// Let things go wrong during the cold run: nodes, links, Volt and the origin
-    #[arg(long)]
-    pub(super) churn: bool,
+    /// Let things go wrong during the cold run: all kinds, or only nodes that die; there is no warm run then
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "all", value_name = "KIND")]
+    pub(super) churn: Option<ChurnKind>,
     /// Also run foreign programs in the same network under the same guests
     #[arg(long)]
     pub(super) baselines: bool,
@@ -82,6 +82,15 @@ pub(crate) struct StormArgs {
     /// Keep what the daemons log in this directory, which must not lie below /run
     #[arg(long, value_name = "DIR")]
     logs: Option<PathBuf>,
+}
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ChurnKind {
+    /// Nodes die and join, links fail, Volt and the origin go away for a while
+    All,
+    /// A tenth of the nodes is killed: what parents' deaths alone cost
+    Deaths,
 }
 
 /// A boot to replay.

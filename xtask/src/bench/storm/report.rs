@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::super::Outcome;
 use super::attach::Attach;
-use super::figures::{Percentiles, Run};
+use super::figures::{Percentiles, Run, Uplink};
 use super::plan::{Boot, StormArgs};
 use super::trace::Trace;
 
@@ -152,7 +152,8 @@ fn print_notes(run: &Run) {
             part * 100.0
         ));
     }
-    for (rack, uplink) in run.uplinks.iter().enumerate() {
+    let moved = |uplink: &Uplink| uplink.up + uplink.down > 0.01;
+    for (rack, uplink) in run.uplinks.iter().enumerate().filter(|(_, uplink)| moved(uplink)) {
         note(format!("uplink of rack {rack}: {:.2} W up, {:.2} W down", uplink.up, uplink.down));
     }
     if let Some(churn) = &run.churn {

@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use block::ImageId;
 use rustix::process::{Signal, kill_process};
@@ -28,6 +30,9 @@ const NODE_PORT: u16 = 7420;
 /// Nodes that start at a time: more would only wait for the processor.
 const STARTS: usize = 4;
 
+/// How long a node may take to say whom it fetches from: whoever asks is about to kill that one.
+const CHILD_ANSWER_TIME_MAX: Duration = Duration::from_millis(200);
+
 /// A running cluster.
 pub(super) struct Site {
     dir: PathBuf,
@@ -36,6 +41,8 @@ pub(super) struct Site {
     volt: Server,
     pub(super) origin: Arc<Node>,
     nodes: Mutex<Vec<Arc<Node>>>,
+    /// Nodes that have a host, joined or not.
+    plugged: AtomicUsize,
     // Last: hosts go when nothing runs on them any more.
     pub(super) network: Arc<Network>,
 }
@@ -80,13 +87,14 @@ impl Site {
             volt,
             origin: Arc::new(origin),
             nodes: Mutex::default(),
+            plugged: AtomicUsize::new(0),
             network,
         };
         site.start_volt()?;
         site.join(&site.origin)?;
         let add = ["image", "add", IMAGE];
         output(site.command_at(&site.origin).args(add).arg(image))?;
-        let nodes: Vec<Arc<Node>> = (0..plan.nodes).map(|n| site.new_node(n)).collect::<Outcome<_>>()?;
+        let nodes: Vec<Arc<Node>> = (0..plan.nodes).map(|_| site.plug_in()).collect::<Outcome<_>>()?;
         for some in nodes.chunks(STARTS) {
             std::thread::scope(|scope| {
                 let joins: Vec<_> = some.iter().map(|node| scope.spawn(|| site.join(node))).collect();
@@ -102,19 +110,20 @@ impl Site {
         self.lock_nodes().clone()
     }
 
-    /// Joins one more node.
-    pub(super) fn join_one(&self) -> Outcome<Arc<Node>> {
-        let node = self.new_node(self.lock_nodes().len())?;
-        self.join(&node)?;
-        self.lock_nodes().push(Arc::clone(&node));
-        Ok(node)
+    /// Joins a node that was plugged in after the start; may be tried again while Volt is away.
+    pub(super) fn join_late(&self, node: &Arc<Node>) -> Outcome {
+        self.join(node)?;
+        self.lock_nodes().push(Arc::clone(node));
+        Ok(())
     }
 
     fn lock_nodes(&self) -> MutexGuard<'_, Vec<Arc<Node>>> {
         self.nodes.lock().expect("no holder of this lock panics")
     }
 
-    fn new_node(&self, number: usize) -> Outcome<Arc<Node>> {
+    /// Plugs a host for one more node in, on which nothing runs yet.
+    pub(super) fn plug_in(&self) -> Outcome<Arc<Node>> {
+        let number = self.plugged.fetch_add(1, Ordering::Relaxed);
         let name = format!("n{number}");
         let place = self.plan.place(number);
         let host = self.network.add(&name, place, Some(self.plan.rate))?;
@@ -189,8 +198,9 @@ impl Site {
     /// The nodes whose first parent of some stripe is `parent`, as they say themselves.
     pub(super) fn children(&self, parent: &str) -> BTreeSet<String> {
         let fetches_from = |node: &Arc<Node>| {
-            // One that does not answer fetches nothing either.
-            let Ok(Some(image)) = node.image() else { return false };
+            // One that does not answer, dead or stopped, is no witness.
+            let api = Api::connect_for(&node.socket(), CHILD_ANSWER_TIME_MAX);
+            let Ok(Some(image)) = api.and_then(|mut api| image_of(&mut api)) else { return false };
             let stripes = image["parents"].as_array().cloned().unwrap_or_default();
             stripes.iter().any(|ranked| ranked[0] == parent)
         };
@@ -252,6 +262,12 @@ impl Server {
     }
 }
 
+/// The one image of a node.
+fn image_of(api: &mut Api) -> Outcome<Option<Value>> {
+    let images = api.get("/v1/images")?;
+    Ok(images.as_array().and_then(|images| images.first().cloned()))
+}
+
 impl Node {
     fn new(name: &str, dir: &Path, host: Host, plan: &Plan) -> Outcome<Node> {
         let gone = watch::Sender::new(false);
@@ -277,8 +293,7 @@ impl Node {
 
     /// What the node says of the image, if it has it attached.
     pub(super) fn image(&self) -> Outcome<Option<Value>> {
-        let images = self.api()?.get("/v1/images")?;
-        Ok(images.as_array().and_then(|images| images.first().cloned()))
+        image_of(&mut self.api()?)
     }
 
     /// Attaches the image, and gives what the node says of it.
