@@ -65,20 +65,19 @@ impl Report {
         );
         println!();
         println!(
-            "{:<26} {:>9} {:>5} {:>20} {:>6} {:>17} {:>11} {:>6} {:>17} {:>8} {:>13} {:>6} {:>6}",
+            "{:<24} {:>9} {:>6} {:>22} {:>17} {:>11} {:>6} {:>20} {:>9} {:>16} {:>6} {:>6}",
             "run",
             "makespan",
             "C",
-            "VM done p50/p99/max",
-            "",
+            "VM done, s, p50/99/max",
             "E p50/p99/max",
             "G wire/sent",
             "fetch",
-            "stall p50/p99/max",
+            "stall, s, p50/99/max",
             "longest",
-            "read p50/p99",
+            "read, ms, p50/99",
             "errors",
-            "CPU"
+            "CPU, s"
         );
         for run in &self.runs {
             print_run(run);
@@ -124,12 +123,11 @@ fn print_run(run: &Run) {
         None => format!("{:.2} s", run.makespan_seconds),
     };
     println!(
-        "{:<26} {:>9} {:>5} {:>20} {:>6} {:>17} {:>11} {:>6} {:>17} {:>8} {:>13} {:>6} {:>6}",
+        "{:<24} {:>9} {:>6} {:>22} {:>17} {:>11} {:>6} {:>20} {:>9} {:>16} {:>6} {:>6}",
         run.name,
         makespan,
         one(run.cold_to_warm, 3),
         three(run.finished_seconds, 1),
-        "s",
         three(run.boot_set_ratio, 2),
         format!("{:.2}/{}", run.origin_wire_ratio, one(run.origin_sent_ratio, 2)),
         one(run.fetches_per_chunk, 3),
