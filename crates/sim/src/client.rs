@@ -48,6 +48,11 @@ pub(crate) struct Guest {
     pub(crate) done_at: Option<Duration>,
 }
 
+/// What a guest takes for its reads when every chunk is there.
+pub(crate) fn warm(reads: &[Read]) -> Duration {
+    reads.iter().map(|read| read.think + LOCAL_READ).sum()
+}
+
 impl Guest {
     pub(crate) fn new(reads: Rc<[Read]>) -> Guest {
         let zero = Duration::ZERO;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use block::{ChunkHash, NodeName};
 use rand::Rng;
-use volt::{Action, Millis, Placement, Planner, Settings, Shaping};
+use volt::{Action, Millis, Placement, Planner, Role, Settings, Shaping};
 
 use crate::event::{Event, Life, NodeIx};
 use crate::node::{Power, Session};
@@ -91,8 +91,13 @@ impl World {
         let run = self.volt.run;
         self.volt.planner = None;
         self.volt.run += 1;
-        for (_, life) in std::mem::take(&mut self.volt.connected) {
-            self.agenda.after(self.net.latency(), Event::VoltLost(life, run));
+        self.volt.connected.clear();
+        // Those whose call is still on its way as well.
+        for ix in (0..self.nodes.len() as u32).map(NodeIx) {
+            if self.nodes[ix.at()].session == Session::On(run) {
+                let life = self.life(ix);
+                self.agenda.after(self.net.latency(), Event::VoltLost(life, run));
+            }
         }
     }
 
@@ -193,7 +198,7 @@ impl World {
         let run = self.volt.run;
         let node = &mut self.nodes[ix.at()];
         node.session = Session::On(run);
-        let current = node.placement.clone();
+        let current = node.placement.clone().filter(|_| node.role == Role::Relay);
         self.tell_volt(ix, Word::Hello { current });
         self.agenda.after(self.scenario.lease / BEATS_PER_LEASE, Event::Beats(life, run));
     }

@@ -137,13 +137,15 @@ impl World {
             return;
         }
         self.process_gone(ix, power);
-        for end in self.ends_of(ix) {
+        let ends = self.ends_of(ix);
+        // First, so that nothing that the ends take along makes the dead node ask others.
+        self.nodes[ix.at()].die(power);
+        for end in ends {
             match power {
                 Power::Lost => self.drop_end(end),
                 Power::Off | Power::On => self.hang_up(end),
             }
         }
-        self.nodes[ix.at()].die(power);
     }
 
     /// Both ends of all of a node's links see them end.

@@ -10,8 +10,10 @@ use block::limits::CHUNK_BYTES;
 use serde::Serialize;
 use volt::Shaping;
 
+use crate::client::warm;
 use crate::run::{Failure, Outcome, run};
 use crate::scenario::{Faults, Scale, Scenario, fixed};
+use crate::trace::{Thinking, Trace};
 
 /// Chunks of the boot set of a Debian boot: 110 MB.
 pub const BOOT_CHUNKS: u32 = 1_680;
@@ -55,6 +57,8 @@ pub struct Row {
     pub sent_per_kept: f64,
     /// Steps from the origin to the deepest node.
     pub depth: u32,
+    /// Seconds that a guest takes when its node has all chunks.
+    pub warm_s: Option<f64>,
     /// Seconds until 99 of 100 guests had read all.
     pub booted_p99_s: Option<f64>,
     /// Seconds until the last guest had.
@@ -109,6 +113,7 @@ impl Row {
             rack_max: (scenario.racks > 0).then_some(outcome.rack_bytes_max as f64 / bytes),
             sent_per_kept: outcome.sent_per_kept,
             depth: outcome.depth,
+            warm_s: scenario.trace.as_deref().map(|reads| warm(reads).as_secs_f64()),
             booted_p99_s: guests(outcome.booted.quantile(0.99)),
             booted_max_s: guests(outcome.booted.max()),
             stall_p99_s: guests(outcome.stalls.quantile(0.99)),
@@ -121,7 +126,7 @@ impl fmt::Display for Row {
         let or_dash = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
         write!(
             f,
-            "{:32} {:6} {:5} {:5} {:8.4} {:6.3} {:6.3} {:6.3} {:6.3} {:>6} {:6.3} {:5} {:>7} {:>7} {:>7}",
+            "{:32} {:6} {:5} {:5} {:8.4} {:6.3} {:6.3} {:6.3} {:6.3} {:>6} {:6.3} {:5} {:>7} {:>7} {:>7} {:>7}",
             self.what,
             self.nodes,
             self.chunks,
@@ -134,6 +139,7 @@ impl fmt::Display for Row {
             or_dash(self.rack_max),
             self.sent_per_kept,
             self.depth,
+            or_dash(self.warm_s),
             or_dash(self.booted_p99_s),
             or_dash(self.booted_max_s),
             or_dash(self.stall_p99_s),
@@ -142,9 +148,14 @@ impl fmt::Display for Row {
 }
 
 /// The heads of the columns of a [`Row`].
-pub const HEADS: &str = "what                              nodes chunks Gbit/s  W/B, s  E p50  E p99  E max      G   rack   sent depth boot p99 boot max stall p99";
+pub const HEADS: &str = "what                              nodes chunks Gbit/s  W/B, s  E p50  E p99  E max      G   \
+                         rack   sent depth    warm boot p99 boot max stall p99";
 
-/// Measures the storms, one after the other, and hands each row out as it is done.
+fn measure(what: &str, scenario: &Scenario) -> Result<Row, Failure> {
+    Ok(Row::of(what.to_owned(), scenario, &run(scenario)?))
+}
+
+/// Measures storms of these sizes on a flat network, and hands each row out as it is done.
 ///
 /// # Errors
 /// The first promise that a run broke.
@@ -156,12 +167,38 @@ pub fn storms(sizes: &[u32], mut done: impl FnMut(&Row)) -> Result<Vec<Row>, Fai
                 [("binary", fixed(2, 1)), ("4 stripes", fixed(4, 4)), ("auto", Shaping::Auto)]
             {
                 let chunks = if nodes >= MANY { BOOT_CHUNKS_OF_MANY } else { BOOT_CHUNKS };
-                let scenario = Scenario::storm(nodes, chunks, gbits, shaping);
-                let row = Row::of(name.to_owned(), &scenario, &run(&scenario)?);
+                let row = measure(name, &Scenario::storm(nodes, chunks, gbits, shaping))?;
                 done(&row);
                 rows.push(row);
             }
         }
+    }
+    Ok(rows)
+}
+
+/// The experiment of the paper: 100 hosts in 4 racks whose links carry a 25th of what their hosts could send, 10
+/// guests on each, 1 Gbit/s. Guests that do not think ask as fast as they are answered; those that do show
+/// how much of a boot is waiting.
+///
+/// # Errors
+/// The first promise that a run broke.
+pub fn racks(trace: &Trace, mut done: impl FnMut(&Row)) -> Result<Vec<Row>, Failure> {
+    let base =
+        || Scenario { racks: 4, rack_gbits: 1.0, ..Scenario::storm(100, trace.chunks, 1.0, Shaping::Auto) };
+    let booting = |thinking| Scenario { guests: 10, trace: Some(trace.with(thinking)), ..base() };
+    let cases = [
+        ("racks, profile", base()),
+        ("racks, binary, profile", Scenario { shaping: fixed(2, 1), ..base() }),
+        ("racks, reads", Scenario { profile: false, ..booting(Thinking::No) }),
+        ("racks, reads and profile", booting(Thinking::No)),
+        ("racks, boots", Scenario { profile: false, ..booting(Thinking::AsRecorded) }),
+        ("racks, boots and profile", booting(Thinking::AsRecorded)),
+    ];
+    let mut rows = Vec::new();
+    for (name, scenario) in cases {
+        let row = measure(name, &scenario)?;
+        done(&row);
+        rows.push(row);
     }
     Ok(rows)
 }

@@ -26,8 +26,10 @@ mod node;
 mod run;
 mod scenario;
 mod serve;
+mod trace;
 mod uplink;
 mod world;
 
 pub use run::{Failure, Outcome, run};
 pub use scenario::{Bug, Faults, Scenario};
+pub use trace::Trace;

@@ -5,8 +5,8 @@
 //! pipes of a row work at the same time, as switches do, so that a message takes its time on the slowest pipe
 //! plus one latency. What wants to leave a host takes turns, one message (at most a chunk) a flow, as TCP
 //! flows under fair queueing do; small messages go ahead of other flows, as sparse flows do there. A flow has
-//! at most [`WINDOW_BYTES`] on the way, so that a receiver's crowded link holds its senders back, and takes
-//! at most [`UNSENT_BYTES`] that have not left. Processors are pipes as well, at both ends: one flow is one
+//! at most [`WINDOW_BYTES`] on the way, and one message while the way is crowded ([`BACKLOG_MAX`]), so that a
+//! receiver's slow link holds its senders back; and it takes at most [`UNSENT_BYTES`] that have not left. Processors are pipes as well, at both ends: one flow is one
 //! task, and a host has [`CORES`].
 //!
 //! Not here: packets, loss and congestion control. A link that is cut delivers what was on the way when it is
@@ -24,6 +24,10 @@ use crate::event::{Event, FlowId, NodeIx};
 
 /// Bytes of one flow on the way: the bandwidth-delay product of 25 Gbit/s and 160 µs, and eight chunks.
 pub(crate) const WINDOW_BYTES: usize = 8 * CHUNK_BYTES;
+
+/// How far a pipe may be behind until each flow through it has one message on the way instead: what the buffers
+/// of switches hold at most, and what congestion control keeps of it.
+const BACKLOG_MAX: Duration = Duration::from_millis(20);
 
 /// Bytes that a flow takes before earlier ones have left: the socket option of the real link.
 pub(crate) const UNSENT_BYTES: usize = 128 * 1024;
@@ -227,17 +231,32 @@ impl Net {
         flow.waiting_bytes += wire_bytes;
         flow.waiting.push_back(message);
         let from = flow.from;
-        self.line_up(id);
+        self.line_up(id, agenda.now());
         self.send(agenda, from);
     }
 
     /// Gives a flow its place in the ring, if it has something to send and may.
-    fn line_up(&mut self, id: FlowId) {
+    fn line_up(&mut self, id: FlowId, now: Duration) {
+        let flow = &self.flows[id.at()];
+        let window = if self.backlog(flow, now) > BACKLOG_MAX { 1 } else { WINDOW_BYTES };
         let flow = &mut self.flows[id.at()];
-        if !flow.in_ring && !flow.waiting.is_empty() && flow.flying_bytes < WINDOW_BYTES {
+        if !flow.in_ring && !flow.waiting.is_empty() && flow.flying_bytes < window {
             flow.in_ring = true;
             self.hosts[flow.from.at()].ring.push_back(id);
         }
+    }
+
+    /// How far the pipes after the sender's own are behind. What is sent in one moment passes them in order.
+    fn backlog(&self, flow: &Flow, now: Duration) -> Duration {
+        let (from, to) = (&self.hosts[flow.from.at()], &self.hosts[flow.to.at()]);
+        let rack =
+            |rack: Option<usize>, pipe: fn(&Rack) -> &Pipe| rack.map(|rack| pipe(&self.racks[rack]).free);
+        let racks = if from.rack == to.rack {
+            None
+        } else {
+            rack(from.rack, |rack| &rack.up).max(rack(to.rack, |rack| &rack.down))
+        };
+        to.into.free.max(racks.unwrap_or_default()).saturating_sub(now)
     }
 
     /// Lets the host send its next message, unless it is sending.
@@ -254,7 +273,7 @@ impl Net {
             host.sending = true;
             self.launch(agenda, id, message);
             agenda.at(self.hosts[ix.at()].out.free, Event::SentOut(ix));
-            self.line_up(id);
+            self.line_up(id, agenda.now());
             self.roomy.push(id);
             return;
         }
@@ -274,11 +293,14 @@ impl Net {
         let (begin, end) = self.hosts[from].out.pass(agenda.now(), bytes);
         let first = begin + self.latency;
         let mut last = end.max(message.made_at) + self.latency;
-        if let (Some(a), Some(b)) = (self.hosts[from].rack, self.hosts[to].rack)
-            && a != b
-        {
-            last = last.max(self.racks[a].up.pass(first, bytes).1);
-            last = last.max(self.racks[b].down.pass(first, bytes).1);
+        let (a, b) = (self.hosts[from].rack, self.hosts[to].rack);
+        if a != b {
+            if let Some(a) = a {
+                last = last.max(self.racks[a].up.pass(first, bytes).1);
+            }
+            if let Some(b) = b {
+                last = last.max(self.racks[b].down.pass(first, bytes).1);
+            }
         }
         let host = &mut self.hosts[to];
         last = last.max(host.into.pass(first, bytes).1).max(flow.last_arrival);
@@ -301,7 +323,7 @@ impl Net {
         let message = flow.flying.pop_front()?;
         flow.flying_bytes -= message.wire_bytes;
         let from = flow.from;
-        self.line_up(id);
+        self.line_up(id, agenda.now());
         self.send(agenda, from);
         Some(message.bytes)
     }

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use link::Stats;
-use link::limits::{BREAKER_PAUSE_MAX, DIAL_MAX, PATIENCE_GUEST, PATIENCE_OTHERS, REDIAL_MAX};
+use link::limits::{BREAKER_PAUSE_MAX, DIAL_MAX, PATIENCE_GUEST, REDIAL_MAX};
+use link::policy::PathId;
 
 use crate::content::Content;
 use crate::event::NodeIx;
@@ -40,7 +41,7 @@ impl fmt::Display for Failure {
 }
 
 /// What a node or guest took.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Times(Vec<Duration>);
 
 impl Times {
@@ -140,7 +141,7 @@ fn drive(world: &mut World) -> Result<Outcome, String> {
     Ok(outcome)
 }
 
-/// Lets the hierarchy come to rest and looks at it.
+/// Lets the hierarchy come to rest.
 fn settle(world: &mut World) -> Result<(), String> {
     let rest = world.agenda.now() + world.scenario.lease * LEASES_TO_SETTLE;
     while world.agenda.now() < rest && world.step() {
@@ -148,16 +149,14 @@ fn settle(world: &mut World) -> Result<(), String> {
             return Err(what);
         }
     }
-    world.check_settled();
-    world.checks.violation.take().map_or(Ok(()), Err)
+    Ok(())
 }
 
 impl Scenario {
     /// How long after the last fault all must be done: what the detectors of failures take at worst one after
     /// the other, and the transfer at a rate that even a hierarchy that is still healing reaches.
     pub fn patience(&self) -> Duration {
-        let detect =
-            self.lease * 4 + PATIENCE_GUEST + PATIENCE_OTHERS + BREAKER_PAUSE_MAX + DIAL_MAX + REDIAL_MAX;
+        let detect = self.lease * 4 + PATIENCE_GUEST + BREAKER_PAUSE_MAX + DIAL_MAX + REDIAL_MAX;
         let rack = if self.racks > 0 { f64::from(self.nodes) * self.gbits / self.rack_gbits } else { 1.0 };
         let transfer = self.wire_limit().mul_f64(4.0 * rack.max(4.0));
         // A guest reads at most twice as many chunks as there are, and thinks 20 ms at most before each.
@@ -173,15 +172,26 @@ impl World {
         if self.scenario.profile
             && let Some(node) = relays().find(|node| node.complete_at.is_none())
         {
-            return Some(format!(
-                "{} has {} chunks of {}",
-                node.name,
-                node.resident.count(),
-                self.content.len()
-            ));
+            let (have, all) = (node.resident.count(), self.content.len());
+            return Some(format!("{} has {have} chunks of {all}; {}", node.name, self.plight(node)));
         }
         let waits = |node: &Node| node.guests.iter().any(|guest| guest.done_at.is_none());
-        relays().find(|node| waits(node)).map(|node| format!("a guest of {} still waits", node.name))
+        let node = relays().find(|node| waits(node))?;
+        Some(format!("a guest of {} still waits; {}", node.name, self.plight(node)))
+    }
+
+    /// What a node waits for, for whoever looks into a failure.
+    fn plight(&self, node: &Node) -> String {
+        let peer = |path: &PathId| match node.uplinks.get(path) {
+            Some(uplink) => {
+                let standing = node.paths.standing(*path);
+                format!("{} ({:?}, {standing:?})", self.nodes[uplink.parent.at()].name, uplink.wire)
+            }
+            None => "a parent without an uplink".to_owned(),
+        };
+        let routes: Vec<Vec<String>> =
+            node.routes.iter().map(|ranked| ranked.iter().map(peer).collect()).collect();
+        format!("{:?}, {:?}, {} fetches, parents {routes:?}", node.power, node.session, node.flights.len())
     }
 
     fn outcome(&self, healed: Duration) -> Outcome {
@@ -229,11 +239,5 @@ impl World {
             }
         }
         self.checks.violation.take().map_or(Ok(()), Err)
-    }
-
-    fn check_settled(&mut self) {
-        if let Some(planner) = &self.volt.planner {
-            self.checks.settled(planner, &self.content.image);
-        }
     }
 }

@@ -8,7 +8,7 @@ use block::Priority;
 use link::limits::{DIAL_MAX, DIAL_PATIENCE};
 use link::policy::{Circuit, PathId, Standing};
 use link::wire::RequestId;
-use link::{Child, ChildEvent, Parent, Tally};
+use link::{Child, ChildEvent, Parent, Refused, Tally};
 use volt::Placement;
 
 use crate::content::ChunkIx;
@@ -119,6 +119,9 @@ impl World {
         let now = self.agenda.now();
         let life = self.life(ix);
         let Some(uplink) = self.nodes[ix.at()].uplinks.get_mut(&path) else { return };
+        if uplink.wire != Wire::Down {
+            return;
+        }
         uplink.wire = Wire::Dialing { since: now };
         let parent = uplink.parent;
         let legs = match self.nodes[parent.at()].power {
@@ -171,7 +174,10 @@ impl World {
         let waiting: Vec<_> =
             uplink.requests.iter().map(|(&id, &(chunk, priority))| (id, chunk, priority)).collect();
         for (id, chunk, priority) in waiting {
-            self.want(link, id, chunk, priority);
+            if self.want(link, id, chunk, priority).is_err() {
+                self.nodes[ix.at()].uplinks.get_mut(&path).map(|uplink| uplink.requests.remove(&id));
+                self.failed(ix, chunk, path, None);
+            }
         }
     }
 
@@ -212,23 +218,29 @@ impl World {
         let id = RequestId(uplink.last_id);
         uplink.requests.insert(id, (chunk, priority));
         flight.asks.push((path, id));
-        if let Wire::Open(link) = uplink.wire {
-            self.want(link, id, chunk, priority);
+        if let Wire::Open(link) = uplink.wire
+            && self.want(link, id, chunk, priority).is_err()
+        {
+            let node = &mut self.nodes[ix.at()];
+            node.uplinks.get_mut(&path).map(|uplink| uplink.requests.remove(&id));
+            if let Some(flight) = node.flights.get_mut(&chunk) {
+                flight.asks.retain(|(asked, _)| *asked != path);
+                flight.hunt.lost(&mut node.paths, path);
+            }
         }
     }
 
-    fn want(&mut self, link: LinkId, id: RequestId, chunk: ChunkIx, priority: Priority) {
+    fn want(
+        &mut self,
+        link: LinkId,
+        id: RequestId,
+        chunk: ChunkIx,
+        priority: Priority,
+    ) -> Result<(), Refused> {
         let (image, hash) = (self.content.image, self.content.hash(chunk));
-        let entry = &mut self.links[link.at()];
-        let (ix, path) = (entry.child_node, entry.path);
-        let taken = entry.child.as_mut().is_some_and(|child| child.want(id, image, hash, priority).is_ok());
         self.dirty.push_back(End { link, side: Side::Child });
-        if !taken {
-            if let Some(uplink) = self.nodes[ix.at()].uplinks.get_mut(&path) {
-                uplink.requests.remove(&id);
-            }
-            self.failed(ix, chunk, path, None);
-        }
+        let child = self.links[link.at()].child.as_mut().ok_or(Refused)?;
+        child.want(id, image, hash, priority)
     }
 
     /// Takes a request back.
@@ -246,7 +258,10 @@ impl World {
         let now = self.agenda.now();
         let &Link { child_node: ix, path, parent_node: parent, .. } = &self.links[link.at()];
         let node = &mut self.nodes[ix.at()];
-        let Some(uplink) = node.uplinks.get_mut(&path) else { return };
+        let Some(uplink) = node.uplinks.get_mut(&path).filter(|uplink| uplink.wire == Wire::Open(link))
+        else {
+            return;
+        };
         match event {
             ChildEvent::Ready => {
                 uplink.lost = false;

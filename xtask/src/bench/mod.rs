@@ -16,6 +16,7 @@ mod machine;
 mod nbd;
 mod process;
 mod report;
+mod sim;
 mod storm;
 mod tools;
 
@@ -71,6 +72,7 @@ enum What {
 #[derive(Debug, Subcommand)]
 enum Large {
     Storm(Box<storm::StormArgs>),
+    Sim(sim::SimArgs),
 }
 
 /// What every benchmark needs.
@@ -89,8 +91,10 @@ impl Bench {
 
 /// Measures what was asked for and prints it.
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
-    if let Some(Large::Storm(args)) = &args.large {
-        return storm::run(args);
+    match &args.large {
+        Some(Large::Storm(args)) => return storm::run(args),
+        Some(Large::Sim(args)) => return sim::run(args),
+        None => {}
     }
     let wanted = |what| args.what == What::All || args.what == what;
     tools::check(&[
