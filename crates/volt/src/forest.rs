@@ -23,6 +23,24 @@ use crate::location::Scope;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Key(pub(crate) u64);
 
+impl Key {
+    /// Keys from here on are not of nodes.
+    const NOT_NODES: u64 = 1 << 62;
+
+    /// What is outside a cell, seen from within.
+    pub(crate) const OUTSIDE: Key = Key(Key::NOT_NODES);
+
+    /// The key of the cell with this number.
+    pub(crate) fn of_cell(number: u64) -> Key {
+        Key(Key::NOT_NODES + 1 + number)
+    }
+
+    /// Whether it is a node's.
+    pub(crate) fn is_node(self) -> bool {
+        self.0 < Key::NOT_NODES
+    }
+}
+
 /// Depth of an adrift root: more than any rooted node can have.
 const ADRIFT: u32 = 1 << 30;
 
@@ -66,6 +84,10 @@ pub(crate) struct Forest {
     idle: BTreeSet<(u32, Key)>,
     free: usize,
     changed: BTreeSet<Key>,
+    /// The orphans at the last call of [`Forest::take_changed`].
+    known_orphans: BTreeSet<Key>,
+    /// Whether roots came or went since then.
+    new_roots: bool,
 }
 
 impl Forest {
@@ -77,6 +99,7 @@ impl Forest {
         debug_assert!(former.is_none(), "a node has one spot per stripe");
         self.roots_mut(root).insert(key);
         self.index(key);
+        self.new_roots |= root == Root::Origin;
         self.mark_roots(root);
         self.changed.insert(key);
     }
@@ -87,14 +110,19 @@ impl Forest {
         let spot = self.spots.remove(&key).expect("only nodes of this forest are removed");
         debug_assert!(spot.parent.is_none() && spot.children.is_empty());
         self.roots_mut(spot.root).remove(&key);
+        self.new_roots |= spot.root == Root::Origin;
         self.mark_roots(spot.root);
         self.changed.remove(&key);
+        self.known_orphans.remove(&key);
     }
 
     /// Hangs a node without parent, with all that is below it, under `parent`.
     pub(crate) fn link(&mut self, child: Key, parent: Key) {
         debug_assert!(!self.is_within(parent, child), "a cycle");
         let root = self.spot(child).root;
+        if root == Root::Waiting || self.known_orphans.remove(&child) || self.origins.len() != 1 {
+            self.mark_below(child);
+        }
         self.roots_mut(root).remove(&child);
         self.mark_roots(root);
         self.unindex(parent);
@@ -102,13 +130,16 @@ impl Forest {
         self.index(parent);
         self.spot_mut(child).parent = Some(parent);
         self.relevel(child, self.spot(parent).depth + 1);
-        self.mark_around(child);
+        self.mark_moved(child);
     }
 
     /// Takes a node, with all that is below it, from its parent if it has one. It is an orphan then.
     pub(crate) fn unlink(&mut self, child: Key) {
         let Some(parent) = self.spot(child).parent else { return };
-        self.mark_around(child);
+        if !self.is_rooted(child) || self.origins.len() != 1 {
+            self.mark_below(child);
+        }
+        self.mark_moved(child);
         self.unindex(parent);
         self.spot_mut(parent).children.remove(&child);
         self.index(parent);
@@ -138,17 +169,31 @@ impl Forest {
         }
     }
 
+    /// The node, with all that is below it, leaves its parent if it has one and needs none from now on.
+    pub(crate) fn crown(&mut self, key: Key) {
+        self.unlink(key);
+        self.turn(key, Root::Origin, 0);
+    }
+
+    /// A root needs a parent from now on.
+    pub(crate) fn uncrown(&mut self, key: Key) {
+        self.turn(key, Root::Orphan, ADRIFT);
+    }
+
+    fn turn(&mut self, key: Key, root: Root, depth: u32) {
+        let former = std::mem::replace(&mut self.spot_mut(key).root, root);
+        self.roots_mut(former).remove(&key);
+        self.roots_mut(root).insert(key);
+        self.new_roots = true;
+        self.relevel(key, depth);
+        self.mark_roots(former);
+        self.mark_roots(root);
+    }
+
     /// From now on the node takes up to `slots` children. Those that it has stay, even if they are more.
     pub(crate) fn set_slots(&mut self, key: Key, slots: u32) {
         self.unindex(key);
         self.spot_mut(key).slots = slots;
-        self.index(key);
-    }
-
-    /// From now on the node stands in these scopes.
-    pub(crate) fn set_scopes(&mut self, key: Key, scopes: Arc<[Scope]>) {
-        self.unindex(key);
-        self.spot_mut(key).scopes = scopes;
         self.index(key);
     }
 
@@ -267,12 +312,10 @@ impl Forest {
     }
 
     /// The nodes that take another child, deepest first, of those the ones with the most children.
-    pub(crate) fn open_upwards(&self, like: Key) -> impl Iterator<Item = Key> {
-        let everywhere = self.spot(like).scopes.last();
-        let from = everywhere.map(|scope| (scope.clone(), 0, 0, Key(0)));
-        let to = everywhere.map(|scope| (scope.clone(), ADRIFT, 0, Key(0)));
-        let range = from.zip(to).map(|(from, to)| self.open.range(from..to));
-        range.into_iter().flatten().rev().map(|entry| entry.3)
+    pub(crate) fn open_upwards(&self) -> impl Iterator<Item = Key> {
+        let everywhere = Scope::everywhere();
+        let range = (everywhere.clone(), 0, 0, Key(0))..(everywhere, ADRIFT, 0, Key(0));
+        self.open.range(range).rev().map(|entry| entry.3)
     }
 
     /// The rooted nodes that neither have children nor take any, shallowest first.
@@ -280,13 +323,33 @@ impl Forest {
         self.idle.range(..(ADRIFT, Key(0))).map(|entry| entry.1)
     }
 
-    /// The nodes whose lists of peers may have changed since the last call.
+    /// The nodes whose lists of peers may have changed since the last call. A change of depth alone changes
+    /// no list; another root, or none, changes those of all below it.
     pub(crate) fn take_changed(&mut self) -> BTreeSet<Key> {
+        if std::mem::take(&mut self.new_roots) {
+            self.changed.extend(self.spots.keys());
+        }
+        let fresh: Vec<Key> = self.orphans.difference(&self.known_orphans).copied().collect();
+        fresh.into_iter().for_each(|orphan| self.mark_below(orphan));
+        self.known_orphans.clone_from(&self.orphans);
         std::mem::take(&mut self.changed)
+    }
+
+    fn mark_below(&mut self, top: Key) {
+        let below = self.subtree(top);
+        self.changed.extend(below);
     }
 
     /// Marks as changed all that may list the node as parent or alternate, and the node itself.
     pub(crate) fn mark_around(&mut self, key: Key) {
+        self.mark_moved(key);
+        let grandchildren = self.spots[&key].children.iter().flat_map(|child| &self.spots[child].children);
+        self.changed.extend(grandchildren);
+    }
+
+    /// Marks as changed all that list another peer if the node comes to its place or leaves it: not its
+    /// grandchildren, whose lists go no further up.
+    fn mark_moved(&mut self, key: Key) {
         let spot = &self.spots[&key];
         self.changed.insert(key);
         let family = match (spot.parent, spot.root) {
@@ -297,14 +360,7 @@ impl Forest {
         };
         let siblings = family.into_iter().flatten();
         let nephews = siblings.clone().flat_map(|key| &self.spots[key].children);
-        let grandchildren = spot.children.iter().flat_map(|child| &self.spots[child].children);
-        self.changed.extend(siblings.chain(nephews).chain(&spot.children).chain(grandchildren));
-    }
-
-    /// Marks as changed the node and all below it.
-    pub(crate) fn mark_below(&mut self, top: Key) {
-        let below = self.subtree(top);
-        self.changed.extend(below);
+        self.changed.extend(siblings.chain(nephews).chain(&spot.children));
     }
 
     /// The node and all below it, parents first.
@@ -320,12 +376,14 @@ impl Forest {
 
     fn relevel(&mut self, top: Key, depth: u32) {
         let former = self.spot(top).depth;
+        if former == depth {
+            return;
+        }
         for key in self.subtree(top) {
             self.unindex(key);
             let spot = self.spot_mut(key);
             spot.depth = spot.depth - former + depth;
             self.index(key);
-            self.changed.insert(key);
         }
     }
 

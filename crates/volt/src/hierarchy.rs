@@ -1,33 +1,45 @@
 //! The hierarchy of one image: which of its nodes is whose child in each stripe.
 //!
+//! Nodes that share a rack are a *cell*; so are all that do not say where they stand. There is a [`Plan`] of
+//! each cell, and one of the cells among each other, which have the same rules. In the plan of a cell what is
+//! outside is a root, so that it has one child per stripe, the cell's *gateway*: a chunk comes into the cell
+//! once. And cells that hang below this one are guests in it: each takes the place of a child, so that no
+//! more goes out of a cell than comes in. An origin is a root of its own cell, and makes this a root among
+//! the cells.
+//!
 //! Invariants, after [`Hierarchy::settle`]:
-//! - A node has at most `fan_out` children per stripe. Only an origin may have more, and only while no
-//!   other place is to be had.
-//! - A relay has children in one stripe only, its *home*; in the others it is a leaf.
+//! - A node has at most `fan_out` children, in all stripes together. An origin has one per stripe, and more
+//!   only while no other place is to be had.
+//! - A relay has children in one stripe only, its home, but for the few [loans](plan).
 //! - While there is an origin that is not quarantined, each relay hangs below one, except those whose
 //!   parent is still expected to report after a restart of Volt.
 //! - Who is quarantined has no children. Who is suspect gets no new ones.
-//! - A death does not deepen the tree where a stand-in is to be had: a leaf, or a child with room, takes
-//!   the place of the dead node with all its children, and every subtree stays in one piece.
+//! - A death does not deepen the tree where a stand-in is to be had: a leaf of the same cell, or a child with
+//!   room, takes the place of the dead node with all its children, and every subtree stays in one piece.
 //!
 //! What a node is told (its [`Placement`]) is derived from the trees by [`Hierarchy::flush`]; see
 //! [`Hierarchy::peers`] for why nodes never wait for each other in a circle. During adoption after a
 //! restart a node's own report stands in for it: it is *held*, and told nothing, until it is moved or the
 //! time to report is over.
 
+mod adopt;
+mod cells;
 #[cfg(test)]
 mod check;
 mod peers;
 mod place;
+mod plan;
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use block::{ImageId, NodeName};
 
-use crate::forest::{Forest, Key, Root};
+use self::cells::Cell;
+use self::plan::{Kind, Plan};
+use crate::forest::Key;
+use crate::location::Scope;
 use crate::roster::Roster;
-use crate::{Action, Millis, Placement, Role, Shape, Standing, Tree, TreeNode};
+use crate::{Action, Millis, Placement, Role, Shape, Standing};
 
 /// Peers per stripe in a report that can be one of our own placements.
 const PEERS_MAX: usize = 8;
@@ -45,8 +57,7 @@ pub(crate) enum Stage {
 #[derive(Debug)]
 struct Seat {
     role: Role,
-    /// The stripe in which a relay may have children.
-    home: usize,
+    cell: Key,
     /// What the node knows of its placement.
     told: Option<Placement>,
     /// Whether what the node reported stands, whatever the trees say.
@@ -60,13 +71,27 @@ struct Seat {
 pub(crate) struct Hierarchy {
     image: ImageId,
     shape: Shape,
-    forests: Vec<Forest>,
     seats: BTreeMap<Key, Seat>,
-    /// How many of the seats are origins'.
-    origins: usize,
+    /// Whose seats are origins'.
+    origins: BTreeSet<Key>,
+    /// The cells among each other.
+    world: Plan,
+    cells: BTreeMap<Key, Cell>,
+    by_scope: BTreeMap<Scope, Key>,
+    cells_ever: u64,
+    /// Cells in which something may be without a place.
+    unsettled: BTreeSet<Key>,
+    /// Whether some cell may be without a place among the others.
+    world_unsettled: bool,
+    /// Cells in which something moved.
+    stirred: BTreeSet<Key>,
     /// By the name of the expected parent: who waits for it in which stripe.
     awaited: BTreeMap<NodeName, BTreeSet<(usize, Key)>>,
-    /// Who must be told its placement even if nothing moved.
+    /// Cells that may have another origin above them, per stripe.
+    retopped: BTreeSet<(usize, Key)>,
+    /// Whose list of peers may have changed, and in which stripe.
+    changed: BTreeSet<(Key, usize)>,
+    /// Who must be told its placement unless it knows that, whatever changed.
     asked: BTreeSet<Key>,
 }
 
@@ -75,10 +100,18 @@ impl Hierarchy {
         Hierarchy {
             image,
             shape,
-            forests: (0..shape.stripes()).map(|_| Forest::default()).collect(),
             seats: BTreeMap::new(),
-            origins: 0,
+            origins: BTreeSet::new(),
+            world: Plan::new(cells::shape_of_world(shape)),
+            cells: BTreeMap::new(),
+            by_scope: BTreeMap::new(),
+            cells_ever: 0,
+            unsettled: BTreeSet::new(),
+            world_unsettled: false,
+            stirred: BTreeSet::new(),
             awaited: BTreeMap::new(),
+            retopped: BTreeSet::new(),
+            changed: BTreeSet::new(),
             asked: BTreeSet::new(),
         }
     }
@@ -98,7 +131,7 @@ impl Hierarchy {
         stage: Stage,
     ) {
         let current = current.filter(|placement| {
-            placement.stripes.len() == self.forests.len()
+            placement.stripes.len() == self.stripes()
                 && placement.stripes.iter().all(|peers| peers.len() <= PEERS_MAX)
         });
         self.asked.insert(key);
@@ -113,10 +146,13 @@ impl Hierarchy {
             None => {}
         }
         self.asked.insert(key);
-        let home = (0..self.forests.len()).min_by_key(|&stripe| self.forests[stripe].free()).unwrap_or(0);
-        let seat = Seat { role, home, told: current.clone(), held: false, confirm_by: None };
+        let cell = self.cell_for(&roster.get(key).location.cell(), stage);
+        let seat = Seat { role, cell, told: current.clone(), held: false, confirm_by: None };
         self.seats.insert(key, seat);
-        self.origins += usize::from(role == Role::Origin);
+        if role == Role::Origin {
+            self.origins.insert(key);
+            self.review_all();
+        }
         self.plant(roster, key);
         if let (Role::Relay, Some(current)) = (role, current) {
             self.adopt(roster, key, &current, stage);
@@ -126,14 +162,15 @@ impl Hierarchy {
 
     /// Takes a node out; its children get other parents.
     pub(crate) fn detach(&mut self, roster: &Roster, key: Key) {
-        for stripe in 0..self.forests.len() {
-            if self.forests[stripe].contains(key) {
-                self.vacate(roster, stripe, key);
-            }
+        let Some(seat) = self.seats.remove(&key) else { return };
+        if self.origins.remove(&key) {
+            self.review_all();
         }
-        let seat = self.seats.remove(&key);
-        self.origins -= usize::from(seat.is_some_and(|seat| seat.role == Role::Origin));
         self.asked.remove(&key);
+        self.awaited.values_mut().for_each(|waiting| waiting.retain(|entry| entry.1 != key));
+        self.awaited.retain(|_, waiting| !waiting.is_empty());
+        self.plan_mut(seat.cell).remove(roster, key);
+        self.review_cell(roster, seat.cell);
     }
 
     /// A node registered again: it has to attach again until `confirm_by`, its peers must hear of its
@@ -141,12 +178,17 @@ impl Hierarchy {
     pub(crate) fn returned(&mut self, roster: &Roster, key: Key, confirm_by: Millis) {
         let Some(seat) = self.seats.get_mut(&key) else { return };
         seat.confirm_by = Some(confirm_by);
-        for forest in self.forests.iter_mut().filter(|forest| forest.contains(key)) {
-            forest.set_scopes(key, roster.get(key).scopes.clone());
-            forest.mark_around(key);
-            if forest.origins().contains(&key) {
-                forest.mark_below(key);
+        let (role, told) = (seat.role, seat.told.clone());
+        if self.cells[&seat.cell].scope != roster.get(key).location.cell() {
+            self.detach(roster, key);
+            self.attach(roster, key, role, None, Stage::Planning);
+            if let Some(seat) = self.seats.get_mut(&key) {
+                (seat.told, seat.confirm_by) = (told, Some(confirm_by));
             }
+        }
+        self.review(key);
+        if role == Role::Origin {
+            self.review_all();
         }
     }
 
@@ -154,12 +196,6 @@ impl Hierarchy {
     pub(crate) fn unconfirmed(&self, now: Millis) -> Vec<Key> {
         let late = |seat: &Seat| seat.confirm_by.is_some_and(|until| until <= now);
         self.seats.iter().filter(|(_, seat)| late(seat)).map(|(&key, _)| key).collect()
-    }
-
-    /// The node's children in all stripes.
-    pub(crate) fn children(&self, key: Key) -> impl Iterator<Item = Key> {
-        let forests = self.forests.iter().filter(move |forest| forest.contains(key));
-        forests.flat_map(move |forest| forest.children(key).iter().copied())
     }
 
     /// Whether the node is told to fetch from `peer`, as parent or as alternate.
@@ -170,15 +206,20 @@ impl Hierarchy {
 
     /// Whether the node is the only origin here that serves.
     pub(crate) fn depends_on(&self, key: Key) -> bool {
-        self.forests.iter().any(|forest| forest.origins().len() == 1 && forest.origins().contains(&key))
+        self.serving_origins() == [key]
     }
 
     /// The node shall no longer be the parent's child.
     pub(crate) fn part(&mut self, child: Key, parent: Key) {
-        for stripe in 0..self.forests.len() {
-            let forest = &self.forests[stripe];
-            if forest.contains(child) && forest.parent(child) == Some(parent) {
-                self.unhang(stripe, child);
+        for stripe in 0..self.stripes() {
+            if self.parent(stripe, child) != Some(parent) {
+                continue;
+            }
+            let cell = self.seats[&child].cell;
+            if self.cells[&cell].plan.forest(stripe).parent(child) == Some(parent) {
+                self.plan_mut(cell).unhang(stripe, child);
+            } else if let Some(host) = self.cells[&cell].hosts[stripe] {
+                self.plan_mut(host).unhang(stripe, cell);
             }
         }
         self.review(child);
@@ -186,67 +227,65 @@ impl Hierarchy {
 
     /// The node's list of peers may have changed for a reason that is not in the trees.
     pub(crate) fn review(&mut self, key: Key) {
-        for forest in self.forests.iter_mut().filter(|forest| forest.contains(key)) {
+        let Some(cell) = self.seats.get(&key).map(|seat| seat.cell) else { return };
+        self.asked.insert(key);
+        for stripe in 0..self.stripes() {
+            let forest = self.plan_mut(cell).forest_mut(stripe);
+            if !forest.contains(key) {
+                continue;
+            }
             forest.mark_around(key);
+            if self.gateway(stripe, cell) == Some(key)
+                && let Some(host) = self.cells[&cell].hosts[stripe]
+            {
+                self.plan_mut(host).forest_mut(stripe).mark_around(cell);
+            }
+        }
+    }
+
+    /// Everybody's list may have changed: it ends with an origin.
+    fn review_all(&mut self) {
+        self.asked.extend(self.seats.keys());
+        for stripe in 0..self.stripes() {
+            self.retopped.extend(self.cells.keys().map(|&cell| (stripe, cell)));
         }
     }
 
     /// The node's standing changed.
     pub(crate) fn reassess(&mut self, roster: &Roster, key: Key) {
         let Some(seat) = self.seats.get(&key) else { return };
-        let (role, quarantined) = (seat.role, roster.standing(key) == Standing::Quarantined);
-        if !self.forests[0].contains(key) {
-            return self.plant(roster, key);
+        let (role, cell, standing) = (seat.role, seat.cell, roster.standing(key));
+        if role == Role::Origin {
+            self.review_all();
         }
-        for stripe in 0..self.forests.len() {
-            self.forests[stripe].mark_around(key);
-            let slots = self.slots(roster, key, stripe);
-            if quarantined && (role == Role::Origin || !self.forests[stripe].children(key).is_empty()) {
-                self.vacate(roster, stripe, key);
-                if role == Role::Relay {
-                    let scopes = roster.get(key).scopes.clone();
-                    self.forests[stripe].add(key, Root::Orphan, slots, scopes);
-                    self.unhold(key);
-                }
-            } else {
-                self.forests[stripe].set_slots(key, slots);
-            }
+        if !self.cells[&cell].plan.contains(key) {
+            self.plant(roster, key);
+        } else if role == Role::Origin && standing == Standing::Quarantined {
+            self.plan_mut(cell).remove(roster, key);
+            self.asked.insert(key);
+        } else {
+            self.plan_mut(cell).set_standing(roster, key, standing);
         }
+        self.review_cell(roster, cell);
     }
 
-    /// Gives every node a place that lacks one and can have one, and takes children from overloaded
-    /// origins where there is room elsewhere.
-    pub(crate) fn settle(&mut self, roster: &Roster, stage: Stage) {
-        for stripe in 0..self.forests.len() {
-            // The youngest first, so that without an origin the newcomer joins those that hold chunks.
-            let mut orphans: Vec<Key> = self.forests[stripe].orphans().iter().copied().collect();
-            while let Some(orphan) = orphans.pop() {
-                let place = self.place_for(roster, stripe, orphan);
-                if let Some(idle) = self.idle_above(roster, stripe, orphan, place) {
-                    let parent = self.forests[stripe].parent(idle);
-                    self.unhang(stripe, idle);
-                    parent.into_iter().for_each(|parent| self.hang(stripe, orphan, parent));
-                    // It cannot displace anyone in turn.
-                    orphans.push(idle);
-                } else if let Some(parent) = place {
-                    let joint = self.graft(roster, stripe, orphan, parent);
-                    self.hang(stripe, orphan, joint.unwrap_or(parent));
-                }
-            }
-            if stage == Stage::Planning {
-                let origins: Vec<Key> = self.forests[stripe].origins().iter().copied().collect();
-                origins.into_iter().for_each(|origin| self.relieve(roster, stripe, origin));
-            }
+    /// Makes the trees a little shallower.
+    pub(crate) fn rise(&mut self, roster: &Roster) {
+        self.world_unsettled = true;
+        self.world.rise(roster);
+        for cell in self.cells.keys().copied().collect::<Vec<_>>() {
+            self.plan_mut(cell).rise(roster);
         }
     }
 
     /// The time to report is over: nobody waits any longer, and no report stands against the plan.
     pub(crate) fn stop_waiting(&mut self) {
         self.awaited.clear();
-        for forest in &mut self.forests {
-            let waiting: Vec<Key> = forest.waiting().iter().copied().collect();
-            waiting.into_iter().for_each(|key| forest.orphan(key));
+        for cell in self.cells.keys().copied().collect::<Vec<_>>() {
+            self.plan_mut(cell).stop_waiting();
         }
+        self.world_unsettled = true;
+        self.world.stop_waiting();
         for (&key, seat) in &mut self.seats {
             seat.held = false;
             self.asked.insert(key);
@@ -259,7 +298,7 @@ impl Hierarchy {
 
     /// How many relays have a seat.
     pub(crate) fn relays(&self) -> usize {
-        self.seats.len() - self.origins
+        self.seats.len() - self.origins.len()
     }
 
     /// Whether some node's report stands for its place.
@@ -273,11 +312,8 @@ impl Hierarchy {
             return;
         }
         let former = std::mem::replace(self, Hierarchy::new(self.image, shape));
-        let rank = |key: Key| {
-            let forest = &former.forests[0];
-            if forest.contains(key) { forest.rank(key) } else { 0 }
-        };
-        let mut order: Vec<(u32, Key)> = former.seats.keys().map(|&key| (rank(key), key)).collect();
+        let mut order: Vec<(u32, Key)> =
+            former.seats.keys().map(|&key| (former.depth(0, key), key)).collect();
         order.sort_unstable();
         for (_, key) in order {
             let seat = &former.seats[&key];
@@ -291,21 +327,29 @@ impl Hierarchy {
 
     /// Tells every node whose placement is not what it was told.
     pub(crate) fn flush(&mut self, roster: &Roster, actions: &mut Vec<Action>) {
-        let mut due = std::mem::take(&mut self.asked);
-        for forest in &mut self.forests {
-            due.append(&mut forest.take_changed());
+        self.collect_changes();
+        let mut due: BTreeMap<Key, Vec<usize>> = BTreeMap::new();
+        for (key, stripe) in std::mem::take(&mut self.changed) {
+            due.entry(key).or_default().push(stripe);
         }
-        for key in due {
+        for key in std::mem::take(&mut self.asked) {
+            due.insert(key, (0..self.stripes()).collect());
+        }
+        for (key, stripes) in due {
             let Some(seat) = self.seats.get(&key).filter(|seat| !seat.held) else { continue };
-            let placement = self.placement(roster, key, seat);
-            if seat.told.as_ref() == Some(&placement) {
+            let is_new = seat.told.as_ref().is_none_or(|told| told.stripes.len() != self.stripes());
+            let news = self.news(roster, key, seat, &stripes);
+            if news.is_empty() && !is_new {
                 continue;
+            }
+            let Some(seat) = self.seats.get_mut(&key) else { continue };
+            let placement = seat.told.get_or_insert_default();
+            placement.stripes.resize(self.shape.stripes() as usize, Vec::new());
+            for (stripe, peers) in news {
+                placement.stripes[stripe] = peers;
             }
             let node = roster.get(key).name.clone();
             actions.push(Action::Place { node, image: self.image, placement: placement.clone() });
-            if let Some(seat) = self.seats.get_mut(&key) {
-                seat.told = Some(placement);
-            }
         }
     }
 
@@ -314,28 +358,20 @@ impl Hierarchy {
         self.seats.get(&key)?.told.as_ref()
     }
 
-    /// The hierarchy as people see it.
-    pub(crate) fn view(&self, roster: &Roster) -> Tree {
-        let name = |key: Key| roster.get(key).name.clone();
-        let by_name_from_last = |keys: &mut Vec<Key>| keys.sort_by_key(|&key| Reverse(name(key)));
-        let stripe_view = |forest: &Forest| {
-            let roots = forest.origins().iter().chain(forest.orphans()).chain(forest.waiting());
-            let mut ahead: Vec<Key> = roots.copied().collect();
-            by_name_from_last(&mut ahead);
-            let mut nodes = Vec::new();
-            while let Some(key) = ahead.pop() {
-                nodes.push(TreeNode {
-                    node: name(key),
-                    parent: forest.parent(key).map(name),
-                    depth: forest.depth(key),
-                    role: self.seats[&key].role,
-                });
-                let mut children: Vec<Key> = forest.children(key).iter().copied().collect();
-                by_name_from_last(&mut children);
-                ahead.append(&mut children);
-            }
-            nodes
+    fn stripes(&self) -> usize {
+        self.shape.stripes() as usize
+    }
+
+    /// Puts a seated node into its cell, without a parent. A quarantined origin is left out: it serves
+    /// nobody and needs nobody.
+    fn plant(&mut self, roster: &Roster, key: Key) {
+        let (role, cell, standing) = (self.seats[&key].role, self.seats[&key].cell, roster.standing(key));
+        let kind = match role {
+            Role::Origin if standing == Standing::Quarantined => return self.review_cell(roster, cell),
+            Role::Origin => Kind::Root,
+            Role::Relay => Kind::Relay,
         };
-        Tree { shape: self.shape, stripes: self.forests.iter().map(stripe_view).collect() }
+        self.plan_mut(cell).add(key, kind, standing, [Scope::everywhere()].into());
+        self.review_cell(roster, cell);
     }
 }

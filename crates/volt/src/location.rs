@@ -22,7 +22,7 @@ pub struct Location(String);
 )]
 pub struct ParseLocationError(String);
 
-/// A place that a location lies in: everywhere, a zone, a rack or a host.
+/// A part of the world that nodes stand in: a cell, a zone, or everywhere.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Scope(Arc<str>);
 
@@ -32,19 +32,25 @@ impl Location {
         &self.0
     }
 
-    /// The scopes that the location lies in, narrowest first; the last one is everywhere.
-    pub(crate) fn scopes(&self) -> Vec<Scope> {
-        let mut scopes = vec![Scope("".into())];
-        let mut end = 0;
-        for label in self.0.split('/') {
-            end += label.len();
-            if !label.is_empty() {
-                scopes.push(Scope(self.0[..end].into()));
-            }
-            end += 1;
-        }
-        scopes.reverse();
-        scopes
+    /// The cell that a node at this location belongs to: its rack; or, where that is unknown, all of its
+    /// zone without a known rack, or all that say nothing.
+    pub(crate) fn cell(&self) -> Scope {
+        let mut labels = self.0.split('/');
+        let (zone, rack) = (labels.next().unwrap_or_default(), labels.next().unwrap_or_default());
+        Scope(format!("{zone}/{rack}").into())
+    }
+}
+
+impl Scope {
+    /// The scope that all others lie in.
+    pub(crate) fn everywhere() -> Scope {
+        Scope("".into())
+    }
+
+    /// What a cell lies in, narrowest first: its zone if it is known, and everywhere.
+    pub(crate) fn around_cell(&self) -> Vec<Scope> {
+        let zone = self.0.split('/').next().filter(|zone| !zone.is_empty());
+        zone.map(|zone| Scope(zone.into())).into_iter().chain([Scope::everywhere()]).collect()
     }
 }
 
@@ -82,17 +88,17 @@ impl<'de> Deserialize<'de> for Location {
 mod tests {
     use super::*;
 
-    fn scopes(text: &str) -> Vec<String> {
-        let location: Location = text.parse().unwrap();
-        location.scopes().iter().map(|s| s.0.to_string()).collect()
-    }
-
     #[test]
-    fn scopes_go_from_the_host_outwards_and_skip_unknown_labels() {
-        assert_eq!(scopes("z/r/h"), ["z/r/h", "z/r", "z", ""]);
-        assert_eq!(scopes("z//h"), ["z//h", "z", ""]);
-        assert_eq!(scopes("/r"), ["/r", ""]);
-        assert_eq!(scopes(""), [""]);
+    fn a_cell_is_a_rack_or_what_is_known_instead() {
+        let cell = |text: &str| text.parse::<Location>().unwrap().cell();
+        assert_eq!(cell("z/r/h"), cell("z/r"));
+        assert_ne!(cell("z/r"), cell("z/q"));
+        assert_ne!(cell("z/r"), cell("y/r"));
+        assert_eq!(cell("z//h"), cell("z"));
+        assert_ne!(cell("z"), cell(""));
+        let zone = |text: &str| cell(text).around_cell();
+        assert_eq!(zone("z/r"), [Scope("z".into()), Scope::everywhere()]);
+        assert_eq!(zone("/r"), [Scope::everywhere()]);
     }
 
     #[test]

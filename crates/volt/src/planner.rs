@@ -123,7 +123,6 @@ impl Planner {
         let node = self.roster.get_mut(key);
         node.lease_until = lease_until;
         node.address = address;
-        node.scopes = location.scopes().into();
         node.location = location;
         for image in self.images_of(key) {
             self.change(image, |hierarchy, roster| hierarchy.returned(roster, key, lease_until));

@@ -10,12 +10,10 @@
 //!   clears nothing; hence blame is kept by name and outlives the node.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use block::{ImageId, NodeName};
 
 use crate::forest::Key;
-use crate::location::Scope;
 use crate::{Location, Millis, NodeView, Peer, Standing};
 
 /// Reports that make a node suspect. One child alone may be the one that is cut off.
@@ -31,9 +29,10 @@ const LOST_MAX: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) name: NodeName,
+    /// A number that is fixed for a name and else as if drawn by lot.
+    pub(crate) lot: u64,
     pub(crate) address: String,
     pub(crate) location: Location,
-    pub(crate) scopes: Arc<[Scope]>,
     pub(crate) lease_until: Millis,
     pub(crate) images: BTreeSet<ImageId>,
     suspect_until: Option<Millis>,
@@ -90,9 +89,9 @@ impl Roster {
         self.next_key += 1;
         self.keys.insert(name.clone(), key);
         let node = Node {
+            lot: lot(&name),
             name,
             address,
-            scopes: location.scopes().into(),
             location,
             lease_until,
             images: BTreeSet::new(),
@@ -126,9 +125,9 @@ impl Roster {
         }
     }
 
-    /// Whether `node` must not be sent to `peer` while there is anyone else.
+    /// Whether `node` must not be sent to `peer` while there is anyone else. Nobody avoids the dead.
     pub(crate) fn avoids(&self, node: Key, peer: Key) -> bool {
-        let (from, to) = (self.get(node), self.get(peer));
+        let (Some(from), Some(to)) = (self.nodes.get(&node), self.nodes.get(&peer)) else { return false };
         from.lost.contains_key(&peer) || self.accusers.get(&to.name).is_some_and(|by| by.contains(&from.name))
     }
 
@@ -207,4 +206,10 @@ impl Roster {
             images: node.images.iter().copied().collect(),
         }
     }
+}
+
+/// FNV-1a, 64 bits.
+fn lot(name: &NodeName) -> u64 {
+    let bytes = name.as_str().bytes();
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -1,14 +1,14 @@
 //! Which place a node gets, who takes over from one that leaves, and how trees stay shallow.
 //!
-//! Nothing here moves more than a few nodes: a subtree that moves stays in one piece, and only its top is
-//! told of another parent. All searches end after [`CANDIDATES_MAX`] nodes that avoid each other.
+//! Nothing here moves more than a few units: a subtree that moves stays in one piece, and only its top gets
+//! another parent. All searches end after [`CANDIDATES_MAX`] units that avoid each other.
 
 use std::cmp::Reverse;
 
-use super::{Hierarchy, Stage};
-use crate::forest::{Key, Root};
+use super::plan::{Kind, Plan};
+use crate::Standing;
+use crate::forest::Key;
 use crate::roster::Roster;
-use crate::{Placement, Role, Standing};
 
 /// Moves upwards in one stripe per tick. Few, because each costs a node its connections: depth is worth a
 /// little latency, haste is not.
@@ -18,14 +18,19 @@ const RISES_PER_TICK_MAX: usize = 8;
 /// are rare, and giving up only costs depth.
 const CANDIDATES_MAX: usize = 16;
 
+/// Loans that are looked at per event. There are few, and those that are left are looked at next time.
+const REPAYS_MAX: usize = 64;
+
 /// Levels that a graft must win: less is not worth moving two others.
 const GRAFT_GAIN_MIN: u32 = 2;
 
-impl Hierarchy {
+impl Plan {
     /// Makes the trees a little shallower: the deepest leaves move to where there is room, if that wins at
     /// least two levels; the deepest that serve change places with higher ones that never will.
-    pub(crate) fn rise(&mut self, roster: &Roster) {
+    pub(super) fn rise(&mut self, roster: &Roster) {
+        self.repay(roster);
         for stripe in 0..self.forests.len() {
+            self.rise_guests(roster, stripe);
             for _ in 0..RISES_PER_TICK_MAX {
                 let Some(leaf) = self.forests[stripe].leaves_upwards().next() else { break };
                 if !self.rise_leaf(roster, stripe, leaf) && !self.rise_parent(roster, stripe, leaf) {
@@ -35,9 +40,19 @@ impl Hierarchy {
         }
     }
 
+    /// Guests change places with leaves above them: below a guest there is a whole cell.
+    fn rise_guests(&mut self, roster: &Roster, stripe: usize) {
+        let guests = self.units.iter().rev().take_while(|(key, _)| !key.is_node());
+        let guests: Vec<Key> =
+            guests.map(|(&key, _)| key).filter(|&k| self.forests[stripe].contains(k)).collect();
+        for guest in guests.into_iter().filter(|guest| *guest != Key::OUTSIDE) {
+            self.change_places(roster, stripe, guest);
+        }
+    }
+
     fn rise_leaf(&mut self, roster: &Roster, stripe: usize, leaf: Key) -> bool {
         let forest = &self.forests[stripe];
-        let fits = |place: Key| place != leaf && !roster.avoids(leaf, place);
+        let fits = |place: Key| place != leaf && !self.avoids(roster, stripe, leaf, place);
         let wins = |place: &Key| forest.rank(*place) + 2 < forest.rank(leaf);
         let Some(place) = forest.best_open(leaf, fits).filter(wins) else { return false };
         self.unhang(stripe, leaf);
@@ -47,19 +62,24 @@ impl Hierarchy {
 
     fn rise_parent(&mut self, roster: &Roster, stripe: usize, leaf: Key) -> bool {
         let forest = &self.forests[stripe];
-        let Some(low) = forest.parent(leaf) else { return false };
+        forest.parent(leaf).is_some_and(|low| self.change_places(roster, stripe, low))
+    }
+
+    /// Lets a unit change places with a leaf above it that never serves. Whether there is one.
+    fn change_places(&mut self, roster: &Roster, stripe: usize, low: Key) -> bool {
+        let forest = &self.forests[stripe];
         let Some(above_low) = forest.parent(low) else { return false };
         let higher = |idle: &Key| forest.rank(*idle) < forest.rank(low);
         let swap = |idle: Key| {
             let above_idle = forest.parent(idle)?;
-            let serves = [above_low, above_idle].map(|above| self.slots(roster, above, stripe) > 0);
+            let serves = [above_low, above_idle].map(|above| self.slots(above, stripe) > 0);
             let fits = serves == [true; 2]
                 && forest.excess(above_low) + forest.excess(above_idle) == 0
-                && !roster.avoids(low, above_idle)
-                && !roster.avoids(idle, above_low);
+                && !self.avoids(roster, stripe, low, above_idle)
+                && !self.avoids(roster, stripe, idle, above_low);
             fits.then_some((idle, above_idle))
         };
-        let found = forest.idle_downwards().take(CANDIDATES_MAX).take_while(higher).find_map(swap);
+        let found = self.idle_downwards(stripe).take(CANDIDATES_MAX).take_while(higher).find_map(swap);
         let Some((idle, above_idle)) = found else { return false };
         self.unhang(stripe, low);
         self.unhang(stripe, idle);
@@ -68,138 +88,64 @@ impl Hierarchy {
         true
     }
 
-    /// Children that the node may have in the stripe.
-    pub(super) fn slots(&self, roster: &Roster, key: Key, stripe: usize) -> u32 {
-        let seat = &self.seats[&key];
-        let serves = seat.role == Role::Origin || seat.home == stripe;
-        if serves && roster.standing(key) == Standing::Good { self.shape.fan_out() } else { 0 }
-    }
-
-    /// Puts a seated node into the trees, without a parent. A quarantined origin is left out: it serves
-    /// nobody and needs nobody.
-    pub(super) fn plant(&mut self, roster: &Roster, key: Key) {
-        let root = match self.seats[&key].role {
-            Role::Origin if roster.standing(key) == Standing::Quarantined => return,
-            Role::Origin => Root::Origin,
-            Role::Relay => Root::Orphan,
-        };
-        for stripe in 0..self.forests.len() {
-            let slots = self.slots(roster, key, stripe);
-            self.forests[stripe].add(key, root, slots, roster.get(key).scopes.clone());
-        }
-    }
-
-    /// Hangs a new relay where it says that it hangs, as far as that is legal.
-    pub(super) fn adopt(&mut self, roster: &Roster, key: Key, current: &Placement, stage: Stage) {
-        let mut adopted = 0;
-        for (stripe, peers) in current.stripes.iter().enumerate() {
-            let Some(parent) = peers.first().map(|peer| &peer.node) else { continue };
-            let known = roster.key(parent).filter(|&parent| self.seats.contains_key(&parent));
-            match known {
-                Some(parent) if self.can_hang(roster, stripe, key, parent) => {
-                    self.forests[stripe].link(key, parent);
-                    adopted += 1;
-                }
-                None if stage == Stage::Learning && *parent != roster.get(key).name => {
-                    self.forests[stripe].await_parent(key);
-                    self.awaited.entry(parent.clone()).or_default().insert((stripe, key));
-                    adopted += 1;
-                }
-                _ => {}
-            }
-        }
-        if let Some(seat) = self.seats.get_mut(&key) {
-            seat.held = stage == Stage::Learning && adopted == self.forests.len();
-        }
-    }
-
-    /// Hangs those under a new node that have been waiting for it; those that may not be its children
-    /// wait no longer.
-    pub(super) fn welcome(&mut self, roster: &Roster, key: Key) {
-        for (stripe, child) in self.awaited.remove(&roster.get(key).name).unwrap_or_default() {
-            if self.forests[stripe].contains(key) && self.can_hang(roster, stripe, child, key) {
-                self.forests[stripe].link(child, key);
-            } else {
-                self.forests[stripe].orphan(child);
-                self.unhold(child);
-            }
-        }
-    }
-
-    /// Whether the child may hang under this parent, which for that may give up a home where it has no
-    /// children.
-    fn can_hang(&mut self, roster: &Roster, stripe: usize, child: Key, parent: Key) -> bool {
+    /// The best open place for an orphan. In a plan without a root only an orphan that serves nobody joins one
+    /// that does, and the others stay as they are: when the root is back, all is as it was.
+    pub(super) fn open_place(&self, roster: &Roster, stripe: usize, orphan: Key) -> Option<Key> {
         let forest = &self.forests[stripe];
-        if !forest.contains(parent) || forest.is_within(parent, child) || roster.avoids(child, parent) {
-            return false;
-        }
-        if forest.origins().contains(&parent) {
-            // An origin may be overloaded for good reasons; if not, it is relieved later.
-            return true;
-        }
-        if forest.room(parent) == 0 {
-            self.move_home(roster, parent, stripe);
-        }
-        self.forests[stripe].room(parent) > 0
-    }
-
-    /// Makes a relay that serves nobody yet an inner node of another stripe, if it is good for that.
-    fn move_home(&mut self, roster: &Roster, key: Key, stripe: usize) {
-        let Some(seat) = self.seats.get_mut(&key) else { return };
-        let home = seat.home;
-        if home == stripe || seat.role == Role::Origin || !self.forests[home].children(key).is_empty() {
-            return;
-        }
-        seat.home = stripe;
-        for stripe in [home, stripe] {
-            let slots = self.slots(roster, key, stripe);
-            self.forests[stripe].set_slots(key, slots);
-        }
-    }
-
-    /// The parent that an orphan shall have: the best open place; or one that opens because a spare node
-    /// changes its home; or an origin beyond its fan-out, at last even one that the orphan avoids. Without
-    /// any origin an orphan that serves nobody joins one that does, and the others stay as they are: when
-    /// the origin is back, all is as it was.
-    pub(super) fn place_for(&mut self, roster: &Roster, stripe: usize, orphan: Key) -> Option<Key> {
-        let forest = &self.forests[stripe];
-        let fits = |place: Key| place != orphan && !roster.avoids(orphan, place);
+        let fits = |place: Key| place != orphan && !self.avoids(roster, stripe, orphan, place);
         if forest.origins().is_empty() {
             return forest.best_open(orphan, fits).filter(|_| forest.children(orphan).is_empty());
         }
-        let rooted = forest.best_open(orphan, fits).filter(|&place| forest.is_rooted(place));
-        rooted.or_else(|| self.open_spare(roster, stripe, orphan)).or_else(|| {
+        forest.best_open(orphan, fits).filter(|&place| forest.is_rooted(place))
+    }
+
+    /// A place for an orphan where none is open: one that is lent from another stripe, or a root beyond its
+    /// only child, at last even one that the orphan avoids.
+    pub(super) fn other_place(&mut self, roster: &Roster, stripe: usize, orphan: Key) -> Option<Key> {
+        if self.forests[stripe].origins().is_empty() {
+            return None;
+        }
+        self.lend(roster, stripe, orphan).or_else(|| {
             let forest = &self.forests[stripe];
-            let load = |&&origin: &&Key| (!fits(origin), forest.children(origin).len(), origin);
+            let load = |&&root: &&Key| {
+                (self.avoids(roster, stripe, orphan, root), forest.children(root).len(), root)
+            };
             forest.origins().iter().min_by_key(load).copied()
         })
     }
 
-    /// The leaf that has to yield its place to an orphan that serves: one that never will, and hangs
-    /// higher than the orphan otherwise would. Else leaves of other stripes would fill the top of the tree,
-    /// and with as many stripes as children its depth would grow with the number of nodes.
+    /// The leaf that has to yield its place to an orphan whose home this is: one that never serves here, and
+    /// hangs higher than the orphan otherwise would. Else leaves of other stripes would fill the top of the
+    /// tree, and with as many stripes as children its depth would grow with the number of units.
     pub(super) fn idle_above(
         &self,
         roster: &Roster,
         stripe: usize,
         orphan: Key,
-        place: Option<Key>,
+        open: Option<Key>,
     ) -> Option<Key> {
         let forest = &self.forests[stripe];
-        let place = place?;
-        if self.slots(roster, orphan, stripe) == 0 {
+        let unit = &self.units[&orphan];
+        // Below a guest there is a whole cell.
+        let serves = unit.kind == Kind::Guest || unit.home == stripe && self.slots(orphan, stripe) > 0;
+        if !serves {
             return None;
         }
-        let overloaded = forest.room(place) == 0;
-        let higher = |idle: &Key| overloaded || forest.rank(*idle) <= forest.rank(place);
+        let higher = |idle: &Key| open.is_none_or(|place| forest.rank(*idle) <= forest.rank(place));
         let fits = |idle: &Key| {
             forest.parent(*idle).is_some_and(|parent| {
-                self.slots(roster, parent, stripe) > 0
+                self.slots(parent, stripe) > 0
                     && forest.excess(parent) == 0
-                    && !roster.avoids(orphan, parent)
+                    && !self.avoids(roster, stripe, orphan, parent)
             })
         };
-        forest.idle_downwards().take(CANDIDATES_MAX).take_while(higher).find(fits)
+        self.idle_downwards(stripe).take(CANDIDATES_MAX).take_while(higher).find(fits)
+    }
+
+    /// The leaves that never serve, shallowest first.
+    fn idle_downwards(&self, stripe: usize) -> impl Iterator<Item = Key> {
+        let idle = self.forests[stripe].idle_downwards();
+        idle.filter(|idle| self.units[idle].kind != Kind::Guest)
     }
 
     /// Where a high subtree is to hang that would double the depth of the tree at the open `place`: a leaf
@@ -213,14 +159,14 @@ impl Hierarchy {
         }
         let branch = forest.upwards(place).nth(up as usize)?;
         let above = forest.parent(branch)?;
-        if self.slots(roster, above, stripe) == 0 || forest.excess(above) > 0 {
+        if self.slots(above, stripe) == 0 || forest.excess(above) > 0 {
             return None;
         }
         let fits = |leaf: &Key| {
             let avoids = [(*leaf, above), (branch, *leaf), (orphan, *leaf)];
             forest.room(*leaf) >= 2
                 && *leaf != branch
-                && !avoids.iter().any(|pair| roster.avoids(pair.0, pair.1))
+                && !avoids.iter().any(|pair| self.avoids(roster, stripe, pair.0, pair.1))
         };
         let joint = forest.spares_upwards(place).take(CANDIDATES_MAX).find(fits)?;
         self.unhang(stripe, joint);
@@ -230,61 +176,193 @@ impl Hierarchy {
         Some(joint)
     }
 
-    /// Makes this stripe the home of a node from the one with the most room; the children that it has there,
-    /// if any, go to its neighbours. It is taken from the bottom, where children are leaves.
-    fn open_spare(&mut self, roster: &Roster, stripe: usize, orphan: Key) -> Option<Key> {
+    /// Gives this stripe a place for `child` that was another stripe's: a whole home if that has plenty, or
+    /// else one slot, from the one with the most room.
+    fn lend(&mut self, roster: &Roster, stripe: usize, child: Key) -> Option<Key> {
+        let mut donors: Vec<usize> = (0..self.forests.len())
+            .filter(|&donor| donor != stripe && self.forests[donor].free() > 0)
+            .collect();
+        donors.sort_by_key(|&donor| Reverse(self.forests[donor].free()));
         // What is left must hold the children and at least one newcomer.
-        let plenty =
-            |&other: &usize| other != stripe && self.forests[other].free() > self.shape.fan_out() as usize;
-        let richest =
-            (0..self.forests.len()).filter(plenty).max_by_key(|&other| self.forests[other].free())?;
-        let (forest, rich) = (&self.forests[stripe], &self.forests[richest]);
-        let fits = |spare: &Key| {
-            *spare != orphan
-                && self.seats[spare].role == Role::Relay
-                && forest.is_rooted(*spare)
-                && rich.is_rooted(*spare)
-                && !roster.avoids(orphan, *spare)
-        };
-        let spare = rich.open_upwards(orphan).take(CANDIDATES_MAX).find(fits)?;
-        for child in rich.children(spare).clone() {
-            let rich = &self.forests[richest];
-            let fits = |place: Key| !rich.is_within(place, spare) && !roster.avoids(child, place);
-            let place = rich.best_open(child, fits).filter(|&place| rich.is_rooted(place))?;
-            self.unhang(richest, child);
-            self.hang(richest, child, place);
+        let plenty = |&&donor: &&usize| self.forests[donor].free() > self.shape.fan_out() as usize;
+        if let Some(&rich) = donors.first().filter(plenty)
+            && let Some(spare) = self.open_spare(roster, stripe, child, rich)
+        {
+            return Some(spare);
         }
-        self.move_home(roster, spare, stripe);
-        Some(spare)
+        for donor in donors {
+            let forest = &self.forests[stripe];
+            let lenders = self.forests[donor].open_upwards().take(CANDIDATES_MAX);
+            let fits = lenders.filter(|&unit| self.can_take(roster, stripe, child, unit));
+            if let Some(lender) = fits.max_by_key(|&unit| (forest.rank(unit), unit)) {
+                self.shift(lender, donor, stripe);
+                return Some(lender);
+            }
+        }
+        None
     }
 
-    /// Moves children of an overloaded origin to where there is room.
-    pub(super) fn relieve(&mut self, roster: &Roster, stripe: usize, origin: Key) {
-        for _ in 0..self.forests[stripe].excess(origin) {
+    /// Makes this stripe the home of a unit from a richer one; the children that it has there, if any, go to
+    /// its neighbours. It is taken from the bottom, where children are leaves.
+    fn open_spare(&mut self, roster: &Roster, stripe: usize, child: Key, rich: usize) -> Option<Key> {
+        let from = &self.forests[rich];
+        let fits = |spare: &Key| {
+            let elsewhere = |other: usize| other != rich && !self.forests[other].children(*spare).is_empty();
+            self.can_take(roster, stripe, child, *spare)
+                && from.is_rooted(*spare)
+                && !(0..self.forests.len()).any(elsewhere)
+        };
+        let spare = from.open_upwards().take(CANDIDATES_MAX).find(fits)?;
+        for below in from.children(spare).clone() {
+            let from = &self.forests[rich];
+            let fits = |place: Key| !from.is_within(place, spare) && !self.avoids(roster, rich, below, place);
+            let place = from.best_open(below, fits).filter(|&place| from.is_rooted(place))?;
+            self.unhang(rich, below);
+            self.hang(rich, below, place);
+        }
+        self.move_home(spare, stripe).then_some(spare)
+    }
+
+    /// Whether `child` could hang below this relay if it had a slot.
+    fn can_take(&self, roster: &Roster, stripe: usize, child: Key, unit: Key) -> bool {
+        let forest = &self.forests[stripe];
+        self.units[&unit].kind == Kind::Relay
+            && forest.is_rooted(unit)
+            && !forest.is_within(unit, child)
+            && !self.avoids(roster, stripe, child, unit)
+    }
+
+    /// Puts lenders below those who serve here at home, gives lent slots back where the stripe has room of
+    /// its own by now, and lets no stripe both lend and borrow.
+    pub(super) fn repay(&mut self, roster: &Roster) {
+        for (stripe, lender) in self.loans_due() {
+            self.return_idle(stripe, lender);
+            if self.is_loan(stripe, lender) {
+                self.sink(roster, stripe, lender);
+                self.repay_one(roster, stripe, lender);
+            }
+            if self.is_loan(stripe, lender) {
+                self.pass_on(roster, stripe, lender);
+            }
+        }
+    }
+
+    fn loans_due(&self) -> Vec<(usize, Key)> {
+        self.loans.iter().copied().take(REPAYS_MAX).collect()
+    }
+
+    fn is_loan(&self, stripe: usize, lender: Key) -> bool {
+        self.loans.contains(&(stripe, lender)) && self.units[&lender].standing == Standing::Good
+    }
+
+    /// Gives back what the lender has lent and nobody uses.
+    fn return_idle(&mut self, stripe: usize, lender: Key) {
+        while self.loans.contains(&(stripe, lender)) && self.forests[stripe].room(lender) > 0 {
+            self.shift(lender, stripe, self.units[&lender].home);
+        }
+    }
+
+    /// The lender takes a slot back that its home has to borrow from a third stripe; what it had lent is lent
+    /// by that one instead. So long chains of loans become short, and rings vanish.
+    fn pass_on(&mut self, roster: &Roster, stripe: usize, lender: Key) {
+        let home = self.units[&lender].home;
+        let (at_home, away) = (&self.forests[home], &self.forests[stripe]);
+        let Some(&child) = away.children(lender).first() else { return };
+        let found =
+            self.loans.range((home, Key(0))..(home + 1, Key(0))).take(CANDIDATES_MAX).find_map(|loan| {
+                let third = loan.1;
+                let fits = |moved: &&Key| {
+                    !at_home.is_within(lender, **moved) && !self.avoids(roster, home, **moved, lender)
+                };
+                let moved = at_home.children(third).iter().find(fits)?;
+                (third != lender
+                    && at_home.is_rooted(lender)
+                    && self.units[&third].standing == Standing::Good
+                    && self.can_take(roster, stripe, child, third))
+                .then_some((third, *moved))
+            });
+        let Some((third, moved)) = found else { return };
+        self.unhang(stripe, child);
+        self.shift(lender, stripe, home);
+        self.unhang(home, moved);
+        self.hang(home, moved, lender);
+        self.shift(third, home, stripe);
+        self.hang(stripe, child, third);
+    }
+
+    fn repay_one(&mut self, roster: &Roster, stripe: usize, lender: Key) {
+        let forest = &self.forests[stripe];
+        let lightest = |child: &&Key| (forest.children(**child).len(), **child);
+        let Some(&child) = forest.children(lender).iter().min_by_key(lightest) else { return };
+        let at_home = |place: Key| self.units[&place].kind == Kind::Root || self.units[&place].home == stripe;
+        let fits = |place: Key| {
+            at_home(place) && !forest.is_within(place, child) && !self.avoids(roster, stripe, child, place)
+        };
+        let rooted = |place: &Key| forest.is_rooted(*place) && forest.is_rooted(child);
+        if let Some(place) = forest.best_open(child, fits).filter(rooted) {
+            self.unhang(stripe, child);
+            self.hang(stripe, child, place);
+            self.shift(lender, stripe, self.units[&lender].home);
+        }
+    }
+
+    /// Moves a lender below those of its children whose home this is: they take more children, and so the
+    /// tree is shallower if they are above.
+    fn sink(&mut self, roster: &Roster, stripe: usize, lender: Key) {
+        for _ in 0..CANDIDATES_MAX {
             let forest = &self.forests[stripe];
-            let Some(place) = forest.best_open(origin, |_| true).filter(|&place| forest.is_rooted(place))
-            else {
+            let Some(above) = forest.parent(lender).filter(|&above| self.slots(above, stripe) > 0) else {
                 return;
             };
-            let movable = |child: &&Key| !forest.is_within(place, **child) && !roster.avoids(**child, place);
-            let lightest = |child: &&Key| (forest.children(**child).len(), Reverse(**child));
-            let children = forest.children(origin).iter();
-            let Some(&child) = children.filter(movable).min_by_key(lightest) else { return };
+            let fits = |child: &&Key| {
+                let unit = &self.units[child];
+                unit.kind == Kind::Relay
+                    && unit.home == stripe
+                    && self.slots(**child, stripe) > 1
+                    && !self.avoids(roster, stripe, **child, above)
+                    && !self.avoids(roster, stripe, lender, **child)
+            };
+            let Some(&child) = forest.children(lender).iter().find(fits) else { return };
+            if forest.excess(above) > 0 {
+                return;
+            }
+            // The lender has room for one as soon as the child is above it.
+            let below = forest.children(child).first().copied().filter(|_| forest.room(child) == 0);
+            self.unhang(stripe, child);
+            self.unhang(stripe, lender);
+            if let Some(below) = below {
+                self.unhang(stripe, below);
+                self.hang(stripe, below, lender);
+            }
+            self.hang(stripe, child, above);
+            self.hang(stripe, lender, child);
+        }
+    }
+
+    /// Moves children of an overloaded root to where there is room.
+    pub(super) fn relieve(&mut self, roster: &Roster, stripe: usize, root: Key) {
+        for _ in 0..self.forests[stripe].excess(root) {
+            let forest = &self.forests[stripe];
+            let mut children: Vec<Key> = forest.children(root).iter().copied().collect();
+            children.sort_by_key(|&child| (forest.children(child).len(), Reverse(child)));
+            let found = children.into_iter().take(CANDIDATES_MAX).find_map(|child| {
+                let forest = &self.forests[stripe];
+                let fits = |place: Key| {
+                    !forest.is_within(place, child) && !self.avoids(roster, stripe, child, place)
+                };
+                let open = forest.best_open(child, fits).filter(|&place| forest.is_rooted(place));
+                Some((child, open.or_else(|| self.lend(roster, stripe, child))?))
+            });
+            let Some((child, place)) = found else { return };
             self.unhang(stripe, child);
             self.hang(stripe, child, place);
         }
     }
 
-    /// Takes a node out of a tree. Its place and its children go to a stand-in: a child that has room for
-    /// its siblings, so that nobody else moves, or else the deepest leaf. If there is none, as under an
-    /// origin, the children are orphans.
+    /// Takes a unit out of a tree. Its place and its children go to a stand-in: a child that has room for
+    /// its siblings, so that nobody else moves, or else the deepest leaf. If there is none, as under a
+    /// root, the children are orphans.
     pub(super) fn vacate(&mut self, roster: &Roster, stripe: usize, key: Key) {
-        if self.forests[stripe].is_waiting(key) {
-            self.awaited.values_mut().for_each(|waiting| {
-                waiting.remove(&(stripe, key));
-            });
-            self.awaited.retain(|_, waiting| !waiting.is_empty());
-        }
         let stand_in = self.stand_in(roster, stripe, key);
         let parent = self.forests[stripe].parent(key);
         let children: Vec<Key> = self.forests[stripe].children(key).iter().copied().collect();
@@ -297,7 +375,7 @@ impl Hierarchy {
             self.hang(stripe, stand_in, parent);
         }
         for child in children.into_iter().filter(|&child| child != stand_in) {
-            if !roster.avoids(child, stand_in) {
+            if !self.avoids(roster, stripe, child, stand_in) {
                 self.hang(stripe, child, stand_in);
             }
         }
@@ -310,11 +388,12 @@ impl Hierarchy {
             return None;
         }
         let parent = forest.parent(key);
-        let no_room = |parent| self.slots(roster, parent, stripe) == 0 || forest.excess(parent) > 0;
+        let no_room = |parent| self.slots(parent, stripe) == 0 || forest.excess(parent) > 0;
         if parent.is_some_and(no_room) {
             return None;
         }
-        let may_follow = |stand_in: Key| parent.is_none_or(|parent| !roster.avoids(stand_in, parent));
+        let may_follow =
+            |stand_in: Key| parent.is_none_or(|parent| !self.avoids(roster, stripe, stand_in, parent));
         let roomy = |child: &&Key| forest.room(**child) + 1 >= children.len() && may_follow(**child);
         let deepest = || {
             let deeper = |leaf: &Key| forest.rank(*leaf) > forest.rank(key);
@@ -322,21 +401,5 @@ impl Hierarchy {
             forest.spares_upwards(key).take(CANDIDATES_MAX).take_while(deeper).find(fits)
         };
         children.iter().find(roomy).copied().or_else(deepest)
-    }
-
-    pub(super) fn hang(&mut self, stripe: usize, child: Key, parent: Key) {
-        self.unhold(child);
-        self.forests[stripe].link(child, parent);
-    }
-
-    pub(super) fn unhang(&mut self, stripe: usize, child: Key) {
-        self.unhold(child);
-        self.forests[stripe].unlink(child);
-    }
-
-    pub(super) fn unhold(&mut self, key: Key) {
-        if let Some(seat) = self.seats.get_mut(&key) {
-            seat.held = false;
-        }
     }
 }

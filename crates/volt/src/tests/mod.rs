@@ -1,6 +1,7 @@
 //! Tests of the planner as a whole, through events and actions alone.
 
 mod model;
+mod racks;
 mod repair;
 mod restart;
 mod shape;

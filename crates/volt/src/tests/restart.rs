@@ -94,7 +94,7 @@ fn reports_of_too_many_children_or_of_another_shape_do_not_overload_anyone() {
     }
     cluster.pass(LEASE);
     let below = cluster.stripe(0).into_iter().filter(|node| node.parent == Some(name("o"))).count();
-    assert_eq!(below, 2);
+    assert_eq!(below, 1);
     cluster.up("odd", "");
     let odd = Placement { stripes: vec![Vec::new(); 500] };
     cluster.attach("odd", Role::Relay, Some(odd));
