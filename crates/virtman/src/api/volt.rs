@@ -3,7 +3,7 @@
 use block::{ChunkHash, ImageId, ImageName, NodeName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use volt::{Location, Placement, Role};
+use volt::{Location, Placement, Role, Shape, Shaping};
 
 use super::profile::ProfileOffer;
 
@@ -29,6 +29,19 @@ pub(crate) struct ImageRecord {
     /// The nodes that hold the whole image.
     #[schema(value_type = Vec<String>)]
     pub(crate) origins: Vec<NodeName>,
+    /// How its hierarchy gets its shape, if that was said for this image: `"auto"`, or
+    /// `{"fixed": {"fan_out": 4, "stripes": 4}}`.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub(crate) shaping: Option<Shaping>,
+}
+
+/// Says how an image's hierarchy gets its shape from now on.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct TuneImage {
+    /// `"auto"`, or `{"fixed": {"fan_out": 4, "stripes": 4}}`.
+    #[schema(value_type = Object)]
+    pub(crate) shaping: Shaping,
 }
 
 /// Gives an image a name: said by the origin that holds it.
@@ -215,6 +228,9 @@ pub(crate) struct VoltStatus {
 pub(crate) struct TreeView {
     /// The image.
     pub(crate) image: ImageRecord,
+    /// Its shape at present, if some node has it attached.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) shape: Option<Shape>,
     /// One tree a stripe.
     pub(crate) stripes: Vec<Vec<TreeNode>>,
 }

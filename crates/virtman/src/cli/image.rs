@@ -1,4 +1,4 @@
-//! `image add|list|show|remove|verify|attach|detach`; `image profile` is in [`profile`].
+//! `image add|list|show|remove|verify|tune|attach|detach`; `image profile` is in [`profile`].
 
 use std::fs;
 use std::path::Path;
@@ -6,13 +6,15 @@ use std::path::Path;
 use futures_util::StreamExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use volt::Shaping;
 
 use super::ImageCommand;
 use super::context::{Context, Failure, Outcome};
 use super::output::{Column, Table, bytes_bar, print_json, say};
 use super::profile;
 use crate::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
-use crate::api::volt::ImageRecord;
+use crate::api::volt::{ImageRecord, TuneImage};
+use crate::coordinator::config::shaping;
 use crate::http::Client;
 use crate::units::ByteSize;
 
@@ -63,6 +65,18 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
             }
             if !context.json() {
                 say(&format!("{image}: all {} chunks are right", verified.chunks));
+            }
+            Ok(())
+        }
+        // Without numbers it is --auto, which the grammar sees to.
+        ImageCommand::Tune { image, stripes, fan_out, auto: _ } => {
+            let shaping = shaping(*fan_out, *stripes).map_err(|e| Failure::new(e.to_string()))?;
+            let path = format!("/v1/images/{image}/shape");
+            let record: ImageRecord = context.volt()?.put(&path, &TuneImage { shaping }).await?;
+            if context.json() {
+                print_json(&record);
+            } else {
+                say(&format!("{}: {}", record.name, shape_text(record.shaping)));
             }
             Ok(())
         }
@@ -157,7 +171,17 @@ async fn show(context: &Context, image: &str) -> Outcome {
     say(&format!("data chunks  {data_chunks} ({})", data_bytes(data_chunks)));
     say(&format!("zero chunks  {}", record.zero_chunks));
     say(&format!("origins      {}", join(&record.origins)));
+    say(&format!("shape        {}", shape_text(record.shaping)));
     Ok(())
+}
+
+/// How an image gets its shape, in words.
+fn shape_text(shaping: Option<Shaping>) -> String {
+    match shaping {
+        None => "as Volt was told for all images".to_owned(),
+        Some(Shaping::Auto) => "chosen by the number of nodes".to_owned(),
+        Some(Shaping::Fixed(shape)) => super::show::shape(shape),
+    }
 }
 
 /// Asks for something long, and shows how far it is.

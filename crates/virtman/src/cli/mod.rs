@@ -199,6 +199,21 @@ pub(crate) enum ImageCommand {
         /// Name with tag
         image: ImageName,
     },
+    /// Say how an image is spread over its nodes: along how many trees, and to how many children each
+    #[command(group = clap::ArgGroup::new("shape").required(true).multiple(true))]
+    Tune {
+        /// Name with tag, or id
+        image: String,
+        /// How many trees its chunks are spread over
+        #[arg(long, group = "shape", value_parser = clap::value_parser!(u32).range(1..=i64::from(volt::STRIPES_MAX)), value_name = "N")]
+        stripes: Option<u32>,
+        /// How many children a node serves at most; no fewer than there are trees
+        #[arg(long, group = "shape", value_parser = clap::value_parser!(u32).range(1..=i64::from(volt::FAN_OUT_MAX)), value_name = "N")]
+        fan_out: Option<u32>,
+        /// Let Volt choose both by the number of nodes
+        #[arg(long, group = "shape", conflicts_with_all = ["stripes", "fan_out"])]
+        auto: bool,
+    },
     /// Show, record and exchange what guests read first
     #[command(subcommand)]
     Profile(profile::ProfileCommand),

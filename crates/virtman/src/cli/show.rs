@@ -142,7 +142,11 @@ pub(super) async fn tree(context: &Context, image: Option<&ImageName>) -> Outcom
 
 /// A hierarchy as an indented tree, stripe by stripe.
 fn render(view: &TreeView) -> String {
-    let mut text = format!("{}  {}\n", view.image.name, view.image.id.short());
+    let mut text = format!("{}  {}", view.image.name, view.image.id.short());
+    if let Some(told) = view.shape {
+        text.push_str(&format!("  {}", shape(told)));
+    }
+    text.push('\n');
     if view.stripes.iter().all(Vec::is_empty) {
         text.push_str("  no node has it attached\n");
     }
@@ -155,6 +159,12 @@ fn render(view: &TreeView) -> String {
         }
     }
     text
+}
+
+/// A shape in words.
+pub(super) fn shape(shape: volt::Shape) -> String {
+    let plural = if shape.stripes() == 1 { "" } else { "s" };
+    format!("{} stripe{plural}, fan-out {}", shape.stripes(), shape.fan_out())
 }
 
 fn role(at: &TreeNode) -> &'static str {

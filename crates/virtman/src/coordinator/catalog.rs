@@ -11,6 +11,7 @@ use block::{ImageId, ImageName, NodeName};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use volt::Shaping;
 
 use super::profiles::KeptProfile;
 use crate::api::unix_ms;
@@ -145,7 +146,10 @@ impl Catalog {
                     return Err(CatalogError::NameTaken { name: old.name, id: old.id.to_string() });
                 }
                 Some(old) => old,
-                None => image.clone(),
+                None => {
+                    let other = records_of(&table, &image.id)?.into_iter().next();
+                    ImageRecord { shaping: other.and_then(|other| other.shaping), ..image.clone() }
+                }
             };
             if !record.origins.contains(origin) {
                 record.origins.push(origin.clone());
@@ -156,6 +160,21 @@ impl Catalog {
         };
         commit(txn)?;
         Ok(record)
+    }
+
+    /// Notes how an image's hierarchy gets its shape, under all of its names.
+    pub(crate) fn tune_image(&self, name_or_id: &str, shaping: Shaping) -> Result<ImageRecord, CatalogError> {
+        let tuned = ImageRecord { shaping: Some(shaping), ..self.image(name_or_id)? };
+        let txn = self.db.begin_write()?;
+        {
+            let mut table = txn.open_table(IMAGES)?;
+            for record in records_of(&table, &tuned.id)? {
+                let record = ImageRecord { shaping: tuned.shaping, ..record };
+                table.insert(record.name.as_str(), serde_json::to_vec(&record)?.as_slice())?;
+            }
+        }
+        commit(txn)?;
+        Ok(tuned)
     }
 
     /// Takes a name away. The bytes stay where they are.
@@ -336,6 +355,19 @@ fn commit(txn: WriteTransaction) -> Result<(), CatalogError> {
     Ok(tokio::task::block_in_place(|| txn.commit())?)
 }
 
+/// An image under all of its names.
+fn records_of(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    id: &ImageId,
+) -> Result<Vec<ImageRecord>, CatalogError> {
+    let mut records = Vec::new();
+    for entry in table.iter()? {
+        let record: ImageRecord = serde_json::from_slice(entry?.1.value())?;
+        records.extend((record.id == *id).then_some(record));
+    }
+    Ok(records)
+}
+
 fn get<T: DeserializeOwned>(
     table: &impl ReadableTable<&'static str, &'static [u8]>,
     key: &str,
@@ -347,6 +379,8 @@ fn get<T: DeserializeOwned>(
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use volt::Shape;
 
     use super::*;
     use crate::identity::{Fingerprint, Token};
@@ -367,6 +401,7 @@ mod tests {
             zero_chunks: 0,
             added_unix_ms: 0,
             origins: vec![],
+            shaping: None,
         }
     }
 
@@ -386,6 +421,23 @@ mod tests {
         assert_eq!(again.image(&both.id.to_string()).unwrap(), both);
         again.remove_image(&both.name).unwrap();
         assert!(matches!(again.image("debian:12"), Err(CatalogError::NoImage(_))));
+    }
+
+    #[test]
+    fn a_shape_is_kept_under_all_names_of_an_image_and_survives_a_restart() {
+        let (dir, catalog) = catalog();
+        let a = "a".parse::<NodeName>().unwrap();
+        for (name, root) in [("debian:12", b"one"), ("debian:latest", b"one"), ("other:1", b"two")] {
+            catalog.add_image(&record(name, root), &a).unwrap();
+        }
+        let shaping = Shaping::Fixed(Shape::new(4, 2).unwrap());
+        catalog.tune_image("debian:12", shaping).unwrap();
+        catalog.add_image(&record("debian:new", b"one"), &a).unwrap();
+        assert!(matches!(catalog.tune_image("none:1", shaping), Err(CatalogError::NoImage(_))));
+        drop(catalog);
+        let again = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        let kept: Vec<_> = again.images().unwrap().into_iter().map(|image| image.shaping).collect();
+        assert_eq!(kept, [Some(shaping), Some(shaping), Some(shaping), None]);
     }
 
     fn token() -> Token {

@@ -129,6 +129,11 @@ pub(crate) async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
             cluster.apply(Event::Quarantine { node });
         }
     }
+    for image in catalog.images().map_err(|e| e.to_string())? {
+        if image.shaping.is_some() {
+            cluster.apply(Event::Tune { image: image.id, shaping: image.shaping });
+        }
+    }
     let shutdown = CancellationToken::new();
     let (removals, removed) = watch::channel(());
     let volt = Arc::new(Volt {

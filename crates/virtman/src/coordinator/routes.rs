@@ -23,7 +23,7 @@ use super::catalog::CatalogError;
 use super::cluster::Notice;
 use crate::api::volt::{
     AttachImage, Attachment, DetachImage, ImageRecord, NewToken, NodeRecord, NodeReport, NodeState, Push,
-    RegisterImage, RegisterNode, Registered, TokenIssued, TreeNode, TreeView, VoltStatus,
+    RegisterImage, RegisterNode, Registered, TokenIssued, TreeNode, TreeView, TuneImage, VoltStatus,
 };
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::{ApiError, Json, Path, Peer, lines};
@@ -42,6 +42,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Volt>> {
         .routes(routes!(images))
         .routes(routes!(image, register_image, remove_image))
         .routes(routes!(tree))
+        .routes(routes!(tune))
         .routes(routes!(new_token))
         .routes(routes!(register_node, remove_node))
         .routes(routes!(pardon))
@@ -121,6 +122,7 @@ async fn register_image(
         zero_chunks: root.zero_chunks(),
         added_unix_ms: now_unix_ms(),
         origins: Vec::new(),
+        shaping: None,
     };
     let record = volt.catalog.add_image(&record, &origin)?;
     tracing::info!(image = %record.name, id = %record.id, %origin, "image registered");
@@ -146,6 +148,7 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
     let record = volt.catalog.remove_image(&name)?;
     if matches!(volt.catalog.image(&record.id.to_string()), Err(CatalogError::NoImage(_))) {
         volt.profiles.forget(&record.id)?;
+        volt.apply(Event::Tune { image: record.id, shaping: None });
     }
     tracing::info!(image = %name, by = %peer, "image removed from the catalog");
     Ok(Json(record))
@@ -158,11 +161,28 @@ async fn tree(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Ans
     any_member(&peer)?;
     let image = volt.catalog.image(&image)?;
     let tree = volt.cluster.with_planner(|planner| planner.tree(&image.id));
+    let shape = tree.as_ref().map(|tree| tree.shape);
     let place =
         |at: volt::TreeNode| TreeNode { node: at.node, parent: at.parent, depth: at.depth, role: at.role };
     let stripes = tree.map(|tree| tree.stripes).unwrap_or_default();
     let stripes = stripes.into_iter().map(|stripe| stripe.into_iter().map(place).collect()).collect();
-    Ok(Json(TreeView { image, stripes }))
+    Ok(Json(TreeView { image, shape, stripes }))
+}
+
+/// Says how an image's hierarchy gets its shape. Where that makes another shape, its nodes get new places.
+#[utoipa::path(put, path = "/v1/images/{image}/shape", params(("image" = String, Path,)),
+    request_body = TuneImage, responses((status = 200, body = ImageRecord), (status = 404)))]
+async fn tune(
+    State(volt): Shared,
+    peer: Peer,
+    Path(image): Path<String>,
+    Json(request): Json<TuneImage>,
+) -> Answer<ImageRecord> {
+    peer.must_be_admin()?;
+    let record = volt.catalog.tune_image(&image, request.shaping)?;
+    volt.apply(Event::Tune { image: record.id, shaping: record.shaping });
+    tracing::info!(%image, shaping = ?request.shaping, by = %peer, "image tuned");
+    Ok(Json(record))
 }
 
 /// Issues a one-time token with which a host can join.
