@@ -79,6 +79,7 @@ pub(crate) struct Hierarchy {
     cells: BTreeMap<Key, Cell>,
     by_scope: BTreeMap<Scope, Key>,
     cells_ever: u64,
+    has_reports: bool,
     /// Cells in which something may be without a place.
     unsettled: BTreeSet<Key>,
     /// Whether some cell may be without a place among the others.
@@ -106,6 +107,7 @@ impl Hierarchy {
             cells: BTreeMap::new(),
             by_scope: BTreeMap::new(),
             cells_ever: 0,
+            has_reports: false,
             unsettled: BTreeSet::new(),
             world_unsettled: false,
             stirred: BTreeSet::new(),
@@ -301,9 +303,9 @@ impl Hierarchy {
         self.seats.len() - self.origins.len()
     }
 
-    /// Whether some node's report stands for its place.
+    /// Whether some node's report was adopted while nodes reported.
     pub(crate) fn has_reports(&self) -> bool {
-        self.seats.values().any(|seat| seat.held)
+        self.has_reports
     }
 
     /// Plans everything anew if the shape is another one; who was high up comes first.

@@ -151,7 +151,9 @@ impl Planner {
                 hierarchy.reshape(roster, shaping.reported(hierarchy.shape(), reported));
             }
             hierarchy.attach(roster, key, role, current, stage);
-            hierarchy.reshape(roster, shaping.grown(hierarchy.shape(), hierarchy.relays()));
+            if stage == Stage::Planning || !hierarchy.has_reports() {
+                hierarchy.reshape(roster, shaping.grown(hierarchy.shape(), hierarchy.relays()));
+            }
         });
     }
 

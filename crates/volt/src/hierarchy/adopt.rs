@@ -24,9 +24,10 @@ impl Hierarchy {
                 _ => {}
             }
         }
-        let all = adopted == self.stripes();
+        let held = stage == Stage::Learning && adopted == self.stripes();
+        self.has_reports |= held;
         if let Some(seat) = self.seats.get_mut(&key) {
-            seat.held = stage == Stage::Learning && all;
+            seat.held = held;
         }
     }
 

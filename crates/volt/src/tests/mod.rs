@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use block::{ChunkHash, ImageId, NodeName};
 
 use crate::{
-    Action, Event, Location, Millis, Peer, Placement, Planner, Role, Settings, Shape, Standing, TreeNode,
+    Action, Event, Location, Millis, Peer, Placement, Planner, Role, Settings, Shape, Shaping, Standing,
+    TreeNode,
 };
 
 const LEASE: Millis = Millis(10_000);

@@ -34,7 +34,9 @@ fn event() -> impl Strategy<Value = Event> {
     });
     let attach = (node(), images(), role(), current())
         .prop_map(|(node, image, role, current)| Event::Attach { node, image, role, current });
-    let shape = prop::sample::select(vec![(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (4, 3)]);
+    let shape = prop::sample::select(vec![(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (4, 3), (4, 4)]);
+    let fixed = shape.prop_map(|(fan_out, stripes)| Some(Shape::new(fan_out, stripes).unwrap().into()));
+    let shaping = prop_oneof![6 => fixed, 2 => Just(Some(Shaping::Auto)), 1 => Just(None)];
     prop_oneof![
         8 => up,
         3 => node().prop_map(|node| Event::Heartbeat { node }),
@@ -47,9 +49,7 @@ fn event() -> impl Strategy<Value = Event> {
         }),
         1 => node().prop_map(|node| Event::Quarantine { node }),
         2 => node().prop_map(|node| Event::Pardon { node }),
-        1 => (images(), shape).prop_map(|(image, (fan_out, stripes))| {
-            Event::Tune { image, shaping: Some(Shape::new(fan_out, stripes).unwrap().into()) }
-        }),
+        1 => (images(), shaping).prop_map(|(image, shaping)| Event::Tune { image, shaping }),
         4 => Just(Event::Tick),
     ]
 }

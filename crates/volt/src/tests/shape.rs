@@ -173,3 +173,92 @@ fn ten_thousand_nodes_join_and_a_thousand_die() {
     cluster.planner.check();
     assert_eq!(cluster.stripe(0).len(), 9_001);
 }
+
+/// A cluster whose planner chooses the shape.
+fn automatic() -> Cluster {
+    let settings = Settings { lease: LEASE, shaping: Shaping::Auto };
+    Cluster { planner: Planner::new(settings), now: Millis(0), told: BTreeMap::new() }
+}
+
+fn stripes(cluster: &Cluster) -> u32 {
+    cluster.planner.tree(&image(1)).unwrap().shape.stripes()
+}
+
+#[test]
+fn the_shape_grows_with_few_relays_and_shrinks_only_when_half_of_them_are_gone() {
+    let mut cluster = automatic();
+    cluster.apply(Event::Tick);
+    cluster.pass(LEASE);
+    cluster.join("o", Role::Origin);
+    let grown: Vec<u32> = (1..=5)
+        .map(|number| {
+            cluster.join(&relay(number), Role::Relay);
+            cluster.planner.check();
+            stripes(&cluster)
+        })
+        .collect();
+    assert_eq!(grown, [1, 2, 2, 4, 4]);
+    let shrunk: Vec<u32> = (1..=4)
+        .map(|number| {
+            cluster.down(&relay(number));
+            cluster.pass(Millis(1));
+            stripes(&cluster)
+        })
+        .collect();
+    assert_eq!(shrunk, [4, 4, 4, 1]);
+}
+
+#[test]
+fn a_shape_that_is_tuned_stays_until_that_is_taken_back() {
+    let mut cluster = automatic();
+    cluster.join("o", Role::Origin);
+    let shape = Shape::new(3, 3).unwrap();
+    cluster.apply(Event::Tune { image: image(1), shaping: Some(shape.into()) });
+    for number in 1..=6 {
+        cluster.join(&relay(number), Role::Relay);
+    }
+    cluster.pass(LEASE);
+    assert_eq!(stripes(&cluster), 3);
+    cluster.apply(Event::Tune { image: image(1), shaping: None });
+    assert_eq!(stripes(&cluster), 4);
+}
+
+#[test]
+fn a_restarted_volt_keeps_the_shape_that_nodes_report() {
+    let mut old = automatic();
+    old.apply(Event::Tick);
+    old.pass(LEASE);
+    old.join("o", Role::Origin);
+    for number in 1..=12 {
+        old.join(&relay(number), Role::Relay);
+    }
+    while !old.pass(Millis(1)).is_empty() {}
+    let mut fresh = automatic();
+    // The first to come cannot say how many stripes there were.
+    fresh.join("o", Role::Origin);
+    let mut told = Vec::new();
+    for number in 1..=12 {
+        let current = old.told[&(name(&relay(number)), image(1))].clone();
+        fresh.up(&relay(number), "");
+        told.extend(placed(&fresh.attach(&relay(number), Role::Relay, Some(current))));
+        fresh.planner.check();
+    }
+    told.extend(placed(&fresh.pass(LEASE)));
+    told.retain(|node| node != "o");
+    assert_eq!(told, [""; 0]);
+    assert_eq!(fresh.planner.tree(&image(1)), old.planner.tree(&image(1)));
+}
+
+#[test]
+fn a_report_in_a_shape_that_would_not_be_chosen_is_kept_while_nodes_report() {
+    let mut cluster = automatic();
+    cluster.join("o", Role::Origin);
+    for number in 1..=6 {
+        cluster.up(&relay(number), "");
+        let above = if number == 1 { "o".to_owned() } else { relay(number / 2) };
+        assert_eq!(cluster.attach(&relay(number), Role::Relay, Some(listed(&[&above, "o"]))), []);
+    }
+    assert_eq!(stripes(&cluster), 1);
+    cluster.pass(LEASE);
+    assert_eq!(stripes(&cluster), 4);
+}
