@@ -2,7 +2,8 @@
 //!
 //! - No wrong chunk is kept, hence none served or read: what is kept is compared with the image, byte by byte.
 //! - Nobody sends a wrong chunk but a liar of the plan of faults.
-//! - The planned hierarchy has no circle, and no relay with too many children, all stripes together.
+//! - The planned hierarchy has no circle, and no relay with too many children, all stripes together;
+//!   and, once nothing has happened for a while, one child of the origin per stripe.
 //! - Hedges stay within their budget; without faults no chunk is sent to a node twice, hedges aside.
 //! - What waits to be sent has its bound.
 
@@ -67,15 +68,25 @@ impl Checks {
     }
 
     pub(crate) fn planned(&mut self, planner: &Planner, image: &ImageId) {
-        if self.scale == Scale::Checked
-            && let Some(tree) = planner.tree(image)
+        if let Some(tree) = planner.tree(image)
             && let Err(what) = check_tree(&tree, self.shape)
         {
             self.violated(what);
         }
     }
 
-    /// `guest_hunts` is how many fetches guests began; `seconds` how long the node has been there.
+    /// What must hold at the end, when nothing has happened for a while. Who has lied is kept from serving, by
+    /// Volt or by single children, so that an origin may have to.
+    pub(crate) fn settled(&mut self, planner: &Planner, image: &ImageId) {
+        if self.liars.is_empty()
+            && let Some(tree) = planner.tree(image)
+            && let Err(what) = check_origin(&tree)
+        {
+            self.violated(what);
+        }
+    }
+
+    /// `seconds` is how long the node may have earned hedges.
     pub(crate) fn hedged(&mut self, node: &Node, hedges: u64, seconds: f64) {
         // Each life of a node begins with a full budget.
         let lives = f64::from(node.life + 1);
@@ -121,6 +132,23 @@ fn check_tree(tree: &Tree, shape: Option<Shape>) -> Result<(), String> {
     Ok(())
 }
 
+/// An origin sends each chunk once, where there are relays enough to serve each other.
+fn check_origin(tree: &Tree) -> Result<(), String> {
+    for (stripe, rows) in tree.stripes.iter().enumerate() {
+        let relays = rows.iter().filter(|row| row.role == Role::Relay).count();
+        if relays < 2 * tree.stripes.len() {
+            continue;
+        }
+        for origin in rows.iter().filter(|row| row.role == Role::Origin) {
+            let children = rows.iter().filter(|row| row.parent.as_ref() == Some(&origin.node)).count();
+            if children > 1 {
+                return Err(format!("{} has {children} children in stripe {stripe}", origin.node));
+            }
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,6 +169,7 @@ mod tests {
     fn a_good_tree_passes() {
         let good = tree(&[("o", "", 0), ("a", "o", 1), ("b", "a", 2), ("c", "a", 2)]);
         assert_eq!(check_tree(&good, None), Ok(()));
+        assert_eq!(check_origin(&good), Ok(()));
     }
 
     #[test]
@@ -163,5 +192,11 @@ mod tests {
         both.stripes.push(both.stripes[0].clone());
         both.shape = Shape::new(2, 2).unwrap();
         assert!(check_tree(&both, None).unwrap_err().contains("4 children"));
+    }
+
+    #[test]
+    fn a_second_child_of_the_origin_is_found() {
+        let rows = [("o", "", 0), ("a", "o", 1), ("b", "o", 1), ("c", "a", 2)];
+        assert!(check_origin(&tree(&rows)).unwrap_err().contains("2 children"));
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use block::Priority;
 
 use crate::content::ChunkIx;
-use crate::event::{Event, NodeIx};
+use crate::event::{Event, NodeEvent, NodeIx};
 use crate::fetch::{Got, stripe_of};
 use crate::node::Waiter;
 use crate::world::World;
@@ -122,7 +122,7 @@ impl World {
         match guest.reads.get(guest.at) {
             Some(read) => {
                 let wait = LOCAL_READ + read.think;
-                self.agenda.after(wait, Event::GuestReads(life, at));
+                self.agenda.after(wait, Event::Node(life, NodeEvent::GuestReads(at)));
             }
             None => guest.done_at = Some(now + LOCAL_READ),
         }

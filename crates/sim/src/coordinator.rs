@@ -11,9 +11,9 @@ use block::{ChunkHash, NodeName};
 use rand::Rng;
 use volt::{Action, Millis, Placement, Planner, Role, Settings, Shaping};
 
-use crate::event::{Event, Life, NodeIx};
+use crate::event::{Event, Life, NodeEvent, NodeIx};
 use crate::node::{Power, Session};
-use crate::scenario::{Bug, Scenario, fixed};
+use crate::scenario::{Bug, Scale, Scenario, fixed};
 use crate::world::World;
 
 /// What a node tells Volt.
@@ -96,7 +96,7 @@ impl World {
         for ix in (0..self.nodes.len() as u32).map(NodeIx) {
             if self.nodes[ix.at()].session == Session::On(run) {
                 let life = self.life(ix);
-                self.agenda.after(self.net.latency(), Event::VoltLost(life, run));
+                self.agenda.after(self.net.latency(), Event::Node(life, NodeEvent::VoltLost(run)));
             }
         }
     }
@@ -161,8 +161,8 @@ impl World {
                 Action::Dead { .. } | Action::Suspect { .. } => {}
             }
         }
-        if let Some(planner) = &self.volt.planner {
-            self.checks.planned(planner, &self.content.image);
+        if self.scenario.scale == Scale::Checked {
+            self.check_plan();
         }
     }
 
@@ -173,8 +173,8 @@ impl World {
         let node = &mut self.nodes[life.node.at()];
         node.heard_volt_at = at.max(node.heard_volt_at);
         let event = match placement {
-            Some(placement) => Event::Placed(life, self.volt.run, Box::new(placement)),
-            None => Event::VoltLost(life, self.volt.run),
+            Some(placement) => Event::Node(life, NodeEvent::Placed(self.volt.run, Box::new(placement))),
+            None => Event::Node(life, NodeEvent::VoltLost(self.volt.run)),
         };
         self.agenda.at(node.heard_volt_at, event);
     }
@@ -193,14 +193,14 @@ impl World {
     pub(crate) fn calls_volt(&mut self, ix: NodeIx) {
         let life = self.life(ix);
         if self.volt.planner.is_none() {
-            return self.agenda.after(CALL_AGAIN, Event::Calls(life));
+            return self.agenda.after(CALL_AGAIN, Event::Node(life, NodeEvent::Calls));
         }
         let run = self.volt.run;
         let node = &mut self.nodes[ix.at()];
         node.session = Session::On(run);
         let current = node.placement.clone().filter(|_| node.role == Role::Relay);
         self.tell_volt(ix, Word::Hello { current });
-        self.agenda.after(self.scenario.lease / BEATS_PER_LEASE, Event::Beats(life, run));
+        self.agenda.after(self.scenario.lease / BEATS_PER_LEASE, Event::Node(life, NodeEvent::Beats(run)));
     }
 
     /// Sends a word to Volt; without a session it is lost, as the daemon's reports are.
@@ -217,7 +217,8 @@ impl World {
         if self.nodes[ix.at()].session == Session::On(run) {
             self.tell_volt(ix, Word::Heartbeat);
             let life = self.life(ix);
-            self.agenda.after(self.scenario.lease / BEATS_PER_LEASE, Event::Beats(life, run));
+            self.agenda
+                .after(self.scenario.lease / BEATS_PER_LEASE, Event::Node(life, NodeEvent::Beats(run)));
         }
     }
 
@@ -232,7 +233,7 @@ impl World {
             let at = self.scenario.stream_at.max(self.agenda.now());
             node.began_at = Some(at);
             let life = self.life(ix);
-            self.agenda.at(at, Event::Streams(life));
+            self.agenda.at(at, Event::Node(life, NodeEvent::Streams));
         }
     }
 
@@ -240,7 +241,7 @@ impl World {
         if self.nodes[ix.at()].session == Session::On(run) {
             self.nodes[ix.at()].session = Session::Off;
             let life = self.life(ix);
-            self.agenda.after(CALL_AGAIN, Event::Calls(life));
+            self.agenda.after(CALL_AGAIN, Event::Node(life, NodeEvent::Calls));
         }
     }
 

@@ -94,32 +94,39 @@ pub(crate) enum Event {
     Ends(End),
     /// An end's machine wants to know the time.
     Timer(End),
-    /// A parent may be dialed now.
-    Dials(Life, PathId),
-    /// A dial is answered, if there is somebody to answer.
-    Dialed(Life, PathId),
-    /// A dial takes long.
-    DialsLate(Life, PathId),
-    /// A dial is given up.
-    DialFails(Life, PathId),
-    /// A fetch is due for a decision, if it is still at this turn.
-    Decides(Life, ChunkIx, u64),
-    /// A guest issues its next read.
-    GuestReads(Life, usize),
-    /// A node begins to stream the boot profile.
-    Streams(Life),
-    /// A node calls Volt.
-    Calls(Life),
-    /// A node's heartbeat is due, in this session with Volt.
-    Beats(Life, u32),
+    /// Something happens to one node in that life.
+    Node(Life, NodeEvent),
     /// A word reaches Volt, meant for that run of it.
     VoltHears(Life, u32, Word),
-    /// A placement reaches a node, from that run of Volt.
-    Placed(Life, u32, Box<Placement>),
-    /// The node notices that this run of Volt is gone.
-    VoltLost(Life, u32),
     /// Volt looks at its clock.
     VoltTicks(u32),
     /// A fault of the plan begins or ends.
     Fault(usize),
+}
+
+/// What happens to one node.
+#[derive(Debug)]
+pub(crate) enum NodeEvent {
+    /// A parent may be dialed now.
+    Dials(PathId),
+    /// A dial is answered, if there is somebody to answer.
+    Dialed(PathId),
+    /// A dial takes long.
+    DialsLate(PathId),
+    /// A dial is given up.
+    DialFails(PathId),
+    /// A fetch is due for a decision, if it is still at this turn.
+    Decides(ChunkIx, u64),
+    /// A guest issues its next read.
+    GuestReads(usize),
+    /// A node begins to stream the boot profile.
+    Streams,
+    /// A node calls Volt.
+    Calls,
+    /// A node's heartbeat is due, in this session with Volt.
+    Beats(u32),
+    /// A placement reaches a node, from that run of Volt.
+    Placed(u32, Box<Placement>),
+    /// The node notices that this run of Volt is gone.
+    VoltLost(u32),
 }

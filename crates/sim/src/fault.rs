@@ -10,7 +10,7 @@ use rand::seq::IndexedRandom;
 
 use crate::coordinator::Word;
 use crate::event::{End, Event, NodeIx, Side};
-use crate::node::Power;
+use crate::node::{Honesty, Power, Wire};
 use crate::world::World;
 
 /// Something that goes wrong, or is put right.
@@ -114,10 +114,10 @@ impl World {
             Fault::Reset(node) => self.reset(node),
             Fault::Lies(node) => {
                 let node = &mut self.nodes[node.at()];
-                node.liar = true;
+                node.honesty = Honesty::Liar;
                 self.checks.expect_lies(&node.name);
             }
-            Fault::LiesNoMore(node) => self.nodes[node.at()].liar = false,
+            Fault::LiesNoMore(node) => self.nodes[node.at()].honesty = Honesty::Honest,
             Fault::VoltDies => {
                 if self.volt.planner.is_some() {
                     self.kill_volt();
@@ -160,7 +160,7 @@ impl World {
     fn ends_of(&self, ix: NodeIx) -> Vec<End> {
         let node = &self.nodes[ix.at()];
         let up = node.uplinks.values().filter_map(|uplink| match uplink.wire {
-            crate::node::Wire::Open(link) => Some(End { link, side: Side::Child }),
+            Wire::Open(link) => Some(End { link, side: Side::Child }),
             _ => None,
         });
         let down = node.downlinks.iter().map(|&link| End { link, side: Side::Parent });

@@ -7,11 +7,11 @@
 use block::{Chunk, Priority};
 use link::Reply;
 use link::policy::{Decision, Hunt, PathId};
-use link::wire::{LackReason, Payload};
+use link::wire::{LackReason, Payload, RequestId};
 
 use crate::content::ChunkIx;
-use crate::event::{Event, NodeIx};
-use crate::node::{Flight, Stage, Waiter};
+use crate::event::{Event, LinkId, NodeEvent, NodeIx};
+use crate::node::{Flight, Honesty, Stage, Waiter};
 use crate::scenario::Bug;
 use crate::world::World;
 
@@ -130,8 +130,9 @@ impl World {
                 Decision::Wait { until } => {
                     node.turn += 1;
                     flight.turn = node.turn;
-                    let (life, turn) = (self.life(ix), flight_turn(&self.nodes[ix.at()].flights[&chunk]));
-                    return self.agenda.at(until, Event::Decides(life, chunk, turn));
+                    let turn = flight.turn;
+                    let life = self.life(ix);
+                    return self.agenda.at(until, Event::Node(life, NodeEvent::Decides(chunk, turn)));
                 }
                 Decision::GiveUp => return self.give_up(ix, chunk),
             }
@@ -214,16 +215,10 @@ impl World {
     }
 
     /// Answers a child with a chunk that is here.
-    pub(crate) fn serve_chunk(
-        &mut self,
-        ix: NodeIx,
-        link: crate::event::LinkId,
-        id: link::wire::RequestId,
-        chunk: ChunkIx,
-    ) {
-        let bytes = match self.nodes[ix.at()].liar {
-            true => self.content.flipped(chunk),
-            false => self.content.bytes(chunk).clone(),
+    pub(crate) fn serve_chunk(&mut self, ix: NodeIx, link: LinkId, id: RequestId, chunk: ChunkIx) {
+        let bytes = match self.nodes[ix.at()].honesty {
+            Honesty::Honest => self.content.bytes(chunk).clone(),
+            Honesty::Liar => self.content.flipped(chunk),
         };
         self.answer(link, id, Reply::Have(Payload::Raw(bytes)));
     }
@@ -232,8 +227,4 @@ impl World {
 /// The stripe of a chunk with that hash prefix.
 pub(crate) fn stripe_of(prefix: u64, stripes: usize) -> usize {
     usize::try_from(prefix % stripes as u64).expect("less than a length")
-}
-
-fn flight_turn(flight: &Flight) -> u64 {
-    flight.turn
 }

@@ -51,6 +51,8 @@ pub struct Row {
     pub e_max: f64,
     /// Bytes that left the origin over the bytes of the boot set.
     pub g: f64,
+    /// The most bytes that left a relay over those of the boot set.
+    pub relay_max: f64,
     /// The most bytes through one rack's link in one direction over those of the boot set.
     pub rack_max: Option<f64>,
     /// Chunks sent for each that a node kept.
@@ -110,6 +112,7 @@ impl Row {
             e_p99: e(outcome.complete.quantile(0.99)),
             e_max: e(outcome.complete.max()),
             g: outcome.origin_bytes as f64 / bytes,
+            relay_max: outcome.relay_bytes_max as f64 / bytes,
             rack_max: (scenario.racks > 0).then_some(outcome.rack_bytes_max as f64 / bytes),
             sent_per_kept: outcome.sent_per_kept,
             depth: outcome.depth,
@@ -126,7 +129,7 @@ impl fmt::Display for Row {
         let or_dash = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
         write!(
             f,
-            "{:32} {:6} {:5} {:5} {:8.4} {:6.3} {:6.3} {:6.3} {:6.3} {:>6} {:6.3} {:5} {:>7} {:>7} {:>7} {:>7}",
+            "{:32} {:6} {:5} {:5} {:8.4} {:6.3} {:6.3} {:6.3} {:6.3} {:6.3} {:>6} {:6.3} {:5} {:>7} {:>7} {:>7} {:>7}",
             self.what,
             self.nodes,
             self.chunks,
@@ -136,6 +139,7 @@ impl fmt::Display for Row {
             self.e_p99,
             self.e_max,
             self.g,
+            self.relay_max,
             or_dash(self.rack_max),
             self.sent_per_kept,
             self.depth,
@@ -148,7 +152,7 @@ impl fmt::Display for Row {
 }
 
 /// The heads of the columns of a [`Row`].
-pub const HEADS: &str = "what                              nodes chunks Gbit/s  W/B, s  E p50  E p99  E max      G   \
+pub const HEADS: &str = "what                              nodes chunks Gbit/s  W/B, s  E p50  E p99  E max      G  relay   \
                          rack   sent depth    warm boot p99 boot max stall p99";
 
 fn measure(what: &str, scenario: &Scenario) -> Result<Row, Failure> {

@@ -90,6 +90,14 @@ pub(crate) enum Power {
     Lost,
 }
 
+/// Whether a node sends the chunks that it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Honesty {
+    Honest,
+    /// It flips a bit in each.
+    Liar,
+}
+
 /// One node. See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -99,7 +107,7 @@ pub(crate) struct Node {
     pub(crate) power: Power,
     pub(crate) life: u32,
     pub(crate) frozen_until: Duration,
-    pub(crate) liar: bool,
+    pub(crate) honesty: Honesty,
     pub(crate) resident: ChunkSet,
     pub(crate) flights: BTreeMap<ChunkIx, Flight>,
     /// By urgency: fetches in flight, and those that wait for a place.
@@ -138,7 +146,7 @@ impl Node {
             power: Power::Off,
             life: 0,
             frozen_until: Duration::ZERO,
-            liar: false,
+            honesty: Honesty::Honest,
             resident: if role == Role::Origin { ChunkSet::full(chunks) } else { ChunkSet::empty(chunks) },
             flights: BTreeMap::new(),
             in_flight: BTreeMap::new(),
@@ -178,7 +186,7 @@ impl Node {
         self.streamer = None;
         self.guests = Vec::new();
         self.session = Session::Off;
-        self.liar = false;
+        self.honesty = Honesty::Honest;
         if self.role == Role::Relay {
             self.resident = ChunkSet::empty(self.resident.len());
             self.began_at = None;

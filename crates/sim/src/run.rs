@@ -78,6 +78,8 @@ pub struct Outcome {
     pub healed: Duration,
     /// Bytes that left the origin.
     pub origin_bytes: u64,
+    /// The most bytes that left a relay.
+    pub relay_bytes_max: u64,
     /// The most bytes that passed a rack's link in one direction.
     pub rack_bytes_max: u64,
     /// Chunks sent to all nodes for each that a node kept.
@@ -135,19 +137,23 @@ fn drive(world: &mut World) -> Result<Outcome, String> {
     }
     let outcome = world.outcome(world.agenda.now() - faults_over);
     world.check_counters(&outcome)?;
-    if scenario.scale == Scale::Checked {
-        settle(world)?;
+    match scenario.scale {
+        Scale::Checked => settle(world)?,
+        Scale::Measured => world.check_plan(),
     }
-    Ok(outcome)
+    world.checks.violation.take().map_or(Ok(outcome), Err)
 }
 
-/// Lets the hierarchy come to rest.
+/// Lets the hierarchy come to rest and looks at it.
 fn settle(world: &mut World) -> Result<(), String> {
     let rest = world.agenda.now() + world.scenario.lease * LEASES_TO_SETTLE;
     while world.agenda.now() < rest && world.step() {
         if let Some(what) = world.checks.violation.take() {
             return Err(what);
         }
+    }
+    if let Some(planner) = &world.volt.planner {
+        world.checks.settled(planner, &world.content.image);
     }
     Ok(())
 }
@@ -194,6 +200,16 @@ impl World {
         format!("{:?}, {:?}, {} fetches, parents {routes:?}", node.power, node.session, node.flights.len())
     }
 
+    fn relays(&self) -> impl Iterator<Item = NodeIx> {
+        (1..=self.scenario.nodes).map(NodeIx)
+    }
+
+    pub(crate) fn check_plan(&mut self) {
+        if let Some(planner) = &self.volt.planner {
+            self.checks.planned(planner, &self.content.image);
+        }
+    }
+
     fn outcome(&self, healed: Duration) -> Outcome {
         let from = self.scenario.stream_at;
         let relays = || self.nodes.iter().skip(1);
@@ -212,6 +228,7 @@ impl World {
             stalls: Times::of(guests().map(|guest| guest.longest_stall)),
             healed,
             origin_bytes: self.net.bytes_out(NodeIx(0)),
+            relay_bytes_max: self.relays().map(|node| self.net.bytes_out(node)).max().unwrap_or_default(),
             rack_bytes_max: self.net.rack_bytes().map(rack_most).max().unwrap_or_default(),
             sent_per_kept: total(|s| &s.chunks_sent) as f64 / kept.max(1) as f64,
             hedges: total(|s| &s.hedges),

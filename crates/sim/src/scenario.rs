@@ -11,9 +11,9 @@ use volt::{Location, Role, Shape, Shaping};
 
 use crate::client::{Guest, Read};
 use crate::content::ChunkIx;
-use crate::event::{Event, NodeIx};
+use crate::event::{Event, NodeEvent, NodeIx};
 use crate::net::RackLink;
-use crate::node::{Node, Power};
+use crate::node::{Honesty, Node, Power};
 use crate::world::World;
 
 /// Bytes per second of a link of that many Gbit/s.
@@ -162,7 +162,7 @@ impl World {
             self.start_node(ix, scenario.start_within.mul_f64(wait));
         }
         if scenario.bug == Some(Bug::WrongChunks) {
-            self.nodes.iter_mut().skip(1).for_each(|node| node.liar = true);
+            self.nodes.iter_mut().skip(1).for_each(|node| node.honesty = Honesty::Liar);
         }
         if scenario.faults == Faults::Random {
             self.draw_faults();
@@ -175,7 +175,7 @@ impl World {
         node.power = Power::On;
         let role = node.role;
         let life = self.life(ix);
-        self.agenda.after(wait, Event::Calls(life));
+        self.agenda.after(wait, Event::Node(life, NodeEvent::Calls));
         if role == Role::Origin {
             return;
         }
@@ -184,7 +184,7 @@ impl World {
             let first = reads[0].think;
             self.nodes[ix.at()].guests.push(Guest::new(reads));
             let at = (self.agenda.now() + wait).max(self.scenario.stream_at) + first;
-            self.agenda.at(at, Event::GuestReads(life, guest));
+            self.agenda.at(at, Event::Node(life, NodeEvent::GuestReads(guest)));
         }
     }
 

@@ -13,7 +13,7 @@ use volt::Placement;
 
 use crate::content::ChunkIx;
 use crate::coordinator::Word;
-use crate::event::{End, Event, LinkId, NodeIx, Side};
+use crate::event::{End, Event, LinkId, NodeEvent, NodeIx, Side};
 use crate::node::{Node, Power, Uplink, Wire};
 use crate::world::{Link, World};
 
@@ -65,18 +65,12 @@ impl World {
                 0 => &[],
                 n => &node.routes[crate::fetch::stripe_of(self.content.hash(chunk).prefix(), n)],
             };
-            for path in flight.hunt.replanned(&mut node.paths, ranked) {
-                let at = flight.asks.iter().position(|(asked, _)| *asked == path);
-                let request = at.map(|at| flight.asks.remove(at).1);
-                if let Some(uplink) = node.uplinks.get_mut(&path)
-                    && let Some(request) = request
-                {
-                    uplink.requests.remove(&request);
-                    if let Wire::Open(link) = uplink.wire {
-                        self.links[link.at()].cancel(request);
-                        self.dirty.push_back(End { link, side: Side::Child });
-                    }
-                }
+            let left = flight.hunt.replanned(&mut node.paths, ranked);
+            let asks = std::mem::take(&mut flight.asks).into_iter();
+            let (withdrawn, kept): (Vec<_>, Vec<_>) = asks.partition(|(path, _)| left.contains(path));
+            flight.asks = kept;
+            for (path, request) in withdrawn {
+                self.withdraw(ix, path, request);
             }
             self.seek(ix, chunk);
         }
@@ -110,7 +104,7 @@ impl World {
             uplink.wire = Wire::Down;
             let at = node.paths.dial_at(path);
             let life = self.life(ix);
-            self.agenda.at(at, Event::Dials(life, path));
+            self.agenda.at(at, Event::Node(life, NodeEvent::Dials(path)));
         }
     }
 
@@ -131,12 +125,13 @@ impl World {
         };
         let reachable_at =
             self.net.blocked_until(ix, parent).max(self.nodes[parent.at()].frozen_until).max(now);
-        self.agenda.after(DIAL_PATIENCE, Event::DialsLate(life, path));
+        self.agenda.after(DIAL_PATIENCE, Event::Node(life, NodeEvent::DialsLate(path)));
         match legs {
             Some(legs) if reachable_at < now + DIAL_MAX => {
-                self.agenda.at(reachable_at + self.net.latency() * legs, Event::Dialed(life, path));
+                self.agenda
+                    .at(reachable_at + self.net.latency() * legs, Event::Node(life, NodeEvent::Dialed(path)));
             }
-            _ => self.agenda.after(DIAL_MAX, Event::DialFails(life, path)),
+            _ => self.agenda.after(DIAL_MAX, Event::Node(life, NodeEvent::DialFails(path))),
         }
     }
 
@@ -191,7 +186,7 @@ impl World {
         node.paths.failed(path, now);
         let word =
             (!std::mem::replace(&mut uplink.lost, true)).then_some(Word::Lost { parent: uplink.parent });
-        self.agenda.at(node.paths.dial_at(path), Event::Dials(life, path));
+        self.agenda.at(node.paths.dial_at(path), Event::Node(life, NodeEvent::Dials(path)));
         if let Some(word) = word {
             self.tell_volt(ix, word);
         }
@@ -288,7 +283,7 @@ impl World {
                 uplink.wire = Wire::Down;
                 let at = node.paths.dial_at(path);
                 let life = self.life(ix);
-                self.agenda.at(at, Event::Dials(life, path));
+                self.agenda.at(at, Event::Node(life, NodeEvent::Dials(path)));
                 self.fail_requests(ix, path);
             }
             ChildEvent::Closed(_) => self.uplink_failed(ix, path),

@@ -18,7 +18,7 @@ use crate::agenda::Agenda;
 use crate::check::Checks;
 use crate::content::{ChunkIx, Content};
 use crate::coordinator::Coordinator;
-use crate::event::{End, Event, Life, LinkId, NodeIx, Side};
+use crate::event::{End, Event, Life, LinkId, NodeEvent, NodeIx, Side};
 use crate::fault::Fault;
 use crate::net::Net;
 use crate::node::Node;
@@ -104,71 +104,53 @@ impl World {
     }
 
     fn apply(&mut self, event: Event) {
+        let now = self.agenda.now();
+        // What is meant for a frozen node happens when it thaws.
+        let subject = match &event {
+            Event::Node(life, _) => Some(life.node),
+            Event::Arrives(flow) => Some(self.owner(flow.hearer())),
+            Event::Timer(end) => Some(self.owner(*end)),
+            _ => None,
+        };
+        if let Some(until) = subject.map(|node| self.nodes[node.at()].frozen_until)
+            && until > now
+        {
+            return self.agenda.at(until, event);
+        }
         match event {
             Event::SentOut(node) => self.net.sent_out(&mut self.agenda, node),
             Event::Arrives(flow) => {
-                let end = flow.hearer();
-                if let Some(event) = self.postponed(self.owner(end), Event::Arrives(flow)) {
-                    debug_assert!(matches!(event, Event::Arrives(_)));
-                    if let Some(bytes) = self.net.arrive(&mut self.agenda, flow) {
-                        self.hear(end, bytes);
-                    }
+                if let Some(bytes) = self.net.arrive(&mut self.agenda, flow) {
+                    self.hear(flow.hearer(), bytes);
                 }
             }
             Event::Ends(end) => self.stream_ended(end),
-            Event::Timer(end) => {
-                if let Some(Event::Timer(end)) = self.postponed(self.owner(end), event) {
-                    self.timer(end);
-                }
-            }
+            Event::Timer(end) => self.timer(end),
             Event::Fault(at) => self.fault(at),
             Event::VoltHears(life, run, word) => self.volt_hears(life, run, word),
             Event::VoltTicks(run) => self.volt_ticks(run),
-            Event::Dials(life, _)
-            | Event::Dialed(life, _)
-            | Event::DialsLate(life, _)
-            | Event::DialFails(life, _)
-            | Event::Decides(life, ..)
-            | Event::GuestReads(life, _)
-            | Event::Streams(life)
-            | Event::Calls(life)
-            | Event::Beats(life, _)
-            | Event::Placed(life, ..)
-            | Event::VoltLost(life, _) => {
-                if self.life(life.node) == life
-                    && let Some(event) = self.postponed(life.node, event)
-                {
+            Event::Node(life, event) => {
+                if self.life(life.node) == life {
                     self.apply_to_node(life.node, event);
                 }
             }
         }
     }
 
-    fn apply_to_node(&mut self, node: NodeIx, event: Event) {
+    fn apply_to_node(&mut self, node: NodeIx, event: NodeEvent) {
         match event {
-            Event::Dials(_, path) => self.dials(node, path),
-            Event::Dialed(_, path) => self.dialed(node, path),
-            Event::DialsLate(_, path) => self.dials_late(node, path),
-            Event::DialFails(_, path) => self.uplink_failed(node, path),
-            Event::Decides(_, chunk, turn) => self.decides(node, chunk, turn),
-            Event::GuestReads(_, guest) => self.guest_reads(node, guest),
-            Event::Streams(_) => self.streams(node),
-            Event::Calls(_) => self.calls_volt(node),
-            Event::Beats(_, run) => self.beats(node, run),
-            Event::Placed(_, run, placement) => self.placed(node, run, *placement),
-            Event::VoltLost(_, run) => self.volt_lost(node, run),
-            _ => unreachable!("not an event of one node"),
+            NodeEvent::Dials(path) => self.dials(node, path),
+            NodeEvent::Dialed(path) => self.dialed(node, path),
+            NodeEvent::DialsLate(path) => self.dials_late(node, path),
+            NodeEvent::DialFails(path) => self.uplink_failed(node, path),
+            NodeEvent::Decides(chunk, turn) => self.decides(node, chunk, turn),
+            NodeEvent::GuestReads(guest) => self.guest_reads(node, guest),
+            NodeEvent::Streams => self.streams(node),
+            NodeEvent::Calls => self.calls_volt(node),
+            NodeEvent::Beats(run) => self.beats(node, run),
+            NodeEvent::Placed(run, placement) => self.placed(node, run, *placement),
+            NodeEvent::VoltLost(run) => self.volt_lost(node, run),
         }
-    }
-
-    /// The event, unless its node is frozen: then it happens when the node thaws.
-    fn postponed(&mut self, node: NodeIx, event: Event) -> Option<Event> {
-        let until = self.nodes[node.at()].frozen_until;
-        if until <= self.agenda.now() {
-            return Some(event);
-        }
-        self.agenda.at(until, event);
-        None
     }
 
     fn owner(&self, end: End) -> NodeIx {
