@@ -22,7 +22,13 @@ const ZERO_PIECE_BYTES: usize = 64 * 1024;
 pub struct FileMedia {
     file: File,
     is_device: bool,
+    /// How [`Media::read_at_now`] asks not to wait.
+    now: ReadWriteFlags,
 }
+
+/// The type that `statfs(2)` gives tmpfs. Its files are in memory, so reading them waits for no device; asked
+/// not to wait it refuses altogether.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Another process, or another part of this one, holds the file.
 #[derive(Debug)]
@@ -49,7 +55,9 @@ impl FileMedia {
                 "neither a regular file nor a block device",
             ));
         }
-        Ok(FileMedia { file, is_device: kind.is_block_device() })
+        let in_memory = rustix::fs::fstatfs(&file)?.f_type as i64 == TMPFS_MAGIC;
+        let now = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
+        Ok(FileMedia { file, is_device: kind.is_block_device(), now })
     }
 
     /// Takes the file for this `FileMedia` alone until it is dropped. Advisory: it holds among those who
@@ -91,7 +99,7 @@ impl Media for FileMedia {
 
     fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
         let len = buf.len();
-        match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+        match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, self.now) {
             Ok(read) if read == len => Ok(Now::Done),
             // Part of the range is cached, or ends the file: the waiting read tells which.
             Ok(_) => Ok(Now::Wait),

@@ -3,9 +3,13 @@
 use super::*;
 use crate::faulty::{FaultyMedia, TearUnit};
 
+/// On every Linux a tmpfs.
+const IN_MEMORY: &str = "/dev/shm";
+
 fn each_medium(test: impl Fn(&dyn Media)) {
-    let dir = tempfile::tempdir().unwrap();
-    test(&FileMedia::open_or_create(&dir.path().join("file")).unwrap());
+    for dir in [tempfile::tempdir().unwrap(), tempfile::tempdir_in(IN_MEMORY).unwrap()] {
+        test(&FileMedia::open_or_create(&dir.path().join("file")).unwrap());
+    }
     test(&MemoryMedia::new(0));
     test(&FaultyMedia::new(1, TearUnit::Sector));
 }
@@ -82,4 +86,14 @@ fn a_power_cut_keeps_what_was_synced_and_tears_the_rest_at_unit_boundaries() {
         }
     }
     assert_eq!(kept, [true; 2], "unsynced sectors are sometimes lost and sometimes kept");
+}
+
+#[test]
+fn a_file_in_memory_is_read_without_waiting() {
+    let dir = tempfile::tempdir_in(IN_MEMORY).unwrap();
+    let media = FileMedia::open_or_create(&dir.path().join("file")).unwrap();
+    media.write_at(0, &[7; 100]).unwrap();
+    let mut buf = [0; 50];
+    assert_eq!(media.read_at_now(25, &mut buf).unwrap(), Now::Done);
+    assert_eq!(buf, [7; 50]);
 }
