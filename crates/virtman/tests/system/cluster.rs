@@ -48,9 +48,9 @@ impl Cluster {
         cluster
     }
 
-    /// Volt and these nodes, each up.
+    /// Volt, which plans one binary tree whatever the number of nodes, and these nodes, each up.
     pub(crate) fn with_nodes(names: &[&str]) -> Cluster {
-        let mut cluster = Cluster::start();
+        let mut cluster = Cluster::start_with(&["--stripes", "1", "--fan-out", "2"]);
         for name in names {
             cluster.add_node(name, &[]);
         }
@@ -68,7 +68,7 @@ impl Cluster {
     }
 
     /// Makes the first node the origin of `file` under `image` and lets the others attach it, in this
-    /// order: unless Volt was told otherwise, a binary tree.
+    /// order: unless Volt was told otherwise, a binary tree below the origin's one child.
     pub(crate) fn share(&self, names: &[&str], image: &str, file: &Path) {
         self.ok(&["--node", names[0], "image", "add", image, file.to_str().unwrap()]);
         for name in &names[1..] {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::cluster::Cluster;
 use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
 
-/// The origin and four nodes below it: three levels.
+/// The origin and four nodes below it, the last one at level three.
 const FIVE: [&str; 5] = ["o", "a", "b", "c", "d"];
 
 /// Size of the images in MiB, a third of it data: much more than any queue between a disk and its reader.
