@@ -303,6 +303,12 @@ impl Hierarchy {
         self.seats.len() - self.origins.len()
     }
 
+    /// How many there will be when this node has a seat in this role.
+    pub(crate) fn relays_with(&self, key: Key, role: Role) -> usize {
+        let is_relay = self.seats.get(&key).is_some_and(|seat| seat.role == Role::Relay);
+        self.relays() - usize::from(is_relay) + usize::from(role == Role::Relay)
+    }
+
     /// Whether some node's report was adopted while nodes reported.
     pub(crate) fn has_reports(&self) -> bool {
         self.has_reports

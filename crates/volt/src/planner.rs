@@ -150,10 +150,10 @@ impl Planner {
             if stage == Stage::Learning && !hierarchy.has_reports() {
                 hierarchy.reshape(roster, shaping.reported(hierarchy.shape(), reported));
             }
-            hierarchy.attach(roster, key, role, current, stage);
             if stage == Stage::Planning || !hierarchy.has_reports() {
-                hierarchy.reshape(roster, shaping.grown(hierarchy.shape(), hierarchy.relays()));
+                hierarchy.reshape(roster, shaping.grown(hierarchy.shape(), hierarchy.relays_with(key, role)));
             }
+            hierarchy.attach(roster, key, role, current, stage);
         });
     }
 
