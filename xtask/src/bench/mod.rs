@@ -19,6 +19,7 @@ mod report;
 mod sim;
 mod storm;
 mod tools;
+mod volt;
 
 use std::path::PathBuf;
 
@@ -73,6 +74,7 @@ enum What {
 enum Large {
     Storm(Box<storm::StormArgs>),
     Sim(sim::SimArgs),
+    Volt(volt::VoltArgs),
 }
 
 /// What every benchmark needs.
@@ -94,6 +96,7 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
     match &args.large {
         Some(Large::Storm(args)) => return storm::run(args),
         Some(Large::Sim(args)) => return sim::run(args),
+        Some(Large::Volt(args)) => return volt::run(args),
         None => {}
     }
     let wanted = |what| args.what == What::All || args.what == what;
