@@ -19,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("volt", &["block"]),
     ("sim", &["block", "link", "volt"]),
     ("virtman", &["block", "image", "link", "nbd", "store", "volt"]),
-    ("xtask", &["block", "image", "link", "nbd", "sim"]),
+    ("xtask", &["block", "image", "link", "nbd", "sim", "volt"]),
 ];
 
 /// Foreign crates that a crate must not know, because of what they stand for.
