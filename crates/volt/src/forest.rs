@@ -1,4 +1,5 @@
-//! The trees of one stripe of one image, and the order in which places in them are given away.
+//! The trees of one stripe of one plan, and the order in which places in them are given away. What is called
+//! a node here may as well be a whole cell.
 //!
 //! Pure structure: names, leases and blame are not known here. A node is *rooted* if the root above it is
 //! an origin, else *adrift*. Adrift nodes count their depth from [`ADRIFT`], so that every order by depth

@@ -1,13 +1,15 @@
 //! The hierarchy planner: who fetches which image from whom.
 //!
 //! A pure function of events. Time is an argument, nothing is random, and the same events give the same
-//! actions, so that the simulator and the daemon run the same code. `docs/design/0001-hierarchy.md` says
-//! why it plans as it does.
+//! actions, so that the simulator and the daemon run the same code. `docs/design/0001-hierarchy.md` and
+//! `0002-racks.md` say why it plans as it does.
 //!
 //! - [`Planner`]: events in, actions out; leases, learning after a restart.
 //! - `roster`: who is there, and whom one may ask.
 //! - `hierarchy`: one image; where a node hangs and what it is told.
-//! - `forest`: one stripe of it; the trees, and which place is the best.
+//! - `hierarchy::plan`: the nodes of one rack, or the racks among each other; who serves in which stripe.
+//! - `forest`: one stripe of a plan; the trees, and which place is the best.
+//! - [`Shape`]: how many stripes and children, and who chooses that.
 //!
 //! Not here: sockets, files, clocks, durability, and what makes a node's event authentic.
 

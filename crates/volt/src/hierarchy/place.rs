@@ -1,4 +1,4 @@
-//! Which place a node gets, who takes over from one that leaves, and how trees stay shallow.
+//! Which place a unit gets, who takes over from one that leaves, and how trees stay shallow.
 //!
 //! Nothing here moves more than a few units: a subtree that moves stays in one piece, and only its top gets
 //! another parent. All searches end after [`CANDIDATES_MAX`] units that avoid each other.
