@@ -118,7 +118,7 @@ impl Network {
         }
         // Where the host's firewall is asked about bridged packets, that would cost more than the bridges. A
         // kernel without this has nothing to switch off.
-        let _ = std::fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0");
+        let _ = fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0");
         // From here on the value takes down again what stands.
         let network = Network { racks, hosts: Mutex::default() };
         batch(Command::new("ip"), &ip)?;
