@@ -2,7 +2,7 @@
 //!
 //! A pure function of events. Time is an argument, nothing is random, and the same events give the same
 //! actions, so that the simulator and the daemon run the same code. `docs/design/0001-hierarchy.md` and
-//! `0002-racks.md` say why it plans as it does.
+//! `0003-racks.md` say why it plans as it does.
 //!
 //! - [`Planner`]: events in, actions out; leases, learning after a restart.
 //! - `roster`: who is there, and whom one may ask.

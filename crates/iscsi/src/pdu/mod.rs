@@ -1,6 +1,6 @@
 //! PDUs of RFC 7143 §11: their headers as types, for either side of a connection.
 //!
-//! A header is 48 bytes whose fields lie where [the types](crate::pdu::types) say. [`frame`] takes a whole
+//! A header is 48 bytes whose fields lie where the types say. [`frame()`] takes a whole
 //! PDU off a stream; [`seal`] makes one ready to be sent. Nothing here allocates, and every input gives an answer.
 
 mod digest;

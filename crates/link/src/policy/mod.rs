@@ -1,5 +1,5 @@
 //! Which parent is asked for a chunk, and when another is asked too. Pure: events and time in, decisions out,
-//! so that the daemon and a simulator run the same code. Time is a [`Duration`] since any fixed moment, the same
+//! so that the daemon and a simulator run the same code. Time is a [`Duration`](std::time::Duration) since any fixed moment, the same
 //! for all.
 //!
 //! - [`Paths`] are all parents of a node, with what the node knows of each: its connection ([`Circuit`]), whether
