@@ -46,6 +46,7 @@ impl World {
             hunt: Hunt::new(priority),
             stage,
             asks: Vec::new(),
+            withdrawn: Vec::new(),
             turn: node.turn,
         };
         node.flights.insert(chunk, flight);
@@ -73,18 +74,26 @@ impl World {
         }
     }
 
-    /// Hunts anew, with another urgency.
+    /// Hunts anew, with another urgency. A parent that is asked again keeps the request, raised: the chunk may
+    /// be on its way.
     fn restart(&mut self, ix: NodeIx, chunk: ChunkIx, priority: Priority) {
-        let Some(flight) = self.end_flight(ix, chunk) else { return };
+        let node = &mut self.nodes[ix.at()];
+        let Some(mut flight) = node.flights.remove(&chunk) else { return };
+        flight.hunt.end(&mut node.paths);
+        self.release(ix, chunk, flight.priority, flight.stage);
         let node = &mut self.nodes[ix.at()];
         node.guest_hunts += u64::from(priority == Priority::Guest);
         let stage = node.admit(chunk, priority);
         node.turn += 1;
-        let waiters = flight.waiters;
-        let hunt = Hunt::new(priority);
-        let flight = Flight { priority, waiters, hunt, stage, asks: Vec::new(), turn: node.turn };
+        flight.withdrawn = std::mem::take(&mut flight.asks);
+        let flight = Flight { priority, hunt: Hunt::new(priority), stage, turn: node.turn, ..flight };
         node.flights.insert(chunk, flight);
         self.seek(ix, chunk);
+        let flight = self.nodes[ix.at()].flights.get_mut(&chunk);
+        for (path, request) in flight.map(|flight| std::mem::take(&mut flight.withdrawn)).unwrap_or_default()
+        {
+            self.withdraw(ix, path, request);
+        }
     }
 
     /// Takes a flight out, and its requests back from whoever has them.

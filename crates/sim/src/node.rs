@@ -35,6 +35,8 @@ pub(crate) struct Flight {
     pub(crate) stage: Stage,
     /// Whom it was asked of, and as what.
     pub(crate) asks: Vec<(PathId, RequestId)>,
+    /// Requests of an earlier hunt that parents still have, while a new one begins.
+    pub(crate) withdrawn: Vec<(PathId, RequestId)>,
     /// Counts decisions, so that a timer of an earlier one is void.
     pub(crate) turn: u64,
 }

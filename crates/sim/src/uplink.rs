@@ -209,6 +209,16 @@ impl World {
         let standing = node.paths.standing(path);
         let uplink = node.uplinks.get_mut(&path).filter(|_| standing == Standing::Usable);
         let Some(uplink) = uplink else { return flight.hunt.lost(&mut node.paths, path) };
+        if let Some(at) = flight.withdrawn.iter().position(|(asked, _)| *asked == path) {
+            let (_, id) = flight.withdrawn.swap_remove(at);
+            uplink.requests.insert(id, (chunk, priority));
+            flight.asks.push((path, id));
+            if let Wire::Open(link) = uplink.wire {
+                self.links[link.at()].raise(id, priority);
+                self.dirty.push_back(End { link, side: Side::Child });
+            }
+            return;
+        }
         uplink.last_id += 1;
         let id = RequestId(uplink.last_id);
         uplink.requests.insert(id, (chunk, priority));
@@ -300,6 +310,12 @@ impl World {
 }
 
 impl Link {
+    fn raise(&mut self, request: RequestId, priority: Priority) {
+        if let Some(child) = self.child.as_mut() {
+            child.raise(request, priority);
+        }
+    }
+
     fn cancel(&mut self, request: RequestId) {
         if let Some(child) = self.child.as_mut() {
             child.cancel(request);
