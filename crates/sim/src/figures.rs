@@ -18,12 +18,6 @@ use crate::trace::{Thinking, Trace};
 /// Chunks of the boot set of a Debian boot: 110 MB.
 pub const BOOT_CHUNKS: u32 = 1_680;
 
-/// The same for ten thousand nodes: a fourth, because every chunk is really hashed on every node.
-const BOOT_CHUNKS_OF_MANY: u32 = 420;
-
-/// From how many nodes on it is that many.
-const MANY: u32 = 5_000;
-
 /// Time in which the nodes attach before the storm.
 const START_WITHIN: Duration = Duration::from_secs(2);
 
@@ -159,19 +153,29 @@ fn measure(what: &str, scenario: &Scenario) -> Result<Row, Failure> {
     Ok(Row::of(what.to_owned(), scenario, &run(scenario)?))
 }
 
-/// Measures storms of these sizes on a flat network, and hands each row out as it is done.
+/// Storms on a flat network: each size with each speed and shape.
+#[derive(Debug, Clone)]
+pub struct Storms {
+    /// Relays.
+    pub sizes: Vec<u32>,
+    /// Rates of a link in Gbit/s.
+    pub speeds: Vec<f64>,
+    /// How the hierarchy gets its shape, each with a name.
+    pub shapes: Vec<(String, Shaping)>,
+    /// Chunks of the boot set. Fewer take less time and fall more unevenly on the stripes.
+    pub chunks: u32,
+}
+
+/// Measures storms, and hands each row out as it is done.
 ///
 /// # Errors
 /// The first promise that a run broke.
-pub fn storms(sizes: &[u32], mut done: impl FnMut(&Row)) -> Result<Vec<Row>, Failure> {
+pub fn storms(storms: &Storms, mut done: impl FnMut(&Row)) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
-    for &nodes in sizes {
-        for gbits in [1.0, 10.0, 25.0] {
-            for (name, shaping) in
-                [("binary", fixed(2, 1)), ("4 stripes", fixed(4, 4)), ("auto", Shaping::Auto)]
-            {
-                let chunks = if nodes >= MANY { BOOT_CHUNKS_OF_MANY } else { BOOT_CHUNKS };
-                let row = measure(name, &Scenario::storm(nodes, chunks, gbits, shaping))?;
+    for &nodes in &storms.sizes {
+        for &gbits in &storms.speeds {
+            for (name, shaping) in &storms.shapes {
+                let row = measure(name, &Scenario::storm(nodes, storms.chunks, gbits, *shaping))?;
                 done(&row);
                 rows.push(row);
             }

@@ -33,3 +33,4 @@ mod world;
 pub use run::{Failure, Outcome, run};
 pub use scenario::{Bug, Faults, Scenario};
 pub use trace::Trace;
+pub use volt::{Shape, Shaping};

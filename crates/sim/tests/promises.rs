@@ -1,7 +1,6 @@
 //! A handful of seeds, and proof that the checkers can fail.
 
-use sim::{Bug, Faults, Scenario, run};
-use volt::{Shape, Shaping};
+use sim::{Bug, Faults, Scenario, Shape, Shaping, run};
 
 /// The scenario of a seed that failed once, or of any other: more are tried by `sim search`.
 const SEEDS: [u64; 10] = [1, 4, 8, 11, 13, 15, 37, 40, 45, 100_001];
