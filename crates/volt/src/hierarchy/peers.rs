@@ -143,7 +143,9 @@ impl Hierarchy {
             return Vec::new();
         }
         let node = |&unit: &Key| if unit.is_node() { Some(unit) } else { self.gateway(stripe, unit) };
-        forest.children(key).iter().filter_map(node).collect()
+        // A unit whose node just left is not asked for by anybody.
+        let seated = |node: &Key| self.seats.contains_key(node);
+        forest.children(key).iter().filter_map(node).filter(seated).collect()
     }
 
     /// The children of a node, one of which is known. None if the plan does not mean that one to be there:
