@@ -216,6 +216,9 @@ impl Hunt {
         let last = Pick { worst: Grade::Good, last_resort: LastResort::Yes };
         let (path, last_resort) = match self.pick(good, paths, ranked, now) {
             Some(path) => (path, LastResort::No),
+            // What nobody waits for stays with a silent parent until its link is given up: when a storm begins,
+            // lost packets look like silence, on all nodes at once.
+            None if self.priority != Priority::Guest => return Err(never),
             None => (self.pick(last, paths, ranked, now).ok_or(never)?, LastResort::Yes),
         };
         let silent = now >= silent_at;

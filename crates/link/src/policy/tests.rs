@@ -172,6 +172,18 @@ fn others_are_asked_elsewhere_only_when_the_parent_says_nothing_at_all() {
 }
 
 #[test]
+fn what_nobody_waits_for_goes_to_the_last_resort_only_once_the_parent_is_given_up() {
+    let mut node = Node::new(2);
+    let mut hunt = Hunt::new(Priority::Profile);
+    assert_eq!(node.asks(&mut hunt), 0);
+    node.now = node.waits(&mut hunt);
+    assert!(node.waits(&mut hunt) >= START + PATIENCE_OTHERS, "silence alone moves nothing");
+    hunt.lost(&mut node.paths, node.ranked[0]);
+    node.paths.failed(node.ranked[0], node.now);
+    assert_eq!(node.asks(&mut hunt), 1);
+}
+
+#[test]
 fn a_frozen_parent_costs_one_delay_and_not_one_for_each_read() {
     let mut node = Node::new(3);
     (0..20).for_each(|_| node.fetch(0, MS));

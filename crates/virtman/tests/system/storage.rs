@@ -76,7 +76,6 @@ fn storage_each_node_fetches_each_chunk_once_however_many_read_it() {
 
     let image = cluster.json(&["image", "show", "disk:1"]);
     let data_chunks = image["chunks"].as_u64().unwrap() - image["zero_chunks"].as_u64().unwrap();
-    let parents = cluster.parents("disk:1");
     for node in &FIVE[1..] {
         let status = cluster.node_status(node);
         let cache = |counter: &str| status["cache"][counter].as_u64().unwrap();
@@ -89,15 +88,25 @@ fn storage_each_node_fetches_each_chunk_once_however_many_read_it() {
         }
         assert_eq!(status["links"]["received_chunks"], fetched, "{node}: {status}");
         assert_eq!(status["links"]["lies"], 0, "{node}: {status}");
-
-        let children = parents.values().filter(|parent| parent.as_deref() == Some(node)).count() as u64;
-        assert_eq!(status["links"]["sent_chunks"], fetched * children, "{node} has {children}: {status}");
     }
+    // What parents sent arrived, or a child had withdrawn it: each such copy is a request that was late.
+    let (mut sent, mut received, mut asked_again, mut of_origin) = (0, 0, 0, 0);
+    for node in &FIVE {
+        let status = cluster.node_status(node);
+        let links = |counter: &str| status["links"][counter].as_u64().unwrap();
+        sent += links("sent_chunks");
+        received += links("received_chunks");
+        asked_again += links("hedges") + links("failovers");
+        of_origin += links("last_resort_fetches");
+    }
+    assert!((received..=received + asked_again).contains(&sent), "{sent}, {received}, {asked_again}");
     let origin = cluster.node_status("o");
-    let children = parents.values().filter(|parent| parent.as_deref() == Some("o")).count() as u64;
-    let fetched = cluster.node_status("a")["cache"]["fetched_chunks"].as_u64().unwrap();
+    let parents = cluster.parents("disk:1");
+    let children = parents.values().filter(|parent| parent.as_deref() == Some("o")).count();
     assert_eq!(children, 1, "{parents:?}");
-    assert_eq!(origin["links"]["sent_chunks"], fetched * children, "{origin}");
+    let fetched = cluster.node_status("a")["cache"]["fetched_chunks"].as_u64().unwrap();
+    let sent = origin["links"]["sent_chunks"].as_u64().unwrap();
+    assert!((fetched..=fetched + of_origin).contains(&sent), "{origin}, {of_origin}");
 }
 
 #[test]

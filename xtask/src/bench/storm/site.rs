@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::ImageId;
 use rustix::process::{Signal, kill_process};
@@ -29,6 +29,9 @@ const NODE_PORT: u16 = 7420;
 
 /// Nodes that start at a time: more would only wait for the processor.
 const STARTS: usize = 4;
+
+/// How long Volt asks for reports after it started, before it plans freely: its lease of 3 s, and a tick.
+const VOLT_LEARNS: Duration = Duration::from_secs(4);
 
 /// How long a node may take to say whom it fetches from: whoever asks is about to kill that one.
 const CHILD_ANSWER_TIME_MAX: Duration = Duration::from_millis(200);
@@ -91,6 +94,7 @@ impl Site {
             network,
         };
         site.start_volt()?;
+        let volt_started = Instant::now();
         site.join(&site.origin)?;
         let add = ["image", "add", IMAGE];
         output(site.command_at(&site.origin).args(add).arg(image))?;
@@ -102,6 +106,8 @@ impl Site {
             })?;
         }
         site.lock_nodes().extend(nodes);
+        // A storm meets a Volt that runs, and not one that has just started.
+        std::thread::sleep(VOLT_LEARNS.saturating_sub(volt_started.elapsed()));
         Ok(site)
     }
 
