@@ -18,7 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("iscsi", &["block"]),
     ("volt", &["block"]),
     ("sim", &["block", "link", "volt"]),
-    ("virtman", &["block", "image", "link", "nbd", "store", "volt"]),
+    ("virtman", &["block", "image", "iscsi", "link", "nbd", "store", "volt"]),
     ("xtask", &["block", "image", "link", "nbd", "sim", "volt"]),
 ];
 

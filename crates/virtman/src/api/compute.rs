@@ -6,6 +6,7 @@ use block::{ImageId, ImageName, NodeName, VmName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::export::IscsiAccess;
 use super::profile::NodeProfile;
 
 /// Makes a node the origin of an image.
@@ -112,6 +113,9 @@ pub(crate) struct CreateVm {
     pub(crate) image: ImageName,
     /// Size of the disk; the image's if absent. May be larger, not smaller.
     pub(crate) size_bytes: Option<u64>,
+    /// Who may open it over iSCSI; nobody if absent.
+    #[serde(default)]
+    pub(crate) iscsi: Option<IscsiAccess>,
 }
 
 /// A VM and its disk.

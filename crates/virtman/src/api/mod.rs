@@ -4,6 +4,7 @@
 //! durations milliseconds, times milliseconds since the UNIX epoch; a field's name says so.
 
 pub(crate) mod compute;
+pub(crate) mod export;
 pub(crate) mod profile;
 pub(crate) mod volt;
 

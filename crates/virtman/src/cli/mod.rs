@@ -2,6 +2,7 @@
 
 mod boot;
 mod context;
+mod export;
 mod image;
 mod output;
 mod profile;
@@ -98,6 +99,9 @@ pub(crate) enum Command {
     },
     /// List VMs
     List,
+    /// List the ways to disks and images, and export them over iSCSI
+    #[command(subcommand)]
+    Export(export::ExportCommand),
     /// Boot many VMs from an image, spread over the nodes, and wait until they are ready
     Boot(Box<boot::BootArgs>),
     /// Stop guests; their disks stay
@@ -239,6 +243,11 @@ pub(crate) struct CreateArgs {
     /// Size of the disk, such as 20G; may exceed the image's
     #[arg(long)]
     pub(crate) size: Option<ByteSize>,
+    /// Also let hypervisors elsewhere open it over this protocol; over NBD it can be opened anyway
+    #[arg(long, value_name = "PROTOCOL", requires = "access")]
+    pub(crate) export: Option<export::Protocol>,
+    #[command(flatten)]
+    pub(crate) access: export::AccessArgs,
 }
 
 #[derive(Debug, Args)]

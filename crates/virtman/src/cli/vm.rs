@@ -5,6 +5,7 @@ use std::time::Duration;
 use block::{NodeName, VmName};
 
 use super::context::{Context, Failure, Outcome};
+use super::export::Protocol;
 use super::output::{Column, Table, note, print_json, say};
 use super::{CreateArgs, StopArgs};
 use crate::api::compute::{CreateVm, StopVm, Vm, VmState};
@@ -13,7 +14,8 @@ use crate::vm::console;
 
 pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
     let node = context.node().await?;
-    let body = CreateVm { image: args.image.clone(), size_bytes: args.size.map(|size| size.0) };
+    let iscsi = args.export.map(|Protocol::Iscsi| args.access.access()).transpose()?;
+    let body = CreateVm { image: args.image.clone(), size_bytes: args.size.map(|size| size.0), iscsi };
     let vm: Vm = node.client.put(&format!("/v1/vms/{}", args.vm), &body).await?;
     if context.json() {
         print_json(&vm);

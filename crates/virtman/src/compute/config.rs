@@ -53,6 +53,9 @@ pub(crate) struct ComputeArgs {
     /// Also export disks and images over NBD on this TCP address (TLS with client certificates)
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) nbd_listen: Option<SocketAddr>,
+    /// Serve iSCSI exports on this TCP address, such as 0.0.0.0:3260 (repeatable: each is a portal)
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) iscsi_listen: Vec<SocketAddr>,
     /// How guests are run: `auto` uses KVM where a probe shows that it works
     #[arg(long, default_value = "auto", value_parser = ["auto", "kvm", "tcg"], env = "VIRTMAN_ACCEL")]
     pub(crate) accel: String,

@@ -9,6 +9,7 @@
 //! DIR/vms/NAME/vm.json    a VM; its private layer, seed and hypervisor's files lie beside it
 //! DIR/disks/NAME.sock     a VM's disk over NBD
 //! DIR/volumes/NAME.sock   an image, read-only, over NBD
+//! DIR/exports/NAME.json   a VM's disk or an image over iSCSI: who may open it, with which secrets
 //! ```
 //!
 //! Crash: a record is written to a file of its own, synced and renamed, so that it is old or new and
@@ -57,7 +58,7 @@ impl Layout {
                 SOCKET_PATH_BYTES_MAX - SOCKET_REST_BYTES - NAME_ROOM_BYTES_MIN
             ));
         }
-        for sub in ["identity", "images", "attached", "vms", "disks", "volumes"] {
+        for sub in ["identity", "images", "attached", "vms", "disks", "volumes", "exports"] {
             fs::create_dir_all(layout.dir.join(sub)).map_err(failed)?;
         }
         set_private(&layout.dir).map_err(failed)?;
@@ -129,6 +130,10 @@ impl Layout {
 
     pub(crate) fn volumes(&self) -> PathBuf {
         self.dir.join("volumes")
+    }
+
+    pub(crate) fn exports(&self) -> PathBuf {
+        self.dir.join("exports")
     }
 }
 

@@ -344,6 +344,11 @@ impl Images {
         Ok(())
     }
 
+    /// The NBD URI of an image's volume.
+    pub(crate) fn export_uri(&self, name: &ImageName) -> String {
+        ExportSocket::uri(&self.volume_socket(name), name.as_str())
+    }
+
     fn volume_socket(&self, name: &ImageName) -> PathBuf {
         self.layout.volumes().join(format!("{}.sock", name.file_name()))
     }
@@ -374,8 +379,7 @@ impl Images {
     /// An image as the API shows it.
     pub(crate) fn describe(&self, attached: &Attached, vms: usize) -> NodeImage {
         let state = attached.state();
-        let first = state.names.first();
-        let export = first.map(|name| ExportSocket::uri(&self.volume_socket(name), name.as_str()));
+        let export = state.names.first().map(|name| self.export_uri(name));
         NodeImage {
             names: state.names.iter().cloned().collect(),
             id: attached.id,

@@ -1,7 +1,7 @@
 //! A node: `virtman compute`.
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]), gives VMs disks
-//! and runs guests ([`vms`]), exports both ([`exports`]), serves children over links, and keeps in touch with
+//! and runs guests ([`vms`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
 //! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
 //! same images, disks and exports under the same names, and its guests never noticed more than latency.
 
@@ -11,6 +11,7 @@ mod exports;
 pub(crate) mod fault;
 mod files;
 mod images;
+mod iscsi;
 mod node;
 mod profile;
 pub(crate) mod routes;
@@ -33,6 +34,7 @@ use self::config::ComputeArgs;
 use self::exports::TcpExports;
 use self::files::Layout;
 use self::images::Images;
+use self::iscsi::{IscsiExports, Portals};
 use self::node::Node;
 use self::vms::Vms;
 use self::volt::{Introduction, VoltLink};
@@ -76,6 +78,10 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     images.restore().map_err(restored)?;
     vms.restore(|id| images.by_id(id)).map_err(restored)?;
 
+    let portals = Portals::listen(&args.iscsi_listen).await?;
+    let iscsi = IscsiExports::new(name.clone(), &layout, &portals)?;
+    iscsi.restore(|name| node::exported(&images, &vms, name)).map_err(restored)?;
+
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&layout.api_socket())?;
     let listening = tcp.local_addr().map_err(|e| e.to_string())?;
@@ -90,6 +96,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         links: Arc::clone(&links),
         images: Arc::clone(&images),
         vms,
+        iscsi,
         volt,
         accel,
         shutdown: shutdown.clone(),
@@ -134,6 +141,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
                 nbd.serve(shutdown.clone()).await;
             }
         },
+        portals.serve(&node.iscsi, shutdown.clone()),
         crate::daemon::stop_on_signal(shutdown.clone()),
     );
     node.cache.settled().await;

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use volt::Role;
 
 use super::images::{Attached, Detached, Images};
+use super::iscsi::{Exported, IscsiExports};
 use super::routes::to_the_end;
 use super::vms::Vms;
 use super::volt::VoltLink;
@@ -21,6 +22,7 @@ use crate::api::compute::{
     AddImage, CacheStatus, CreateVm, ImageVerified, KeepImage, LinkStatus, NodeImage, NodeStatus, StartVm,
     Vm, VmReady, VmStarted,
 };
+use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::api::volt::{ImageRecord, RegisterImage};
 use crate::http::{ApiError, ClientError};
 use crate::vm::{AccelWish, Ready};
@@ -34,6 +36,7 @@ pub(crate) struct Node {
     pub(crate) links: Arc<Stats>,
     pub(crate) images: Arc<Images>,
     pub(crate) vms: Vms,
+    pub(crate) iscsi: IscsiExports,
     pub(crate) volt: VoltLink,
     pub(crate) accel: AccelWish,
     pub(crate) shutdown: CancellationToken,
@@ -205,11 +208,71 @@ impl Node {
         self.images.describe(attached, self.vms.count_on(&attached.id))
     }
 
-    /// Gives a VM its disk.
+    /// Gives a VM its disk, and exports it if that is asked for.
     pub(crate) async fn create(&self, name: &VmName, request: &CreateVm) -> Result<Vm, ApiError> {
         let asked = Instant::now();
+        let export = ExportName::Vm(name.clone());
+        if let Some(access) = &request.iscsi {
+            self.iscsi.must_fit(&export, access)?;
+        }
         let attached = self.attach(&request.image).await?;
-        self.vms.create(name, &request.image, attached, request.size_bytes, asked).await
+        let known = self.vms.get(name).is_ok();
+        let vm = self.vms.create(name, &request.image, attached, request.size_bytes, asked).await?;
+        if let Some(access) = &request.iscsi
+            && let Err(error) = self.export(&export, access.clone()).await
+        {
+            if !known {
+                self.vms.destroy(name).await?;
+            }
+            return Err(error);
+        }
+        Ok(vm)
+    }
+
+    /// Removes a VM with its disk and its exports. A running guest is ended.
+    pub(crate) async fn destroy(&self, name: &VmName) -> Result<(), ApiError> {
+        self.vms.get(name)?;
+        self.iscsi.remove(&ExportName::Vm(name.clone())).await?;
+        self.vms.destroy(name).await
+    }
+
+    /// Lets initiators on the network open a disk.
+    pub(crate) async fn export(&self, name: &ExportName, access: IscsiAccess) -> Result<ExportView, ApiError> {
+        self.iscsi.must_fit(name, &access)?;
+        let exported = match name {
+            ExportName::Vm(vm) => self.vms.get(vm).map(|_| self.vms.exported(vm))?,
+            ExportName::Image(image) => {
+                self.attach(image).await?;
+                exported(&self.images, &self.vms, name)
+            }
+        };
+        let exported = exported.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
+        self.iscsi.add(name, access, exported).await
+    }
+
+    /// All ways to the disks and images of this node.
+    pub(crate) fn exports(&self) -> Vec<ExportView> {
+        let nbd = |name: ExportName, read_only: bool, address: String| ExportView {
+            name,
+            node: self.name.clone(),
+            protocol: "nbd".to_owned(),
+            read_only,
+            addresses: vec![address],
+            target: None,
+            initiators: Vec::new(),
+            authentication: "none".to_owned(),
+        };
+        let vms = self.vms.all().into_iter().map(|entry| self.vms.describe(&entry));
+        let images = self.images.all().into_iter().flat_map(|attached| {
+            let names = attached.names().into_iter();
+            names.map(|name| (self.images.export_uri(&name), name)).collect::<Vec<_>>()
+        });
+        let mut all: Vec<ExportView> =
+            vms.map(|vm| nbd(ExportName::Vm(vm.name), false, vm.disk)).collect();
+        all.extend(images.map(|(address, name)| nbd(ExportName::Image(name), true, address)));
+        all.extend(self.iscsi.all());
+        all.sort_by(|a, b| (&a.name, &a.protocol).cmp(&(&b.name, &b.protocol)));
+        all
     }
 
     /// Starts a guest on a VM's disk.
@@ -298,6 +361,13 @@ impl Node {
             )
             .with_hint("destroy those VMs first; 'virtman list' shows them"));
         }
+        if self.iscsi.contains(&ExportName::Image(name.clone())) {
+            return Err(ApiError::conflict(
+                "image_in_use",
+                format!("'{name}' is exported over iSCSI by node {}", self.name),
+            )
+            .with_hint(format!("'virtman export remove {name}' ends that")));
+        }
         Ok(())
     }
 
@@ -310,6 +380,19 @@ impl Node {
             }
         }
         Ok(())
+    }
+}
+
+/// The disk of this name, for an export of its own.
+pub(super) fn exported(images: &Images, vms: &Vms, name: &ExportName) -> Option<Exported> {
+    match name {
+        ExportName::Vm(name) => vms.exported(name),
+        ExportName::Image(name) => {
+            let attached = images.by_name(name)?;
+            // The same on every node: the nodes are so many paths to one disk.
+            let serial = attached.id.to_string();
+            Some(Exported { disk: Arc::clone(&attached.volume) as _, serial })
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use crate::api::compute::{
     AddImage, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, StartVm, StopVm, Vm, VmReady,
     VmStarted, WaitReady,
 };
+use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
 
 /// How often a long operation says how far it is.
@@ -43,6 +44,8 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(start_vm))
         .routes(routes!(wait_vm))
         .routes(routes!(stop_vm))
+        .routes(routes!(exports))
+        .routes(routes!(add_export, remove_export))
 }
 
 /// The node at a glance.
@@ -181,7 +184,7 @@ async fn destroy_vm(
     Path(name): Path<VmName>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.vms.destroy(&name).await }).await?;
+    to_the_end(async move { node.destroy(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -223,6 +226,50 @@ async fn stop_vm(
     peer.must_be_admin()?;
     let grace = Duration::from_millis(request.grace_ms);
     to_the_end(async move { node.vms.stop(&name, grace).await.map(Json) }).await
+}
+
+/// All ways to the disks and images of the node.
+#[utoipa::path(get, path = "/v1/exports", responses((status = 200, body = Vec<ExportView>)))]
+async fn exports(State(node): Shared, peer: Peer) -> Answer<Vec<ExportView>> {
+    peer.must_be_admin()?;
+    Ok(Json(node.exports()))
+}
+
+/// Lets initiators open a VM's disk, or read an image, over iSCSI. An image is attached first. Other access than
+/// before ends the sessions that there are; repeating it changes nothing.
+#[utoipa::path(put, path = "/v1/exports/{name}", params(("name" = String, Path,)), request_body = IscsiAccess,
+    responses((status = 200, body = ExportView), (status = 400), (status = 404), (status = 409)))]
+async fn add_export(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ExportName>,
+    Json(request): Json<IscsiAccess>,
+) -> Answer<ExportView> {
+    peer.must_be_admin()?;
+    to_the_end(async move { node.export(&name, request).await.map(Json) }).await
+}
+
+/// Exports a VM's disk or an image over iSCSI no longer. Its sessions have ended when this answers.
+#[utoipa::path(delete, path = "/v1/exports/{name}", params(("name" = String, Path,)),
+    responses((status = 204), (status = 404)))]
+async fn remove_export(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ExportName>,
+) -> Result<StatusCode, ApiError> {
+    peer.must_be_admin()?;
+    to_the_end(async move {
+        match node.iscsi.remove(&name).await? {
+            true => Ok(()),
+            false => Err(ApiError::not_found(
+                "no_such_export",
+                format!("'{name}' is not exported over iSCSI by node {}", node.name),
+            )
+            .with_hint("'virtman export list' shows all exports")),
+        }
+    })
+    .await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Does work that changes something to its end, also if whoever asked hangs up: a change that was dropped

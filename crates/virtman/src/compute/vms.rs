@@ -21,6 +21,7 @@ use store::Overlay;
 use super::exports::{ExportSocket, WatchedDisk};
 use super::files::{self, Layout};
 use super::images::Attached;
+use super::iscsi::Exported;
 use super::profile::BootTap;
 use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
@@ -299,6 +300,16 @@ impl Vms {
     /// The disk behind a VM's name, for exports that carry many.
     pub(crate) fn disk(&self, name: &VmName) -> Option<Arc<dyn Disk>> {
         self.get(name).ok().map(|entry| Arc::clone(&entry.disk) as _)
+    }
+
+    /// The disk behind a VM's name with its serial number, for exports that carry one each.
+    pub(crate) fn exported(&self, name: &VmName) -> Option<Exported> {
+        let entry = self.get(name).ok()?;
+        let Record { image_id, created_unix_ms, .. } = &entry.record;
+        // A VM that is destroyed and created anew has another disk.
+        let identity = format!("{}/{name}/{image_id}/{created_unix_ms}", self.node);
+        let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
+        Some(Exported { disk: Arc::clone(&entry.disk) as _, serial })
     }
 
     fn open(&self, record: Record, attached: &Attached) -> Result<Arc<Entry>, String> {
