@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use block::NodeName;
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
-use super::context::{Context, Failure, Outcome};
+use super::context::{Context, Failure, NodeClient, Outcome};
 use super::output::{Column, Table, note, print_json, say};
 use crate::api::export::{ChapSecret, ExportName, ExportView, IscsiAccess};
 
@@ -104,6 +104,14 @@ pub(super) async fn run(context: &Context, command: &ExportCommand) -> Outcome {
             Ok(())
         }
     }
+}
+
+/// Prints where a disk can be opened over iSCSI.
+pub(super) async fn say_addresses(node: &NodeClient, name: &ExportName) -> Outcome {
+    let exports: Vec<ExportView> = node.client.get("/v1/exports").await?;
+    let of_name = exports.into_iter().filter(|export| export.name == *name && export.target.is_some());
+    of_name.flat_map(|export| export.addresses).for_each(|address| say(&address));
+    Ok(())
 }
 
 async fn list(context: &Context) -> Outcome {

@@ -9,6 +9,7 @@ use super::export::Protocol;
 use super::output::{Column, Table, note, print_json, say};
 use super::{CreateArgs, StopArgs};
 use crate::api::compute::{CreateVm, StopVm, Vm, VmState};
+use crate::api::export::ExportName;
 use crate::units::ByteSize;
 use crate::vm::console;
 
@@ -21,6 +22,9 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
         print_json(&vm);
     } else {
         say(&vm.disk);
+        if args.export.is_some() {
+            super::export::say_addresses(&node, &ExportName::Vm(vm.name)).await?;
+        }
     }
     Ok(())
 }

@@ -237,7 +237,11 @@ impl Node {
     }
 
     /// Lets initiators on the network open a disk.
-    pub(crate) async fn export(&self, name: &ExportName, access: IscsiAccess) -> Result<ExportView, ApiError> {
+    pub(crate) async fn export(
+        &self,
+        name: &ExportName,
+        access: IscsiAccess,
+    ) -> Result<ExportView, ApiError> {
         self.iscsi.must_fit(name, &access)?;
         let exported = match name {
             ExportName::Vm(vm) => self.vms.get(vm).map(|_| self.vms.exported(vm))?,
@@ -246,7 +250,8 @@ impl Node {
                 exported(&self.images, &self.vms, name)
             }
         };
-        let exported = exported.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
+        let exported =
+            exported.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
         self.iscsi.add(name, access, exported).await
     }
 
@@ -267,8 +272,7 @@ impl Node {
             let names = attached.names().into_iter();
             names.map(|name| (self.images.export_uri(&name), name)).collect::<Vec<_>>()
         });
-        let mut all: Vec<ExportView> =
-            vms.map(|vm| nbd(ExportName::Vm(vm.name), false, vm.disk)).collect();
+        let mut all: Vec<ExportView> = vms.map(|vm| nbd(ExportName::Vm(vm.name), false, vm.disk)).collect();
         all.extend(images.map(|(address, name)| nbd(ExportName::Image(name), true, address)));
         all.extend(self.iscsi.all());
         all.sort_by(|a, b| (&a.name, &a.protocol).cmp(&(&b.name, &b.protocol)));

@@ -10,6 +10,7 @@ mod agent;
 mod cluster;
 mod daemons;
 mod guests;
+mod iscsi;
 mod profiles;
 mod refusals;
 mod storage;
