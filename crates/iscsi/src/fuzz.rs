@@ -68,7 +68,7 @@ pub fn commands(input: &[u8]) {
     let target = TargetPort { name: "iqn.fuzz".to_owned(), group: 1, groups: vec![1] };
     let initiator = InitiatorPort { name: "iqn.fuzzer".to_owned(), isid: Isid([1; 6]) };
     let nexus = Nexus { id: NexusId(1), initiator, target: Arc::new(target) };
-    device.attach(&nexus, |_| Arc::new(|| {}));
+    device.attach(&nexus, |_| Arc::new(|_| Box::pin(async {})));
     let mut input = input;
     while let Some((cdb, rest)) = input.split_first_chunk::<16>() {
         let cdb: Cdb = *cdb;

@@ -21,5 +21,6 @@ pub mod target;
 pub mod text;
 
 pub use chap::Credentials;
+pub use login::Authentication;
 pub use name::IscsiName;
-pub use target::{AddError, Admission, Portal, Server, ServerOptions, Target};
+pub use target::{AddError, Admission, Portal, Server, ServerOptions, SessionStatus, Target};

@@ -30,6 +30,9 @@ pub const COMMANDS_MAX: u32 = 128;
 /// Commands beyond the window that an initiator may send as immediate ones; more are rejected.
 pub const IMMEDIATE_COMMANDS_MAX: u32 = 8;
 
+/// Task management functions of one session that wait for what they aborted; more are refused.
+pub const TASK_REQUESTS_MAX: usize = 8;
+
 /// Bytes of solicited writes, reads and unsent replies above which a session begins no further transfer:
 /// full means that it waits in the queue of commands. One transfer may exceed it.
 pub const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;

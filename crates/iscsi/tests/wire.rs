@@ -4,16 +4,20 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use common::{MemoryDisk, Pace, Serving, target};
 use iscsi::pdu::{
     self, Async, DataIn, DataOut, Digests, Frame, HEADER_BYTES, Header, Isid, LoginRequest, LoginResponse,
     LogoutRequest, LogoutResponse, NO_TAG, NopIn, NopOut, R2t, Reject, ScsiCommand, ScsiResponse,
-    TaskRequest, TaskResponse, command, function, login_status, stage, task_response,
+    TaskRequest, TaskResponse, TextRequest, TextResponse, command, function, login_status, stage,
+    task_response,
 };
+use iscsi::{Authentication, Portal, Server, ServerOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 
 const NAME: &str = "iqn.2026-01.test:disk";
 
@@ -27,7 +31,11 @@ struct Wire {
 
 impl Wire {
     async fn connect(serving: &Serving) -> Wire {
-        let stream = TcpStream::connect(serving.portals[0]).await.unwrap();
+        Wire::connect_to(serving.portals[0]).await
+    }
+
+    async fn connect_to(portal: SocketAddr) -> Wire {
+        let stream = TcpStream::connect(portal).await.unwrap();
         Wire { stream, input: Vec::new(), cmd_sn: 1, tag: 0 }
     }
 
@@ -244,6 +252,57 @@ async fn a_removed_target_tells_its_initiators_and_is_gone() {
     let mut late = Wire::connect(&serving).await;
     let text = format!("InitiatorName=iqn.a\0TargetName={NAME}\0");
     assert_eq!(late.log_in(1, &text).await.status, login_status::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn sessions_are_listed_with_what_they_did() {
+    let serving = serve(MemoryDisk::new(1 << 20, Pace::Now)).await;
+    let listed = || serving.server.sessions(&NAME.parse().unwrap());
+    assert_eq!(listed(), []);
+    let mut first = Wire::session(&serving, 1, "").await;
+    let tag = first.command(&read_10(0, 3), command::READ, 1536).await;
+    assert_eq!(first.receive().await.unwrap().0.task_tag(), tag);
+    let tag = first.command_with(&write_10(0, 2), command::WRITE, 1024, &[1; 1024]).await;
+    assert_eq!(first.response(tag).await.0.status, 0);
+    let second = Wire::session(&serving, 2, "").await;
+    let sessions = listed();
+    let names: Vec<_> = sessions.iter().map(|session| session.initiator.as_str()).collect();
+    assert_eq!(names, ["iqn.2026-01.test:1", "iqn.2026-01.test:2"]);
+    assert_eq!(sessions[0].address, first.stream.local_addr().unwrap());
+    assert_eq!((sessions[0].group, sessions[0].authentication), (1, Authentication::None));
+    // The one that was told of the reset counts too.
+    let traffic = (sessions[0].commands, sessions[0].read_bytes, sessions[0].written_bytes);
+    assert_eq!(traffic, (3, 1536, 1024));
+    drop((first, second));
+    assert!(serving.server.remove(&NAME.parse().unwrap()).await);
+    assert_eq!(listed(), []);
+}
+
+#[tokio::test]
+async fn portals_at_every_address_are_told_as_they_were_reached() {
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let everywhere = listener.local_addr().unwrap();
+    let other = SocketAddr::new(everywhere.ip(), 1);
+    let portal = |address, group| Portal { address, group };
+    let portals = vec![portal(everywhere, 1), portal(other, 2), portal("192.0.2.1:3260".parse().unwrap(), 3)];
+    let server = Server::new(ServerOptions { portals, ..ServerOptions::default() });
+    server.add(target(NAME, &[MemoryDisk::new(1 << 20, Pace::Now)])).unwrap();
+    let mut serving = JoinSet::new();
+    serving.spawn(async move { server.serve(listener, 1).await });
+    let mut wire = Wire::connect_to(SocketAddr::new([127, 0, 0, 1].into(), everywhere.port())).await;
+    let response = wire.log_in(1, "InitiatorName=iqn.a\0SessionType=Discovery\0").await;
+    assert_eq!(response.status, login_status::SUCCESS);
+    let request =
+        TextRequest { flags: pdu::FINAL, task_tag: 5, transfer_tag: NO_TAG, ..TextRequest::default() };
+    wire.send(request.header().immediate(), b"SendTargets=All\0").await;
+    let (header, text) = wire.receive().await.unwrap();
+    assert_eq!((header.opcode(), header.task_tag()), (TextResponse::OPCODE, 5));
+    let port = everywhere.port();
+    let expected = format!(
+        "TargetName={NAME}\0TargetAddress=127.0.0.1:{port},1\0TargetAddress=127.0.0.1:1,2\0\
+         TargetAddress=192.0.2.1:3260,3\0"
+    );
+    assert_eq!(String::from_utf8(text).unwrap(), expected);
 }
 
 #[tokio::test]

@@ -45,6 +45,18 @@ pub trait Directory {
     fn target(&self, initiator: &IscsiName, target: &IscsiName) -> Result<Admission, Refusal>;
 }
 
+/// What was proved at a login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Authentication {
+    /// Nothing.
+    #[default]
+    None,
+    /// That the initiator knows its secret.
+    Initiator,
+    /// That both know the secrets of theirs.
+    Mutual,
+}
+
 /// Random bytes of one login.
 #[derive(Debug, Clone, Copy)]
 pub struct Challenge {
@@ -65,6 +77,8 @@ pub struct Agreed {
     pub target: Option<IscsiName>,
     /// The connection's number.
     pub cid: u16,
+    /// What was proved.
+    pub authentication: Authentication,
     /// What was negotiated.
     pub parameters: Parameters,
     /// The first command number.
@@ -183,6 +197,7 @@ impl Login {
             isid: identity.isid,
             target: identity.target.clone(),
             cid: identity.cid,
+            authentication: self.security.proved(),
             parameters: self.parameters.clone(),
             cmd_sn: request.cmd_sn,
             stat_sn: self.stat_sn,

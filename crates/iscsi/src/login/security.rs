@@ -1,6 +1,6 @@
 //! The security stage: no authentication, or CHAP in one or both directions (RFC 7143 §12.1).
 
-use super::Challenge;
+use super::{Authentication, Challenge};
 use crate::chap::{Algorithm, Credentials};
 use crate::text;
 
@@ -13,6 +13,7 @@ pub(super) struct Security {
     target: Option<Credentials>,
     challenge: Option<Challenge>,
     state: State,
+    proved: Authentication,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,12 +43,17 @@ impl Security {
         target: Option<Credentials>,
         challenge: Challenge,
     ) -> Security {
-        Security { initiator, target, challenge: Some(challenge), state: State::Method }
+        Security { initiator, target, challenge: Some(challenge), ..Security::default() }
     }
 
     /// Whether nothing is left to prove.
     pub(super) fn is_done(&self) -> bool {
         self.initiator.is_none() || self.state == State::Done
+    }
+
+    /// What was proved so far.
+    pub(super) fn proved(&self) -> Authentication {
+        self.proved
     }
 
     /// Deals with the pairs of one request.
@@ -103,6 +109,7 @@ impl Security {
         if !self.initiator.as_ref()?.verify(algorithm, ours.id, &ours.bytes, user, &response) {
             return None;
         }
+        self.proved = Authentication::Initiator;
         if let (Some(id), Some(challenge)) = (value("CHAP_I"), value("CHAP_C")) {
             let id = text::number(id).and_then(|id| u8::try_from(id).ok())?;
             let challenge = text::decode_binary(challenge)?;
@@ -113,6 +120,7 @@ impl Security {
             let target = self.target.as_ref()?;
             text::push(out, "CHAP_N", target.user());
             text::push(out, "CHAP_R", &text::encode_binary(&target.respond(algorithm, id, &challenge)));
+            self.proved = Authentication::Mutual;
         }
         self.state = State::Done;
         Some(())

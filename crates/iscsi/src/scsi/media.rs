@@ -3,6 +3,7 @@
 use super::mode::Form;
 use super::opcodes::Command;
 use super::sense::Sense;
+use super::unit::Era;
 use super::{LOGICAL_BLOCK_BYTES, number};
 use crate::limits::{CLEAR_BLOCKS_MAX, PARAMETERS_BYTES_MAX, TRANSFER_BYTES_MAX};
 use crate::pdu::Cdb;
@@ -37,6 +38,8 @@ pub struct Work {
     pub data_out_bytes: u32,
     /// Bytes that a read answers with; 0 for every other command.
     pub read_bytes: u32,
+    /// When it began.
+    pub era: Era,
 }
 
 /// Whether a write has to be durable before it is answered.
@@ -85,7 +88,7 @@ pub(super) enum Kind {
 impl Work {
     fn new(kind: Kind, range: Range, data_out_bytes: u64) -> Work {
         let data_out_bytes = u32::try_from(data_out_bytes).expect("transfers are bounded");
-        Work { kind, range, data_out_bytes, read_bytes: 0 }
+        Work { kind, range, data_out_bytes, read_bytes: 0, era: Era::default() }
     }
 
     pub(super) fn flush() -> Work {

@@ -24,7 +24,9 @@ mod unit;
 pub use device::{Device, lun_of_wire, wire_of_lun};
 pub use media::{Range, Work};
 pub use sense::{Fault, Sense, Status};
-pub use unit::{Identity, InitiatorPort, Interrupt, Nexus, NexusId, SERIAL_BYTES_MAX, TargetPort, Unit};
+pub use unit::{
+    Aborting, Era, Identity, InitiatorPort, Interrupt, Nexus, NexusId, SERIAL_BYTES_MAX, TargetPort, Unit,
+};
 
 /// Size of a logical block in bytes: what every initiator takes.
 pub const LOGICAL_BLOCK_BYTES: u32 = 512;

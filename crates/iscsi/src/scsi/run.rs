@@ -106,7 +106,8 @@ impl Unit {
             Kind::Prefetch => self.compare(work.range, None).await?,
             Kind::LbaStatus { answer_bytes_max } => return self.lba_status(work, answer_bytes_max).await,
             Kind::ModeSelect(_) => self.mode_select(nexus, work, data)?,
-            Kind::PersistentOut { .. } => self.persistent_out(nexus, work, data)?,
+            // Who preempts counts on it that nothing of the others comes after the answer.
+            Kind::PersistentOut { .. } => self.persistent_out(nexus, work, data)?.await,
         }
         Ok(Vec::new())
     }

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Access, Disk};
+use block::{Access, BoxFuture, Disk};
 use tokio::sync::RwLock;
 
 use super::media::{self, Kind, Work};
@@ -62,8 +62,17 @@ pub struct Identity {
 /// Longest serial number in bytes: it has to fit a designator.
 pub const SERIAL_BYTES_MAX: usize = 128;
 
-/// Called when all commands of a nexus at a unit are to be aborted, because another one said so.
-pub type Interrupt = Arc<dyn Fn() + Send + Sync>;
+/// Where a command stands among the aborts at its unit: each begins a new era, and concerns the commands of
+/// the eras before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Era(u64);
+
+/// Called when the commands of a nexus at a unit that began before an era are to be aborted, because another
+/// one said so. It must not wait.
+pub type Interrupt = Arc<dyn Fn(Era) -> Aborting + Send + Sync>;
+
+/// Ready when the commands that are to be aborted have ended, so that none of them changes the disk any more.
+pub type Aborting = BoxFuture<'static, ()>;
 
 /// Unit attention codes (SPC-4 table F.2).
 pub(super) mod attention {
@@ -90,6 +99,7 @@ pub(super) struct State {
     reserved_by: Option<NexusId>,
     pub(super) persistent: Table,
     pub(super) modes: Modes,
+    era: Era,
 }
 
 struct Attached {
@@ -112,6 +122,7 @@ impl Unit {
             reserved_by: None,
             persistent: Table::default(),
             modes: Modes::default(),
+            era: Era::default(),
         };
         Unit { disk, identity, state: Mutex::new(state), gate: RwLock::new(()) }
     }
@@ -140,9 +151,12 @@ impl Unit {
         state.reserved_by = state.reserved_by.filter(|holder| *holder != nexus.id);
     }
 
-    /// Resets the unit: aborts all commands, releases RESERVE(6), takes back the mode parameters.
-    pub fn reset(&self) {
+    /// Resets the unit: aborts all commands that have begun, releases RESERVE(6), takes back the mode
+    /// parameters. All is done but for the commands, which may need a moment to end.
+    #[must_use]
+    pub fn reset(&self) -> Aborting {
         let mut state = self.state();
+        let era = state.next_era();
         state.reserved_by = None;
         state.modes = Modes::default();
         let interrupts: Vec<_> = state.nexuses.values().map(|n| Arc::clone(&n.interrupt)).collect();
@@ -151,7 +165,7 @@ impl Unit {
             attached.attentions = vec![attention::RESET];
         }
         drop(state);
-        interrupts.iter().for_each(|interrupt| interrupt());
+        abort(&interrupts, era)
     }
 
     /// Begins a command.
@@ -159,7 +173,11 @@ impl Unit {
         let begun = Entry::find(cdb).map_err(Fault::from).and_then(|entry| {
             let mut state = self.state();
             state.admit(nexus, cdb, entry)?;
-            self.dispatch(&mut state, nexus, cdb, entry)
+            let mut begun = self.dispatch(&mut state, nexus, cdb, entry)?;
+            if let Begin::Work(work) = &mut begun {
+                work.era = state.era;
+            }
+            Ok(begun)
         });
         begun.unwrap_or_else(|fault| Begin::Done(self.refuse(fault)))
     }
@@ -239,8 +257,8 @@ impl Unit {
         Ok(truncated(data, number(&cdb[10..14])))
     }
 
-    /// Carries out PERSISTENT RESERVE OUT.
-    pub(super) fn persistent_out(&self, nexus: &Nexus, work: &Work, data: &[u8]) -> Result<(), Fault> {
+    /// Carries out PERSISTENT RESERVE OUT, but for the aborts that it may ask for.
+    pub(super) fn persistent_out(&self, nexus: &Nexus, work: &Work, data: &[u8]) -> Result<Aborting, Fault> {
         let Kind::PersistentOut { action, scope_and_type } = work.kind else {
             return Err(Sense::INTERNAL.into());
         };
@@ -260,9 +278,9 @@ impl Unit {
                 interrupts.push(Arc::clone(&attached.interrupt));
             }
         }
+        let era = state.next_era();
         drop(state);
-        interrupts.iter().for_each(|interrupt| interrupt());
-        Ok(())
+        Ok(abort(&interrupts, era))
     }
 
     /// Carries out MODE SELECT.
@@ -287,7 +305,23 @@ impl Attached {
     }
 }
 
+/// Aborts what began before an era.
+fn abort(interrupts: &[Interrupt], era: Era) -> Aborting {
+    let aborting: Vec<Aborting> = interrupts.iter().map(|interrupt| interrupt(era)).collect();
+    Box::pin(async move {
+        for one in aborting {
+            one.await;
+        }
+    })
+}
+
 impl State {
+    /// Begins a new era; commands of those before can be told by theirs.
+    fn next_era(&mut self) -> Era {
+        self.era = Era(self.era.0 + 1);
+        self.era
+    }
+
     /// Whether a command may begin: nothing has to be told first, and nobody else has reserved the unit.
     fn admit(&mut self, nexus: &Nexus, cdb: &Cdb, entry: &Entry) -> Result<(), Fault> {
         if entry.effect != Effect::Tells

@@ -17,6 +17,8 @@ impl Session {
         let Peer::Target(membership, nexus) = &self.peer else {
             return self.reject(&frame.header, reject_reason::PROTOCOL);
         };
+        membership.present.traffic.command();
+        membership.present.traffic.written(frame.data.len());
         let is_immediate = frame.header.is_immediate();
         if self.tasks.contains_key(&pdu.task_tag) || pdu.task_tag == NO_TAG {
             return self.reject(&frame.header, reject_reason::INVALID_FIELD);
@@ -83,6 +85,7 @@ impl Session {
             is_immediate,
             arrival: self.arrivals,
             unit,
+            era: work.era,
             work: Some(work),
             phase: Phase::Queued,
             data: Vec::new(),
@@ -129,8 +132,15 @@ impl Session {
         let seal = seal(header, &room[head_bytes..], digests);
         room[..head_bytes].copy_from_slice(seal.head());
         self.output.commit(head_bytes + len);
+        self.count_read(len);
         self.output.push(seal.tail());
         true
+    }
+
+    fn count_read(&self, bytes: usize) {
+        if let Some(present) = &self.present {
+            present.traffic.read(bytes);
+        }
     }
 
     /// Puts a command that has its unsolicited data in line.
@@ -219,6 +229,9 @@ impl Session {
 
     /// A piece of data. What belongs to no command is what is left of one that failed or was aborted.
     pub(super) fn data_out(&mut self, pdu: &DataOut, data: &[u8]) {
+        if let Some(present) = &self.present {
+            present.traffic.written(data.len());
+        }
         let first_burst = self.parameters.first_burst_bytes_max;
         let Some(task) = self.tasks.get_mut(&pdu.task_tag) else { return };
         let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
@@ -290,6 +303,7 @@ impl Session {
     /// Answers a command that has come back from its disk.
     pub(super) fn finish(&mut self, finished: Finished) {
         match finished.outcome {
+            Outcome::Settled => {}
             Outcome::Other(reply) => self.complete(finished.task_tag, &reply),
             Outcome::Read(buffer, Err(fault)) => {
                 self.output.spares().give(buffer);
@@ -304,6 +318,7 @@ impl Session {
                     self.output.spares().give(buffer);
                     self.respond(&task.pdu, available, &Reply::good(), 0);
                 } else {
+                    self.count_read(len);
                     self.data_in(&task.pdu, buffer, len, available);
                 }
             }

@@ -1,34 +1,43 @@
 //! What is not a SCSI command: task management, text, pings, logout.
 
 use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use tokio::task::Id;
 
+use super::mailbox::Promise;
 use super::session::{Peer, Session, Stage};
-use super::tasks::Phase;
-use crate::limits::TEXT_BYTES_MAX;
+use super::tasks::{Finished, Outcome, Phase, Task};
+use crate::limits::{TASK_REQUESTS_MAX, TEXT_BYTES_MAX};
 use crate::params::Answer;
 use crate::pdu::{
     FINAL, Header, LogoutRequest, LogoutResponse, NO_TAG, NopIn, NopOut, TaskRequest, TaskResponse,
     TextRequest, TextResponse, function, reject_reason, task_response, text as text_flag,
 };
-use crate::scsi::lun_of_wire;
+use crate::scsi::{Aborting, Era, Unit, lun_of_wire};
 use crate::text;
 
-/// An answer to a task management function that waits until aborted commands have ended.
+/// What waits until aborted commands have ended.
 pub(super) struct Deferred {
-    task_tag: u32,
-    response: u8,
     waits_for: HashSet<Id>,
     then: Then,
 }
 
-/// What follows the answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What follows.
 enum Then {
-    Nothing,
-    /// All sessions with the target end.
-    EvictAll,
+    /// The task management function of this tag is answered.
+    Tell(u32),
+    /// The same, and all sessions with the target end.
+    TellAndEvictAll(u32),
+    /// Other sessions are told.
+    Keep(Vec<Promise>),
+}
+
+impl Then {
+    fn is_answer(&self) -> bool {
+        !matches!(self, Then::Keep(_))
+    }
 }
 
 /// A text request or response that goes over several PDUs.
@@ -37,6 +46,22 @@ pub(super) struct Text {
     request: Vec<u8>,
     /// What is left to be fetched, and the tag to do so with.
     rest: Option<(u32, Vec<u8>)>,
+}
+
+/// An address as it is told: without what only this host knows, which is the scope of an IPv6 address and that
+/// an IPv4 connection came through an IPv6 socket.
+fn told(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Where an initiator that reached us at `here` reaches a portal: one at every address of this host is there
+/// too, if it takes that kind of address.
+fn reached(portal: SocketAddr, here: IpAddr) -> Option<SocketAddr> {
+    match portal.ip() {
+        ip if !ip.is_unspecified() => Some(portal),
+        IpAddr::V4(_) if here.is_ipv6() => None,
+        _ => Some(SocketAddr::new(here, portal.port())),
+    }
 }
 
 impl Session {
@@ -60,6 +85,9 @@ impl Session {
     }
 
     pub(super) fn manage(&mut self, pdu: &TaskRequest) {
+        if self.deferred.iter().filter(|deferred| deferred.then.is_answer()).count() >= TASK_REQUESTS_MAX {
+            return self.tell(pdu.task_tag, task_response::REJECTED);
+        }
         let Peer::Target(membership, _) = &self.peer else {
             return self.tell(pdu.task_tag, task_response::REJECTED);
         };
@@ -74,84 +102,103 @@ impl Session {
         if of_unit && unit.is_none() {
             return self.tell(pdu.task_tag, task_response::NO_UNIT);
         }
-        let mut then = Then::Nothing;
-        let waits_for = match function {
+        let mut then = Then::Tell(pdu.task_tag);
+        let mut resetting = None;
+        match function {
             function::ABORT_TASK => {
                 let of_unit = self.tasks.get(&pdu.referenced_task_tag).filter(|t| t.pdu.lun == pdu.lun);
                 if of_unit.is_none() {
                     return self.tell(pdu.task_tag, task_response::NO_TASK);
                 }
-                self.abort(pdu.referenced_task_tag).into_iter().collect()
+                self.abort(pdu.referenced_task_tag);
             }
             // Each initiator has a task set of its own here (TST), so that both mean the same.
-            function::ABORT_TASK_SET | function::CLEAR_TASK_SET => self.abort_where(|wire| wire == lun),
-            function::LOGICAL_UNIT_RESET => {
-                let waits_for = self.abort_where(|wire| wire == lun);
-                unit.into_iter().for_each(|unit| unit.reset());
-                waits_for
+            function::ABORT_TASK_SET | function::CLEAR_TASK_SET => {
+                self.abort_where(|task| lun_of_wire(task.pdu.lun) == lun);
             }
-            function::TARGET_WARM_RESET | function::TARGET_COLD_RESET => {
-                let waits_for = self.abort_where(|_| true);
-                device.units().for_each(|unit| unit.reset());
-                if function == function::TARGET_COLD_RESET {
-                    then = Then::EvictAll;
-                }
-                waits_for
+            function::LOGICAL_UNIT_RESET => resetting = Some(self.reset(unit.into_iter())),
+            function::TARGET_WARM_RESET => resetting = Some(self.reset(device.units())),
+            function::TARGET_COLD_RESET => {
+                resetting = Some(self.reset(device.units()));
+                then = Then::TellAndEvictAll(pdu.task_tag);
             }
             function::TASK_REASSIGN => return self.tell(pdu.task_tag, task_response::NO_REASSIGNMENT),
             _ => return self.tell(pdu.task_tag, task_response::UNSUPPORTED),
-        };
-        let response = task_response::COMPLETE;
-        let deferred = Deferred { task_tag: pdu.task_tag, response, waits_for, then };
-        if deferred.waits_for.is_empty() {
-            self.conclude(&deferred);
-        } else {
-            self.deferred.push(deferred);
         }
+        self.defer(resetting, then);
         self.pump();
     }
 
-    /// Aborts the commands at a unit because another session said so.
-    pub(super) fn abort_unit(&mut self, lun: usize) {
-        self.abort_where(|wire| wire == Some(lun));
+    /// Aborts the commands at a unit that began before an era, because another session said so.
+    pub(super) fn abort_unit(&mut self, lun: usize, era: Era, promises: Vec<Promise>) {
+        self.abort_where(|task| lun_of_wire(task.pdu.lun) == Some(lun) && task.era < era);
+        // Not for resets of this session: their sessions may wait for this one.
+        self.defer(None, Then::Keep(promises));
         self.pump();
     }
 
-    /// Aborts the commands at some units; the futures that have yet to end.
-    fn abort_where(&mut self, chosen: impl Fn(Option<usize>) -> bool) -> HashSet<Id> {
-        let tasks = self.tasks.iter().filter(|(_, task)| chosen(lun_of_wire(task.pdu.lun)));
+    /// Resets units. What has begun at them is aborted in this session as in all others, by mail; what
+    /// answers here ends when that is done.
+    fn reset<'a>(&mut self, units: impl Iterator<Item = &'a Arc<Unit>>) -> Id {
+        let aborting: Vec<Aborting> = units.map(|unit| unit.reset()).collect();
+        let handle = self.jobs.spawn(async move {
+            for one in aborting {
+                one.await;
+            }
+            Finished { task_tag: NO_TAG, outcome: Outcome::Settled }
+        });
+        handle.id()
+    }
+
+    /// Aborts some commands.
+    fn abort_where(&mut self, chosen: impl Fn(&Task) -> bool) {
+        let tasks = self.tasks.iter().filter(|(_, task)| chosen(task));
         let tags: Vec<u32> = tasks.map(|(tag, _)| *tag).collect();
-        tags.into_iter().filter_map(|tag| self.abort(tag)).collect()
+        tags.into_iter().for_each(|tag| self.abort(tag));
     }
 
-    /// Aborts a command; its future if that has yet to end. Nothing is answered to it.
-    fn abort(&mut self, task_tag: u32) -> Option<Id> {
-        let task = self.forget(task_tag)?;
-        let Phase::Running(handle) = task.phase else { return None };
+    /// Aborts a command. Nothing is answered to it.
+    fn abort(&mut self, task_tag: u32) {
+        let Some(task) = self.forget(task_tag) else { return };
+        let Phase::Running(handle) = task.phase else { return };
         handle.abort();
         // Its memory is in use until it has ended.
         self.account.book(task.booked);
         self.aborted.insert(handle.id(), task.booked);
-        Some(handle.id())
     }
 
-    /// Gives the answers that waited for this future.
-    pub(super) fn answer_deferred(&mut self, ended: Id) {
+    /// Does something as soon as all that was aborted so far has ended, and this as well.
+    fn defer(&mut self, also: Option<Id>, then: Then) {
+        let waits_for: HashSet<Id> = self.aborted.keys().copied().chain(also).collect();
+        if waits_for.is_empty() {
+            self.conclude(then);
+        } else {
+            self.deferred.push(Deferred { waits_for, then });
+        }
+    }
+
+    /// Does what waited for this future.
+    pub(super) fn conclude_deferred(&mut self, ended: Id) {
         for deferred in &mut self.deferred {
             deferred.waits_for.remove(&ended);
         }
         let due = self.deferred.extract_if(.., |deferred| deferred.waits_for.is_empty());
         for deferred in due.collect::<Vec<_>>() {
-            self.conclude(&deferred);
+            self.conclude(deferred.then);
         }
     }
 
-    fn conclude(&mut self, deferred: &Deferred) {
-        self.tell(deferred.task_tag, deferred.response);
-        if let (Then::EvictAll, Peer::Target(membership, nexus)) = (deferred.then, &self.peer) {
-            membership.evict_others();
-            tracing::info!(initiator = %nexus.initiator.name, "a cold reset ends all sessions of a target");
-            self.stage = Stage::Closing;
+    fn conclude(&mut self, then: Then) {
+        match then {
+            Then::Tell(task_tag) => self.tell(task_tag, task_response::COMPLETE),
+            Then::TellAndEvictAll(task_tag) => {
+                self.tell(task_tag, task_response::COMPLETE);
+                let Peer::Target(membership, nexus) = &self.peer else { return };
+                membership.evict_others();
+                tracing::info!(initiator = %nexus.initiator.name, "a cold reset ends all sessions of a target");
+                self.stage = Stage::Closing;
+            }
+            Then::Keep(promises) => drop(promises),
         }
     }
 
@@ -241,13 +288,13 @@ impl Session {
     }
 
     /// Where a target can be reached: first as it was reached just now.
-    fn addresses(&self) -> Vec<(std::net::SocketAddr, u16)> {
-        let mut addresses = vec![(self.local, self.group)];
+    fn addresses(&self) -> Vec<(SocketAddr, u16)> {
+        let here = told(self.local);
+        let mut addresses = vec![(here, self.group)];
         for portal in self.registry.portals() {
-            // A portal at every address of this host has no address of its own to tell.
-            if portal.address != self.local && !portal.address.ip().is_unspecified() {
-                addresses.push((portal.address, portal.group));
-            }
+            let address = reached(told(portal.address), here.ip());
+            addresses
+                .extend(address.map(|address| (address, portal.group)).filter(|a| !addresses.contains(a)));
         }
         addresses
     }
@@ -272,5 +319,25 @@ impl Session {
             max_cmd_sn,
         };
         self.send(response.header(), &text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_portal_at_every_address_is_told_as_it_was_reached() {
+        let at = |portal: &str, local: &str| {
+            let (portal, local): (SocketAddr, SocketAddr) = (portal.parse().unwrap(), local.parse().unwrap());
+            reached(told(portal), told(local).ip()).map(|address| address.to_string())
+        };
+        let some = |address: &str| Some(address.to_owned());
+        assert_eq!(at("0.0.0.0:3261", "10.0.0.7:3260"), some("10.0.0.7:3261"));
+        assert_eq!(at("[::]:3261", "10.0.0.7:3260"), some("10.0.0.7:3261"));
+        assert_eq!(at("[::]:3261", "[::ffff:10.0.0.7]:3260"), some("10.0.0.7:3261"));
+        assert_eq!(at("[::]:3261", "[fe80::7%2]:3260"), some("[fe80::7]:3261"));
+        assert_eq!(at("0.0.0.0:3261", "[2001:db8::7]:3260"), None, "there is no such address of IPv4");
+        assert_eq!(at("10.0.0.8:3261", "10.0.0.7:3260"), some("10.0.0.8:3261"));
     }
 }

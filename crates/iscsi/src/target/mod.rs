@@ -13,16 +13,21 @@
 
 mod buffers;
 mod commands;
+mod mailbox;
 mod manage;
+mod present;
 mod registry;
 mod server;
 mod session;
 mod tasks;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+pub use present::SessionStatus;
 pub use registry::AddError;
 pub use server::{ServeError, Server, ServerOptions};
 pub use tasks::Budget;

@@ -1,13 +1,14 @@
 //! The targets of a server and the sessions with them: who is there, and how others reach it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, Semaphore};
-
+use super::mailbox::Eviction;
+use super::present::{Present, SessionStatus};
 use super::{Admission, Portal, Target};
 use crate::limits::UNITS_MAX;
-use crate::login::{self, Directory, Refusal};
+use crate::login::{self, Authentication, Directory, Refusal};
 use crate::name::IscsiName;
 use crate::pdu::Isid;
 use crate::scsi::{Device, NexusId};
@@ -30,62 +31,6 @@ pub(super) struct Served {
     admission: Admission,
 }
 
-/// Why a session has to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Eviction {
-    /// The same initiator port logged in again, or the target was reset: at once.
-    Replaced,
-    /// The target is gone: the initiator is told.
-    Removed,
-}
-
-/// What others have to say to a session.
-#[derive(Default)]
-pub(super) struct Mail {
-    pub(super) eviction: Option<Eviction>,
-    /// Units whose commands have to be aborted.
-    pub(super) aborts: BTreeSet<usize>,
-}
-
-/// Where it is put. Its size is bounded by the number of units.
-pub(super) struct Mailbox {
-    mail: Mutex<Mail>,
-    pub(super) arrived: Notify,
-    /// Closed when the session has ended.
-    ended: Semaphore,
-}
-
-impl Mailbox {
-    fn new() -> Mailbox {
-        Mailbox { mail: Mutex::default(), arrived: Notify::new(), ended: Semaphore::new(0) }
-    }
-
-    fn put(&self, change: impl FnOnce(&mut Mail)) {
-        change(&mut self.mail.lock().unwrap_or_else(PoisonError::into_inner));
-        self.arrived.notify_one();
-    }
-
-    /// Takes all mail.
-    pub(super) fn take(&self) -> Mail {
-        std::mem::take(&mut *self.mail.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    pub(super) fn evict(&self, eviction: Eviction) {
-        self.put(|mail| mail.eviction = Some(eviction));
-    }
-
-    pub(super) fn abort(&self, lun: usize) {
-        self.put(|mail| {
-            mail.aborts.insert(lun);
-        });
-    }
-
-    async fn has_ended(&self) {
-        // There are no permits: it answers when the semaphore is closed.
-        let _ = self.ended.acquire().await;
-    }
-}
-
 /// By what a session is known (RFC 7143 §4.4.3).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct SessionKey {
@@ -104,7 +49,7 @@ pub(super) struct Registry {
 #[derive(Default)]
 struct Inner {
     targets: BTreeMap<IscsiName, Arc<Served>>,
-    sessions: HashMap<SessionKey, Arc<Mailbox>>,
+    sessions: HashMap<SessionKey, Arc<Present>>,
     last_nexus: u64,
 }
 
@@ -113,7 +58,7 @@ pub(super) struct Membership {
     registry: Arc<Registry>,
     key: SessionKey,
     pub(super) served: Arc<Served>,
-    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) present: Arc<Present>,
     pub(super) nexus: NexusId,
 }
 
@@ -149,21 +94,36 @@ impl Registry {
     pub(super) async fn remove(&self, name: &IscsiName) -> bool {
         let removed = self.inner().targets.remove(name).is_some();
         let sessions = self.sessions_of(name);
-        sessions.iter().for_each(|mailbox| mailbox.evict(Eviction::Removed));
-        for mailbox in sessions {
-            mailbox.has_ended().await;
+        sessions.iter().for_each(|session| session.mailbox.evict(Eviction::Removed));
+        for session in sessions {
+            session.mailbox.has_ended().await;
         }
         removed
     }
 
-    fn sessions_of(&self, name: &IscsiName) -> Vec<Arc<Mailbox>> {
+    fn sessions_of(&self, name: &IscsiName) -> Vec<Arc<Present>> {
         let inner = self.inner();
         let sessions = inner.sessions.iter().filter(|(key, _)| key.target == *name);
-        sessions.map(|(_, mailbox)| Arc::clone(mailbox)).collect()
+        sessions.map(|(_, present)| Arc::clone(present)).collect()
+    }
+
+    /// The sessions with a target, the oldest first.
+    pub(super) fn statuses(&self, target: &IscsiName) -> Vec<SessionStatus> {
+        let inner = self.inner();
+        let sessions = inner.sessions.iter().filter(|(key, _)| key.target == *target);
+        let status = |(key, present): (&SessionKey, &Arc<Present>)| present.status(&key.initiator, key.group);
+        let mut statuses: Vec<SessionStatus> = sessions.map(status).collect();
+        statuses.sort_by_key(|status| status.since);
+        statuses
     }
 
     /// Makes a session known, after the one that it replaces has ended. `None` if the target is gone.
-    pub(super) async fn join(self: &Arc<Registry>, key: SessionKey) -> Option<Membership> {
+    pub(super) async fn join(
+        self: &Arc<Registry>,
+        key: SessionKey,
+        address: SocketAddr,
+        authentication: Authentication,
+    ) -> Option<Membership> {
         loop {
             let before = {
                 let mut inner = self.inner();
@@ -171,16 +131,16 @@ impl Registry {
                 match inner.sessions.get(&key) {
                     Some(before) => Arc::clone(before),
                     None => {
-                        let mailbox = Arc::new(Mailbox::new());
-                        inner.sessions.insert(key.clone(), Arc::clone(&mailbox));
+                        let present = Arc::new(Present::new(address, authentication));
+                        inner.sessions.insert(key.clone(), Arc::clone(&present));
                         inner.last_nexus += 1;
                         let nexus = NexusId(inner.last_nexus);
-                        return Some(Membership { registry: Arc::clone(self), key, served, mailbox, nexus });
+                        return Some(Membership { registry: Arc::clone(self), key, served, present, nexus });
                     }
                 }
             };
-            before.evict(Eviction::Replaced);
-            before.has_ended().await;
+            before.mailbox.evict(Eviction::Replaced);
+            before.mailbox.has_ended().await;
         }
     }
 
@@ -198,14 +158,14 @@ impl Membership {
         let inner = self.registry.inner();
         let of_target = inner.sessions.iter().filter(|(key, _)| key.target == self.key.target);
         let others = of_target.filter(|(key, _)| **key != self.key);
-        others.for_each(|(_, mailbox)| mailbox.evict(Eviction::Replaced));
+        others.for_each(|(_, present)| present.mailbox.evict(Eviction::Replaced));
     }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
         self.registry.inner().sessions.remove(&self.key);
-        self.mailbox.ended.close();
+        self.present.mailbox.close();
     }
 }
 

@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::buffers::Input;
-use super::registry::{AddError, Doors, Mailbox, Registry, SessionKey};
+use super::present::{Present, SessionStatus};
+use super::registry::{AddError, Doors, Registry, SessionKey};
 use super::session::{Peer, Session, Stage};
 use super::tasks::Budget;
 use super::{Admission, Portal, Target};
@@ -102,6 +103,11 @@ impl Server {
         self.registry.remove(name).await
     }
 
+    /// The sessions with a target, the oldest first; none if there is no such target.
+    pub fn sessions(&self, target: &IscsiName) -> Vec<SessionStatus> {
+        self.registry.statuses(target)
+    }
+
     /// Serves whoever connects to `listener`, as portal group `group`. Dropping the future closes all
     /// connections that came through it.
     pub async fn serve(&self, listener: TcpListener, group: u16) -> io::Result<()> {
@@ -135,9 +141,9 @@ impl Server {
     /// Serves one connection until it ends.
     pub async fn serve_connection(&self, mut stream: TcpStream, group: u16) -> Result<(), ServeError> {
         stream.set_nodelay(true)?;
-        let local = stream.local_addr()?;
+        let ends = Ends { local: stream.local_addr()?, peer: stream.peer_addr()?, group };
         let mut input = Input::new();
-        let login = self.log_in(&mut stream, &mut input, local, group);
+        let login = self.log_in(&mut stream, &mut input, ends);
         let session = tokio::time::timeout(LOGIN_TIME_MAX, login).await;
         match session.map_err(|_| ServeError::TooSlow)?? {
             Some(session) => run(stream, input, session).await,
@@ -150,14 +156,13 @@ impl Server {
         &self,
         stream: &mut TcpStream,
         input: &mut Input,
-        local: SocketAddr,
-        group: u16,
+        ends: Ends,
     ) -> Result<Option<Session>, ServeError> {
         let (challenge, tsih) = {
             let mut random = rand::rng();
             (Challenge { id: random.random(), bytes: random.random() }, random.random_range(1..=u16::MAX))
         };
-        let mut login = Login::new(challenge, group, tsih);
+        let mut login = Login::new(challenge, ends.group, tsih);
         let doors = Doors { registry: &self.registry, discovery: &self.options.discovery };
         loop {
             let max = LOGIN_SEGMENT_BYTES_MAX as usize;
@@ -181,7 +186,7 @@ impl Server {
                     respond(stream, &response, &text).await?;
                     return Err(ServeError::Refused { initiator: login.initiator(), status });
                 }
-                Step::Done(agreed) => match self.begin(agreed, local, group).await {
+                Step::Done(agreed) => match self.begin(agreed, ends).await {
                     Some(session) => {
                         respond(stream, &response, &text).await?;
                         return Ok(Some(session));
@@ -198,31 +203,43 @@ impl Server {
     }
 
     /// Makes a session of a login; `None` if its target was removed meanwhile.
-    async fn begin(&self, agreed: Agreed, local: SocketAddr, group: u16) -> Option<Session> {
+    async fn begin(&self, agreed: Agreed, ends: Ends) -> Option<Session> {
         let Some(target) = agreed.target.clone() else {
-            return Some(self.session(agreed, Peer::Discovery, local, group));
+            return Some(self.session(agreed, Peer::Discovery, ends));
         };
         let mut groups: Vec<u16> = self.options.portals.iter().map(|portal| portal.group).collect();
-        groups.push(group);
+        groups.push(ends.group);
         groups.sort_unstable();
         groups.dedup();
         let initiator = InitiatorPort { name: agreed.initiator.to_string(), isid: agreed.isid };
-        let port = TargetPort { name: target.to_string(), group, groups };
-        let key = SessionKey { initiator: agreed.initiator.clone(), isid: agreed.isid, target, group };
-        let membership = self.registry.join(key).await?;
+        let port = TargetPort { name: target.to_string(), group: ends.group, groups };
+        let (name, isid) = (agreed.initiator.clone(), agreed.isid);
+        let key = SessionKey { initiator: name, isid, target, group: ends.group };
+        let membership = self.registry.join(key, ends.peer, agreed.authentication).await?;
         let nexus = Nexus { id: membership.nexus, initiator, target: Arc::new(port) };
         membership.served.device.attach(&nexus, |lun| {
-            let mailbox = Arc::clone(&membership.mailbox);
-            Arc::new(move || mailbox.abort(lun))
+            let present = Arc::clone(&membership.present);
+            Arc::new(move |era| present.mailbox.abort(lun, era))
         });
         tracing::info!(initiator = %agreed.initiator, target = %nexus.target.name, "an initiator logged in");
-        Some(self.session(agreed, Peer::Target(membership, nexus), local, group))
+        Some(self.session(agreed, Peer::Target(membership, nexus), ends))
     }
 
-    fn session(&self, agreed: Agreed, peer: Peer, local: SocketAddr, group: u16) -> Session {
+    fn session(&self, agreed: Agreed, peer: Peer, ends: Ends) -> Session {
         let (registry, budget) = (Arc::clone(&self.registry), Arc::clone(&self.budget));
-        Session::new(agreed, peer, registry, budget, local, group)
+        Session::new(agreed, peer, registry, budget, ends.local, ends.group)
     }
+}
+
+/// Where a connection begins and ends.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    /// Our address, as the initiator reached us.
+    local: SocketAddr,
+    /// The initiator's.
+    peer: SocketAddr,
+    /// The portal group.
+    group: u16,
 }
 
 async fn respond(stream: &mut TcpStream, response: &LoginResponse, text: &[u8]) -> io::Result<()> {
@@ -231,12 +248,16 @@ async fn respond(stream: &mut TcpStream, response: &LoginResponse, text: &[u8]) 
 }
 
 /// The full feature phase of a connection.
-async fn run(stream: TcpStream, mut input: Input, mut session: Session) -> Result<(), ServeError> {
+async fn run(stream: TcpStream, input: Input, mut session: Session) -> Result<(), ServeError> {
+    let ended = drive(stream, input, &mut session).await;
+    // Whoever waits for the end of this session counts on it that nothing of it reaches a disk any more.
+    session.jobs.shutdown().await;
+    ended
+}
+
+async fn drive(stream: TcpStream, mut input: Input, session: &mut Session) -> Result<(), ServeError> {
     let (mut reader, mut writer) = stream.into_split();
-    let mailbox = match &session.peer {
-        Peer::Target(membership, _) => Some(Arc::clone(&membership.mailbox)),
-        Peer::Discovery => None,
-    };
+    let present = session.present.clone();
     let mut heard = Instant::now();
     let mut pinged = false;
     let mut closes_at: Option<Instant> = None;
@@ -244,7 +265,7 @@ async fn run(stream: TcpStream, mut input: Input, mut session: Session) -> Resul
         while let Some(ended) = session.jobs.try_join_next_with_id() {
             session.ended(ended).map_err(ServeError::Disk)?;
         }
-        take_all(&mut session, &mut input)?;
+        take_all(session, &mut input)?;
         match session.stage {
             Stage::Open => {}
             Stage::Closed => return Ok(()),
@@ -256,9 +277,9 @@ async fn run(stream: TcpStream, mut input: Input, mut session: Session) -> Resul
         let (sends, takes) = (!slices.is_empty(), session.takes_input());
         tokio::select! {
             biased;
-            () = arrived(mailbox.as_deref()) => {
-                if let Some(mailbox) = &mailbox {
-                    session.take_mail(&mailbox.take());
+            () = mail_for(present.as_deref()) => {
+                if let Some(present) = &present {
+                    session.take_mail(present.mailbox.take());
                 }
             }
             Some(ended) = session.jobs.join_next_with_id(), if !session.jobs.is_empty() => {
@@ -293,9 +314,9 @@ async fn run(stream: TcpStream, mut input: Input, mut session: Session) -> Resul
     }
 }
 
-async fn arrived(mailbox: Option<&Mailbox>) {
-    match mailbox {
-        Some(mailbox) => mailbox.arrived.notified().await,
+async fn mail_for(present: Option<&Present>) {
+    match present {
+        Some(present) => present.mailbox.arrived.notified().await,
         None => std::future::pending().await,
     }
 }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use tokio::task::{Id, JoinError, JoinSet};
 
 use super::buffers::Output;
-use super::registry::{Eviction, Mail, Membership, Registry};
+use super::mailbox::{Eviction, Mail};
+use super::present::Present;
+use super::registry::{Membership, Registry};
 use super::tasks::{Account, Budget, Finished, Tags, Task};
 use crate::limits::{COMMANDS_MAX, UNSENT_BYTES_MAX};
 use crate::login::Agreed;
@@ -43,6 +45,8 @@ pub(super) enum Stage {
 /// A session in its full feature phase.
 pub(super) struct Session {
     pub(super) peer: Peer,
+    /// What others see of it, if it is with a target.
+    pub(super) present: Option<Arc<Present>>,
     pub(super) registry: Arc<Registry>,
     pub(super) initiator: IscsiName,
     pub(super) local: std::net::SocketAddr,
@@ -80,8 +84,13 @@ impl Session {
         local: std::net::SocketAddr,
         group: u16,
     ) -> Session {
+        let present = match &peer {
+            Peer::Target(membership, _) => Some(Arc::clone(&membership.present)),
+            Peer::Discovery => None,
+        };
         Session {
             peer,
+            present,
             registry,
             initiator: agreed.initiator,
             local,
@@ -205,9 +214,9 @@ impl Session {
     }
 
     /// Takes the mail that others have put.
-    pub(super) fn take_mail(&mut self, mail: &Mail) {
-        for lun in &mail.aborts {
-            self.abort_unit(*lun);
+    pub(super) fn take_mail(&mut self, mail: Mail) {
+        for (lun, (era, promises)) in mail.aborts {
+            self.abort_unit(lun, era, promises);
         }
         match mail.eviction {
             Some(Eviction::Replaced) => self.stage = Stage::Closed,
@@ -244,10 +253,10 @@ impl Session {
         };
         if let Some(booked) = self.aborted.remove(&id) {
             self.account.release(booked);
-            self.answer_deferred(id);
         } else if let Some(finished) = finished {
             self.finish(finished);
         }
+        self.conclude_deferred(id);
         self.pump();
         Ok(())
     }

@@ -7,7 +7,7 @@ use tokio::task::AbortHandle;
 
 use crate::limits::{IN_FLIGHT_BYTES_MAX, IN_FLIGHT_BYTES_MAX_ALL};
 use crate::pdu::{self, NO_TAG, ScsiCommand, command};
-use crate::scsi::{Fault, Reply, Unit, Work};
+use crate::scsi::{Era, Fault, Reply, Unit, Work};
 
 /// The bytes that all sessions of a server have under way together.
 #[derive(Debug, Default)]
@@ -82,6 +82,7 @@ pub(super) struct Task {
     /// Its place among the commands of the session.
     pub(super) arrival: u64,
     pub(super) unit: Arc<Unit>,
+    pub(super) era: Era,
     pub(super) work: Option<Work>,
     pub(super) phase: Phase,
     /// What came of the data.
@@ -134,6 +135,8 @@ pub(super) enum Outcome {
     Read(Vec<u8>, Result<usize, Fault>),
     /// Anything else.
     Other(Reply),
+    /// It was no command: what was aborted at units has ended, in all sessions.
+    Settled,
 }
 
 /// A command that has finished.
