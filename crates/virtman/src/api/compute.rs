@@ -89,6 +89,18 @@ pub(crate) struct NodeImage {
     /// How far its boot profile is here, if it has one.
     #[serde(default)]
     pub(crate) profile: Option<NodeProfile>,
+    /// How much of it is here, if all of it is to be.
+    #[serde(default)]
+    pub(crate) fill: Option<NodeFill>,
+}
+
+/// How far a node is with getting a whole image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct NodeFill {
+    /// Chunks that cover the image.
+    pub(crate) chunks: u64,
+    /// Those of them that are here: fetched, found in the cache, or all zero.
+    pub(crate) resident: u64,
 }
 
 /// What `image verify` found.

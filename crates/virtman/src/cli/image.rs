@@ -81,9 +81,10 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
             Ok(())
         }
         ImageCommand::Profile(command) => profile::run(context, command).await,
-        ImageCommand::Attach { image } => {
+        ImageCommand::Attach { image, fill } => {
             let node = context.node().await?;
-            let image: NodeImage = node.client.put(&format!("/v1/attached/{image}"), &()).await?;
+            let query = if *fill { "?fill=true" } else { "" };
+            let image: NodeImage = node.client.put(&format!("/v1/attached/{image}{query}"), &()).await?;
             if context.json() {
                 print_json(&image);
             } else {
@@ -101,6 +102,9 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
 }
 
 async fn list(context: &Context) -> Outcome {
+    if !context.named_node().is_empty() {
+        return list_attached(context).await;
+    }
     // A host without credentials for Volt still knows the images that its own node has attached.
     let images: Vec<ImageRecord> = match context.volt() {
         Ok(volt) => volt.get("/v1/images").await?,
@@ -142,6 +146,7 @@ async fn list_attached(context: &Context) -> Outcome {
         Column::Number("SIZE"),
         Column::Number("DATA"),
         Column::Text("ROLE"),
+        Column::Number("FILLED"),
         Column::Number("VMS"),
     ]);
     for image in images {
@@ -151,6 +156,7 @@ async fn list_attached(context: &Context) -> Outcome {
             ByteSize(image.size_bytes).to_string(),
             data_bytes(image.chunks - image.zero_chunks).to_string(),
             image.role,
+            image.fill.map_or("-".to_owned(), |fill| format!("{} %", fill.resident * 100 / fill.chunks)),
             image.vms.to_string(),
         ]);
     }

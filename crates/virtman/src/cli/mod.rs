@@ -183,7 +183,7 @@ pub(crate) enum ImageCommand {
         #[arg(long)]
         copy: bool,
     },
-    /// List the cluster's images
+    /// List the cluster's images, or with --node those that the node has attached
     List,
     /// Show an image: size, chunks, id, origins
     Show {
@@ -225,6 +225,9 @@ pub(crate) enum ImageCommand {
     Attach {
         /// Name with tag
         image: ImageName,
+        /// Fetch all of it while nobody waits for it, at most as fast as `compute --background-rate` says
+        #[arg(long)]
+        fill: bool,
     },
     /// Detach an image that no VM of the node uses
     Detach {

@@ -22,11 +22,13 @@ use volt::{Placement, Role};
 
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
+use super::fill::Fill;
 use super::profile::{Profile, Way};
 use crate::api::compute::NodeImage;
 use crate::api::profile::ProfileOffer;
 use crate::api::volt::ImageRecord;
 use crate::http::ApiError;
+use crate::units::ByteSize;
 
 /// How long a child's request waits for this node to attach the image. A child may be told of its parent
 /// a moment before the parent learns that it is one; much later, the child had better ask another.
@@ -65,6 +67,7 @@ pub(crate) struct Attached {
     source: Arc<dyn ChunkSource>,
     /// How many stripes its placement has.
     stripes: watch::Sender<usize>,
+    way: Way,
     state: Mutex<State>,
 }
 
@@ -109,6 +112,8 @@ struct State {
     names: BTreeSet<ImageName>,
     placement: Placement,
     exports: HashMap<ImageName, ExportSocket>,
+    /// Gets all of it into the cache, if that is wanted.
+    fill: Option<Fill>,
 }
 
 /// What is remembered of an attached image.
@@ -117,6 +122,8 @@ struct AttachedRecord {
     names: BTreeSet<ImageName>,
     root_page: String,
     placement: Placement,
+    #[serde(default)]
+    fill: bool,
 }
 
 impl Images {
@@ -156,6 +163,9 @@ impl Images {
         let attached = self.make(root, record.placement, ProfileOffer::default(), Instant::now())?;
         for name in record.names {
             self.add_export(&attached, name)?;
+        }
+        if record.fill {
+            attached.fill();
         }
         self.insert(attached);
         Ok(())
@@ -236,6 +246,26 @@ impl Images {
         Ok(attached)
     }
 
+    /// Gets all of an image into the cache, now and whenever the daemon starts. Asking again changes nothing.
+    pub(crate) fn fill(&self, attached: &Attached) -> Result<(), ApiError> {
+        let chunks = attached.root.chunk_count() - attached.root.zero_chunks();
+        let room = self.cache.stats().capacity_chunks;
+        if chunks > room {
+            let bytes = |chunks: u64| ByteSize(chunks * block::limits::CHUNK_BYTES as u64);
+            return Err(ApiError::conflict(
+                "cache_too_small",
+                format!(
+                    "the image has {} of data, and the cache has room for {}",
+                    bytes(chunks),
+                    bytes(room)
+                ),
+            )
+            .with_hint("give the node more room with --cache"));
+        }
+        attached.fill();
+        self.save(attached).map_err(ApiError::internal)
+    }
+
     /// Takes a name from an image, and the image out of service with its last one. The caller holds
     /// `changing` and knows that nobody uses it.
     pub(crate) fn detach(&self, attached: &Attached, name: &ImageName) -> Result<Detached, String> {
@@ -313,9 +343,10 @@ impl Images {
                 Arc::new(move || upstream.role())
             },
         };
-        let profile = Arc::new(Profile::new(way, profile, asked, self.records.clone()));
-        let state = Mutex::new(State { names: BTreeSet::new(), placement, exports: HashMap::new() });
-        Ok(Arc::new(Attached { id, root, volume, profile, upstream, source, stripes, state }))
+        let profile = Arc::new(Profile::new(way.clone(), profile, asked, self.records.clone()));
+        let names = BTreeSet::new();
+        let state = Mutex::new(State { names, placement, exports: HashMap::new(), fill: None });
+        Ok(Arc::new(Attached { id, root, volume, profile, upstream, source, stripes, way, state }))
     }
 
     /// The node's own copy if it is an origin of the image, else the parents that Volt named.
@@ -369,6 +400,7 @@ impl Images {
                 names: state.names.clone(),
                 root_page: BASE64.encode(attached.root.encode()),
                 placement: state.placement.clone(),
+                fill: state.fill.is_some(),
             }
         };
         let file = self.record_file(&attached.id);
@@ -395,6 +427,7 @@ impl Images {
             export: export.unwrap_or_default(),
             vms,
             profile: attached.profile.describe(),
+            fill: state.fill.as_ref().map(Fill::describe),
         }
     }
 }
@@ -419,6 +452,13 @@ impl Attached {
         match self.upstream.current() {
             Upstream::Origin(origin) => Some(origin),
             Upstream::Relay(_) => None,
+        }
+    }
+
+    fn fill(&self) {
+        let mut state = self.state();
+        if state.fill.is_none() {
+            state.fill = Some(Fill::begin(self.way.clone()));
         }
     }
 

@@ -1,6 +1,7 @@
 //! A node: `virtman compute`.
 //!
-//! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]), gives VMs disks
+//! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
+//! that is wanted ([`fill`]), gives VMs disks
 //! and runs guests ([`vms`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
 //! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
 //! same images, disks and exports under the same names, and its guests never noticed more than latency.
@@ -10,6 +11,7 @@ mod exports;
 #[cfg(feature = "faults")]
 pub(crate) mod fault;
 mod files;
+mod fill;
 mod images;
 mod iscsi;
 mod node;

@@ -122,13 +122,29 @@ async fn remove_image(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// How an image is attached.
+#[derive(Debug, Deserialize)]
+struct Attaching {
+    /// Whether all of it is fetched, while nobody waits for it.
+    #[serde(default)]
+    fill: bool,
+}
+
 /// Attaches an image.
-#[utoipa::path(put, path = "/v1/attached/{image}", params(("image" = String, Path,)),
-    responses((status = 200, body = NodeImage), (status = 404), (status = 503)))]
-async fn attach_image(State(node): Shared, peer: Peer, Path(name): Path<ImageName>) -> Answer<NodeImage> {
+#[utoipa::path(put, path = "/v1/attached/{image}", params(("image" = String, Path,), ("fill" = Option<bool>, Query,)),
+    responses((status = 200, body = NodeImage), (status = 404), (status = 409), (status = 503)))]
+async fn attach_image(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<ImageName>,
+    Query(attaching): Query<Attaching>,
+) -> Answer<NodeImage> {
     peer.must_be_admin()?;
     to_the_end(async move {
         let attached = node.attach(&name).await?;
+        if attaching.fill {
+            node.images.fill(&attached)?;
+        }
         Ok(Json(node.describe(&attached)))
     })
     .await

@@ -5,6 +5,7 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -30,12 +31,16 @@ pub(crate) struct Agent {
 impl Agent {
     /// Connects to the agent of `vm` on `node` and waits until it answers.
     pub(crate) fn of(cluster: &Cluster, node: &str, vm: &str) -> Agent {
-        let path = cluster.node_dir(node).join("vms").join(vm).join("agent.sock");
-        let stream = UnixStream::connect(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        Agent::at(&cluster.node_dir(node).join("vms").join(vm).join("agent.sock"), vm)
+    }
+
+    /// Connects to the agent behind the socket at `path` and waits until it answers.
+    pub(crate) fn at(path: &Path, guest: &str) -> Agent {
+        let stream = UnixStream::connect(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         stream.set_read_timeout(Some(ASK_AGAIN)).unwrap();
-        let mut agent = Agent { guest: vm.to_owned(), stream: BufReader::new(stream) };
+        let mut agent = Agent { guest: guest.to_owned(), stream: BufReader::new(stream) };
         let mut asked = 0;
-        wait_for(&format!("the agent of {vm} answers"), AGENT_LIMIT, || {
+        wait_for(&format!("the agent of {guest} answers"), AGENT_LIMIT, || {
             asked += 1;
             // 0xff resets the agent's parser, whatever an earlier client left in it.
             agent.stream.get_mut().write_all(b"\xff").unwrap();

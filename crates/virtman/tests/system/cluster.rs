@@ -86,12 +86,14 @@ impl Cluster {
         self.path(name)
     }
 
-    /// Joins a node and waits until Volt has it.
+    /// Joins a node and waits until Volt has it. It has a cache of 2 GiB if `options` name none.
     pub(crate) fn add_node(&mut self, name: &str, options: &[&str]) {
         let token = self.ok(&["volt", "token"]);
         let mut options: Vec<String> = options.iter().map(ToString::to_string).collect();
-        options
-            .extend(["--cache".to_owned(), format!("{}=2G", self.path(&format!("{name}.cache")).display())]);
+        if !options.iter().any(|option| option == "--cache") {
+            let cache = self.path(&format!("{name}.cache"));
+            options.extend(["--cache".to_owned(), format!("{}=2G", cache.display())]);
+        }
         let mut join =
             vec!["--join".to_owned(), token.trim().to_owned(), "--name".to_owned(), name.to_owned()];
         join.extend(options.iter().cloned());

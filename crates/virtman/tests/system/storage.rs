@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::{Cluster, free_address};
-use crate::tools::{assert_same, both, make_raw, qemu_io, tool, tool_output};
+use crate::tools::{assert_same, both, make_raw, qemu_io, tool, tool_output, wait_for};
 
 /// The origin and four nodes below it, the last one at level three.
 const FIVE: [&str; 5] = ["o", "a", "b", "c", "d"];
@@ -86,10 +87,14 @@ fn storage_each_node_fetches_each_chunk_once_however_many_read_it() {
         for lost in ["evicted_chunks", "dropped_chunks", "unstored_chunks"] {
             assert_eq!(cache(lost), 0, "{node}: {status}");
         }
-        assert_eq!(status["links"]["received_chunks"], fetched, "{node}: {status}");
         assert_eq!(status["links"]["lies"], 0, "{node}: {status}");
+        // A request that is late is asked again, and then both answers may come.
+        let links = |counter: &str| status["links"][counter].as_u64().unwrap();
+        let received = links("received_chunks");
+        let most = fetched + links("hedges") + links("failovers");
+        assert!((fetched..=most).contains(&received), "{node}: {status}");
     }
-    // What parents sent arrived, or a child had withdrawn it: each such copy is a request that was late.
+    // What parents sent arrived, or a child had withdrawn it after it had asked another.
     let (mut sent, mut received, mut asked_again, mut of_origin) = (0, 0, 0, 0);
     for node in &FIVE {
         let status = cluster.node_status(node);
@@ -107,6 +112,29 @@ fn storage_each_node_fetches_each_chunk_once_however_many_read_it() {
     let fetched = cluster.node_status("a")["cache"]["fetched_chunks"].as_u64().unwrap();
     let sent = origin["links"]["sent_chunks"].as_u64().unwrap();
     assert!((fetched..=fetched + of_origin).contains(&sent), "{origin}, {of_origin}");
+}
+
+#[test]
+fn storage_a_node_that_was_filled_needs_no_parent_any_more() {
+    let mut cluster = Cluster::with_nodes(&["o", "a"]);
+    let source = cluster.path("source");
+    make_raw(&source, MIB, 21);
+    cluster.ok(&["--node", "o", "image", "add", "disk:1", source.to_str().unwrap()]);
+    cluster.add_node("small", &["--cache", &format!("{}=2M", cluster.path("small.chunks").display())]);
+    let said = cluster.refused(&["--node", "small", "image", "attach", "disk:1", "--fill"]);
+    assert!(said.contains("room for 1.9 MiB") && said.contains("--cache"), "{said}");
+
+    cluster.ok(&["--node", "a", "image", "attach", "disk:1", "--fill"]);
+    // A node that starts again goes on with it.
+    cluster.kill_node("a");
+    cluster.restart_node("a");
+    cluster.wait_up("a");
+    wait_for("all of the image is on a", Duration::from_secs(30), || {
+        let fill = cluster.json(&["--node", "a", "image", "list"])[0]["fill"].clone();
+        (fill["resident"].as_u64()? == fill["chunks"].as_u64()?).then_some(())
+    });
+    cluster.kill_node("o");
+    assert_same(&cluster.volume("a", "disk+1"), &source);
 }
 
 #[test]

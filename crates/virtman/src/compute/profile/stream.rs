@@ -29,6 +29,7 @@ const PAGES_AT_ONCE: usize = 32;
 const NAMES_AT_ONCE: usize = 64;
 
 /// Where the chunks of an image come from and go to.
+#[derive(Clone)]
 pub(crate) struct Way {
     pub(crate) volume: Arc<ImageVolume>,
     /// The image's chunks, through the cache.
@@ -43,7 +44,7 @@ pub(crate) struct Way {
 impl Way {
     /// Gets these chunks into the cache; `here` is called for each one that is, fetched or found. Returns how
     /// many could not be had.
-    pub(super) async fn stream(
+    pub(in crate::compute) async fn stream(
         &self,
         chunks: &[ChunkIndex],
         priority: Priority,
