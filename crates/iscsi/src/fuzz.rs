@@ -88,6 +88,11 @@ pub fn commands(input: &[u8]) {
     }
 }
 
+/// A target that sends these bytes to an initiator of ours.
+pub fn target(input: &[u8]) {
+    crate::initiator::fuzz::target(input);
+}
+
 struct Doors {
     asks: bool,
 }

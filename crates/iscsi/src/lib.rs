@@ -11,6 +11,7 @@
 pub mod chap;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod initiator;
 pub mod limits;
 pub mod login;
 pub mod name;
@@ -21,6 +22,7 @@ pub mod target;
 pub mod text;
 
 pub use chap::Credentials;
+pub use initiator::Initiator;
 pub use login::Authentication;
 pub use name::IscsiName;
 pub use target::{AddError, Admission, Portal, Server, ServerOptions, SessionStatus, Target};
