@@ -223,17 +223,16 @@ pub(super) async fn run(
 
     let progress = Arc::new(Progress::new());
     let hosts = desks.iter().map(|desk| desk.host.clone()).collect();
-    let (watcher, points) = look::watch(Arc::clone(&network), origin.clone(), hosts, Arc::clone(&progress));
+    let watcher = look::watch(Arc::clone(&network), origin.clone(), hosts, Arc::clone(&progress));
     let before = network.traffic(&origin);
     let (_, nobody_arrives) = mpsc::channel(1);
     let stories = crowd::run(cast, desks.clone(), nobody_arrives, &progress).await?;
     let end = progress.begin.elapsed();
     let sent = (network.traffic(&origin) - before).sent;
-    watcher.abort();
-    let _ = watcher.await;
+    let points = watcher.end().await;
 
     let mut run = Run::of_stories(baseline.to_string(), plan.nodes, &stories, end.as_secs_f64());
-    run.points = points.lock().expect("no holder of this lock panics").clone();
+    run.points = points;
     run.origin_wire_ratio = sent as f64 / boot.bytes() as f64;
     run.note_part_done(&cast.script.trace, &progress);
     let complete = progress.complete.lock().expect("no holder of this lock panics").clone();

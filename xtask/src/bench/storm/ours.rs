@@ -149,7 +149,7 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
     let nodes = site.nodes();
     let progress = Arc::new(Progress::new());
     let hosts = nodes.iter().map(|node| node.host().clone()).collect();
-    let (watcher, points) =
+    let watcher =
         look::watch(Arc::clone(&site.network), site.origin.host().clone(), hosts, Arc::clone(&progress));
     let mut polls = JoinSet::new();
     if task.plan.vms == 0 {
@@ -183,12 +183,11 @@ pub(super) async fn run(task: &Task<'_>, site: &Arc<Site>) -> Outcome<Run> {
     let last = complete.values().max().copied().unwrap_or_else(|| progress.begin.elapsed());
     let end = if task.plan.vms == 0 { last } else { progress.begin.elapsed() };
     polls.shutdown().await;
-    watcher.abort();
-    // So that nothing holds the network any more.
-    let _ = watcher.await;
+    // Nothing holds the network any more after this.
+    let points = watcher.end().await;
 
     let mut run = Run::of_stories(task.name.clone(), nodes.len(), &stories, end.as_secs_f64());
-    run.points = points.lock().expect("no holder of this lock panics").clone();
+    run.points = points;
     let after = Marks::take(site)?;
     let boot_bytes = task.boot.bytes() as f64;
     run.origin_wire_ratio = (after.origin - before.origin).sent as f64 / boot_bytes;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::crowd::Progress;
@@ -29,30 +30,49 @@ pub(super) struct Point {
     pub(super) nodes_complete: usize,
 }
 
-/// Looks at the network until it is aborted; what it saw is in `points`.
+/// Somebody who looks at the network until the end.
+pub(super) struct Watcher {
+    task: JoinHandle<Vec<Point>>,
+    end: oneshot::Sender<()>,
+}
+
+impl Watcher {
+    /// Looks once more, and tells what was seen.
+    pub(super) async fn end(self) -> Vec<Point> {
+        // The task ends only after this, or after very many looks.
+        let _ = self.end.send(());
+        self.task.await.expect("looking does not panic")
+    }
+}
+
+/// Looks at the network from now on.
 pub(super) fn watch(
     network: Arc<Network>,
     origin: Host,
     nodes: Vec<Host>,
     progress: Arc<Progress>,
-) -> (JoinHandle<()>, Arc<std::sync::Mutex<Vec<Point>>>) {
-    let points = Arc::new(std::sync::Mutex::new(Vec::new()));
-    let seen = Arc::clone(&points);
+) -> Watcher {
+    let (end, mut ended) = oneshot::channel();
     let task = tokio::spawn(async move {
         let look = || {
             let received: u64 = nodes.iter().map(|host| network.traffic(host).received).sum();
             Traffic { sent: network.traffic(&origin).sent, received }
         };
+        let mut points = Vec::new();
         let mut before = (progress.begin.elapsed(), look());
         let mut ticks = tokio::time::interval(PERIOD);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         ticks.tick().await;
-        for _ in 0..POINTS_MAX {
-            ticks.tick().await;
+        let mut more = true;
+        while more && points.len() < POINTS_MAX {
+            more = tokio::select! {
+                _ = ticks.tick() => true,
+                _ = &mut ended => false,
+            };
             let now = (progress.begin.elapsed(), look());
             let moved = now.1 - before.1;
             let seconds = (now.0 - before.0).as_secs_f64();
-            seen.lock().expect("no holder of this lock panics").push(Point {
+            points.push(Point {
                 seconds: now.0.as_secs_f64(),
                 received_mb_per_second: moved.received as f64 / 1e6 / seconds,
                 origin_sent_mb_per_second: moved.sent as f64 / 1e6 / seconds,
@@ -61,6 +81,7 @@ pub(super) fn watch(
             });
             before = now;
         }
+        points
     });
-    (task, points)
+    Watcher { task, end }
 }
