@@ -12,16 +12,18 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use block::limits::CHUNK_BYTES;
-use block::{ChunkHash, ChunkIndex, ExtentKind, ImageId};
+use block::{ChunkHash, ChunkIndex, Disk, ExtentKind, ImageId};
+use tokio::runtime::Handle;
 
 use crate::layout::{self, Keep, Novelty, SourceRecord};
 use crate::manifest::Shape;
 use crate::pages::Pages;
-use crate::source::{AllowedDirs, Reader, Source};
+use crate::source::{AllowedDirs, Reader, RemoteReader, Source};
 use crate::{Format, ImportError, RootPage, index};
 
 /// Chunks that a worker takes at a time: 4 MiB keeps a disk streaming, and a page is a whole number of runs.
@@ -42,6 +44,22 @@ pub struct ImportRequest {
     pub format: Option<Format>,
     /// Where the file and all that it refers to may lie; if empty, in the file's own directory.
     pub allowed_dirs: Vec<PathBuf>,
+    /// Where the bytes are to be read from later.
+    pub keep: Keep,
+}
+
+/// A remote disk to add as an image, and how.
+#[derive(Clone)]
+pub struct RemoteRequest {
+    /// Where the disk is, in the words by which it will be opened again. It is kept and shown: no secret may
+    /// stand in it.
+    pub location: String,
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// The runtime on which the disk's operations are waited for.
+    pub runtime: Handle,
+    /// The format of its content: raw, or `None` to see that it does not look like another.
+    pub format: Option<Format>,
     /// Where the bytes are to be read from later.
     pub keep: Keep,
 }
@@ -114,26 +132,55 @@ pub fn import(
     let allowed = AllowedDirs::new(&request.allowed_dirs, &file)?;
     let source = Source::open(&file, request.format, &allowed)?;
     check_paths(&source, allowed.dirs())?;
-    let record = SourceRecord {
+    let record = record_of(&source, request.keep);
+    add(&source, &SourceRecord { allowed_dirs: allowed.dirs().to_vec(), ..record }, images_dir, progress)
+}
+
+/// Adds the raw image on a remote disk to `images_dir`, as [`import`] does with a file. Blocks for as long as
+/// reading the disk takes, in a thread that may block: not one of the runtime's workers.
+///
+/// If the bytes are kept where they are, [`OriginImage::open_with`](crate::OriginImage::open_with) opens the image.
+pub fn import_remote(
+    request: &RemoteRequest,
+    images_dir: &Path,
+    progress: &ImportProgress,
+) -> Result<Imported, ImportError> {
+    let disk = RemoteReader::new(Arc::clone(&request.disk), request.runtime.clone());
+    let source = Source::open_remote(&request.location, request.format, disk)?;
+    let record = record_of(&source, request.keep);
+    add(&source, &SourceRecord { remote: Some(request.location.clone()), ..record }, images_dir, progress)
+}
+
+fn record_of(source: &Source, keep: Keep) -> SourceRecord {
+    SourceRecord {
         version: SourceRecord::VERSION,
         tool: format!("virtman {}", env!("CARGO_PKG_VERSION")),
         format: source.format(),
-        keep: request.keep,
+        keep,
         files: source.parts().to_vec(),
-        allowed_dirs: allowed.dirs().to_vec(),
-    };
+        remote: None,
+        allowed_dirs: Vec::new(),
+    }
+}
 
+/// Reads an opened image and leaves what `record` says of it in a directory of its own.
+fn add(
+    source: &Source,
+    record: &SourceRecord,
+    images_dir: &Path,
+    progress: &ImportProgress,
+) -> Result<Imported, ImportError> {
     let unfinished = layout::begin(images_dir).map_err(|e| ImportError::writing(images_dir, &e))?;
-    let scan = scan(&source, request.keep, unfinished.path(), progress)?;
+    let scan = scan(source, record.keep, unfinished.path(), progress)?;
     let unwritable = |error: io::Error| ImportError::writing(images_dir, &error);
-    let root = finish(unfinished.path(), &scan, &record).map_err(unwritable)?;
+    let root = finish(unfinished.path(), &scan, record).map_err(unwritable)?;
     source.check_unchanged()?;
     if progress.is_cancelled() {
         return Err(ImportError::Cancelled);
     }
     let novelty = layout::publish(unfinished, images_dir, root.id()).map_err(unwritable)?;
     let id = root.id();
-    tracing::info!(image = %id, file = %file.display(), format = %record.format, ?novelty, "image added");
+    tracing::info!(image = %id, file = %source.path().display(), format = %record.format, ?novelty, "image added");
     Ok(Imported {
         id,
         dir: images_dir.join(id.to_string()),

@@ -30,9 +30,9 @@ const UNFINISHED: &str = ".unfinished-";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Keep {
-    /// From the image file, where it lies. It must stay there unchanged.
+    /// From the image file or remote disk, where it lies. It must stay there unchanged.
     InPlace,
-    /// From a sparse raw copy in the image's directory. The image file is not needed any more.
+    /// From a sparse raw copy in the image's directory. What it was added from is not needed any more.
     Copy,
 }
 
@@ -46,8 +46,11 @@ pub(crate) struct SourceRecord {
     pub(crate) tool: String,
     pub(crate) format: Format,
     pub(crate) keep: Keep,
-    /// The image file first, then what it builds upon.
+    /// The image file first, then what it builds upon. None if the image came from a remote disk.
     pub(crate) files: Vec<FilePart>,
+    /// Where that remote disk is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) remote: Option<String>,
     pub(crate) allowed_dirs: Vec<PathBuf>,
 }
 
@@ -60,8 +63,8 @@ impl SourceRecord {
         if record.version != SourceRecord::VERSION {
             return Err(invalid("its version is not known here: use a newer virtman"));
         }
-        if record.files.is_empty() {
-            return Err(invalid("it names no file"));
+        if record.files.is_empty() == record.remote.is_none() {
+            return Err(invalid("it does not name either files or a remote disk"));
         }
         Ok(record)
     }

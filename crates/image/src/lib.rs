@@ -2,9 +2,10 @@
 //!
 //! - [`RootPage`]: the few bytes that name and size a whole image; its hash is the [`ImageId`](block::ImageId).
 //! - [`ImageVolume`]: an image as a read-only [`Disk`](block::Disk) over any [`ChunkSource`](block::ChunkSource).
-//! - [`import()`]: reads a raw, qcow2, vmdk or vhdx file once and leaves a manifest beside it.
+//! - [`import()`]: reads a raw, qcow2, vmdk or vhdx file once and leaves a manifest beside it; [`import_remote`]
+//!   does so with a disk that lies elsewhere.
 //! - [`BootProfile`]: in which order booting guests first touch the chunks; [`Recorder`] finds it out.
-//! - [`OriginImage`]: serves the chunks of an imported image from that file, as a `ChunkSource`.
+//! - [`OriginImage`]: serves the chunks of an imported image from that file or disk, as a `ChunkSource`.
 //!
 //! Invariants:
 //! - Whoever knows the `ImageId` can trust every byte: the root page names the pages, the pages name the chunks.
@@ -27,11 +28,11 @@ mod verify;
 mod volume;
 
 pub use error::ImportError;
-pub use import::{ImportProgress, ImportRequest, Imported, import};
+pub use import::{ImportProgress, ImportRequest, Imported, RemoteRequest, import, import_remote};
 pub use layout::{Keep, Novelty, list, remove, sweep};
 pub use manifest::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};
 pub use origin::{Description, OpenError, OriginImage};
 pub use profile::{BootProfile, PROFILE_BYTES_MAX, PROFILE_CHUNKS_MAX, ProfileError, Recorder};
-pub use source::{FilePart, Format, ParseFormatError};
+pub use source::{FilePart, Format, OpenRemote, ParseFormatError, Remotes};
 pub use verify::{VerifyError, VerifyReport};
 pub use volume::ImageVolume;

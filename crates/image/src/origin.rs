@@ -1,8 +1,8 @@
 //! An imported image as a source of chunks: the root of its hierarchy.
 //!
-//! Pages come from the image's directory, data from the image file through the reader of its format. Whatever
-//! was read becomes a [`Chunk`] only by verification, so a file that was changed after the import gives errors,
-//! never wrong bytes.
+//! Pages come from the image's directory, data from the image file through the reader of its format, or from the
+//! remote disk that the image was added from, which is opened when it is first read. Whatever was read becomes a
+//! [`Chunk`] only by verification, so what was changed after the import gives errors, never wrong bytes.
 //!
 //! - Consistency: an opened image keeps to the source that it was opened with.
 //! - Retries: none; but after an error the source is opened anew, so that a file that was put back serves again.
@@ -24,8 +24,8 @@ use tokio::sync::Semaphore;
 use crate::index::Index;
 use crate::layout::{self, Keep, SourceRecord};
 use crate::pages::{Node, Pages};
-use crate::source::{AllowedDirs, Reader, Source};
-use crate::{FilePart, Format, ImportError, ManifestError, RootPage};
+use crate::source::{AllowedDirs, Reader, RemoteReader, Source};
+use crate::{FilePart, Format, ImportError, ManifestError, Remotes, RootPage};
 
 /// Reads that one image has on the blocking pool at a time: enough to keep a disk's queue filled, few enough
 /// that images do not starve each other of the pool's threads.
@@ -76,16 +76,27 @@ pub struct Description {
     pub format: Format,
     /// Where the bytes are read from.
     pub keep: Keep,
-    /// The file that the bytes are read from.
+    /// The file that the bytes are read from, or the location of the remote disk.
     pub path: PathBuf,
-    /// The files that the image was added from: the image file, then those that it builds upon.
+    /// The files that the image was added from: the image file, then those that it builds upon. None if it was
+    /// added from a remote disk.
     pub files: Vec<FilePart>,
 }
 
 impl OriginImage {
-    /// Opens the directory of an imported image. The image file itself is opened when it is first read.
+    /// Opens the directory of an imported image. The image file itself is opened when it is first read. An image
+    /// that lies on a remote disk needs [`open_with`](Self::open_with).
     pub fn open(dir: &Path) -> Result<OriginImage, OpenError> {
-        let shared = Arc::new(Shared::open(dir)?);
+        OriginImage::open_shared(dir, None)
+    }
+
+    /// Opens the directory of an imported image, which may lie on a remote disk.
+    pub fn open_with(dir: &Path, remotes: Remotes) -> Result<OriginImage, OpenError> {
+        OriginImage::open_shared(dir, Some(remotes))
+    }
+
+    fn open_shared(dir: &Path, remotes: Option<Remotes>) -> Result<OriginImage, OpenError> {
+        let shared = Arc::new(Shared::open(dir, remotes)?);
         Ok(OriginImage { shared, reads: Arc::new(Semaphore::new(READS_MAX)) })
     }
 
@@ -146,6 +157,7 @@ pub(crate) struct Shared {
     pub(crate) pages: Pages,
     index: Index,
     record: SourceRecord,
+    remotes: Option<Remotes>,
     readers: Mutex<Readers>,
     /// Whether somebody was told that the source is not what it was.
     complained: AtomicBool,
@@ -159,7 +171,7 @@ struct Readers {
 }
 
 impl Shared {
-    fn open(dir: &Path) -> Result<Shared, OpenError> {
+    fn open(dir: &Path, remotes: Option<Remotes>) -> Result<Shared, OpenError> {
         let damaged = |name: &str, reason: String| OpenError::Damaged { path: dir.join(name), reason };
         let failed = |name: &str, error: &io::Error| match error.kind() {
             io::ErrorKind::InvalidData | io::ErrorKind::NotFound => damaged(name, error.to_string()),
@@ -186,6 +198,7 @@ impl Shared {
             pages,
             index,
             record,
+            remotes,
             readers: Mutex::default(),
             complained: AtomicBool::new(false),
         })
@@ -194,7 +207,10 @@ impl Shared {
     fn data_path(&self) -> PathBuf {
         match self.record.keep {
             Keep::Copy => self.dir.join(layout::DATA),
-            Keep::InPlace => self.record.files[0].path.clone(),
+            Keep::InPlace => match (&self.record.remote, self.record.files.first()) {
+                (Some(location), _) => PathBuf::from(location),
+                (None, file) => file.expect("a record names files or a remote disk").path.clone(),
+            },
         }
     }
 
@@ -271,17 +287,29 @@ impl Shared {
     }
 
     fn open_source(&self) -> Result<Source, ImportError> {
-        let (path, format, dirs) = match self.record.keep {
-            Keep::Copy => (self.data_path(), Format::Raw, vec![self.dir.clone()]),
-            Keep::InPlace => (self.data_path(), self.record.format, self.record.allowed_dirs.clone()),
-        };
-        let source = Source::open(&path, Some(format), &AllowedDirs::new(&dirs, &path)?)?;
+        let path = self.data_path();
+        let open =
+            |format, dirs: &[PathBuf]| Source::open(&path, Some(format), &AllowedDirs::new(dirs, &path)?);
+        let source = match (self.record.keep, &self.record.remote) {
+            (Keep::Copy, _) => open(Format::Raw, std::slice::from_ref(&self.dir)),
+            (Keep::InPlace, None) => open(self.record.format, &self.record.allowed_dirs),
+            (Keep::InPlace, Some(location)) => self.open_remote(location),
+        }?;
         let (expected, actual) = (self.root.size_bytes(), source.size_bytes());
         if actual < expected {
             let reason = format!("it holds a disk of {actual} bytes instead of {expected}");
             return Err(ImportError::truncated(&path, reason));
         }
         Ok(source)
+    }
+
+    fn open_remote(&self, location: &str) -> Result<Source, ImportError> {
+        let unreadable = |reason: &str| ImportError::unreadable(Path::new(location), reason);
+        let none = || unreadable("remote disks cannot be opened here");
+        let Remotes { opener, runtime } = self.remotes.as_ref().ok_or_else(none)?;
+        let disk = opener.open(location).map_err(|reason| unreadable(&reason))?;
+        let reader = RemoteReader::new(disk, runtime.clone());
+        Source::open_remote(location, Some(self.record.format), reader)
     }
 
     fn readers(&self) -> MutexGuard<'_, Readers> {
@@ -299,7 +327,7 @@ impl Shared {
             image = %self.id.short(),
             file = %path.display(),
             %reason,
-            "the image file no longer gives what was imported from it: put the old file back, or add it as a new image"
+            "the image file or disk no longer gives what was imported from it: put the old one back, or add it as a new image"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Image files of all formats, seen as what they hold: a disk that can be read in parallel.
+//! Image files of all formats, and remote disks, seen as what they hold: a disk that can be read in parallel.
 //!
 //! [`Source`] is an opened image with all files that it consists of; [`Reader`] is one thread's access to it.
 //! The formats are read by libraries, and only this module names them. They are fed foreign bytes, so a panic
@@ -10,6 +10,7 @@ mod format;
 mod mapped;
 mod qcow2;
 mod raw;
+mod remote;
 mod stream;
 mod vmdk;
 
@@ -31,6 +32,8 @@ pub use format::{Format, ParseFormatError};
 use mapped::MappedReader;
 pub(crate) use qcow2::parse_any as parse_any_qcow2;
 pub(crate) use raw::{RawReader, length};
+pub(crate) use remote::RemoteReader;
+pub use remote::{OpenRemote, Remotes};
 use stream::StreamReader;
 
 use crate::ImportError;
@@ -57,7 +60,7 @@ impl FilePart {
     }
 }
 
-/// An opened image file.
+/// An opened image: a file, or a remote disk, whose location stands for the path.
 pub(crate) struct Source {
     path: PathBuf,
     format: Format,
@@ -71,6 +74,7 @@ enum Opened {
     Mapped(Arc<FormatAccess<imago::file::File>>),
     /// Holds the reader that opening made, for the first who wants one.
     Stream(Mutex<Option<StreamReader>>),
+    Remote(RemoteReader),
 }
 
 impl Opened {
@@ -127,14 +131,31 @@ impl Source {
                 Opened::stream(path, format)?
             }
         };
-        match size_bytes {
-            0 => Err(ImportError::Empty(path.to_owned())),
-            1..=DISK_BYTES_MAX => Ok(Source { path: path.to_owned(), format, size_bytes, parts, opened }),
-            _ => Err(ImportError::TooLarge { path: path.to_owned(), size_bytes }),
+        Source { path: path.to_owned(), format, size_bytes, parts, opened }.with_fitting_size()
+    }
+
+    /// Opens the raw image on a remote disk. It has no files.
+    pub(crate) fn open_remote(
+        location: &str,
+        told: Option<Format>,
+        disk: RemoteReader,
+    ) -> Result<Source, ImportError> {
+        let path = PathBuf::from(location);
+        disk.check_raw(told, &path)?;
+        let size_bytes = disk.size_bytes();
+        let opened = Opened::Remote(disk);
+        Source { path, format: Format::Raw, size_bytes, parts: Vec::new(), opened }.with_fitting_size()
+    }
+
+    fn with_fitting_size(self) -> Result<Source, ImportError> {
+        match self.size_bytes {
+            0 => Err(ImportError::Empty(self.path)),
+            1..=DISK_BYTES_MAX => Ok(self),
+            size_bytes => Err(ImportError::TooLarge { path: self.path, size_bytes }),
         }
     }
 
-    /// The canonical path of the image file.
+    /// The canonical path of the image file, or the location of the remote disk.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -148,12 +169,13 @@ impl Source {
         self.size_bytes
     }
 
-    /// All files that the image consists of, the image file first.
+    /// All files that the image consists of, the image file first; none if it lies on a remote disk.
     pub(crate) fn parts(&self) -> &[FilePart] {
         &self.parts
     }
 
-    /// Refuses if any of the files is not what it was when it was opened.
+    /// Refuses if any of the files is not what it was when it was opened. A remote disk tells no such thing: what
+    /// was changed there is noticed when it is read and held against its name.
     pub(crate) fn check_unchanged(&self) -> Result<(), ImportError> {
         for part in &self.parts {
             if FilePart::of(&part.path)? != *part {
@@ -173,6 +195,7 @@ impl Source {
                 let reopen = || open_stream(&self.path, self.format).map(|(reader, _)| reader);
                 Access::Stream(first.map_or_else(reopen, Ok)?)
             }
+            Opened::Remote(disk) => Access::Remote(disk.clone()),
         };
         Ok(Reader { access, size_bytes: self.size_bytes })
     }
@@ -205,6 +228,7 @@ enum Access {
     Raw(RawReader),
     Mapped(MappedReader),
     Stream(StreamReader),
+    Remote(RemoteReader),
 }
 
 impl Reader {
@@ -216,6 +240,7 @@ impl Reader {
             Access::Raw(raw) => raw.extent(offset),
             Access::Mapped(mapped) => mapped.extent(offset, end),
             Access::Stream(_) => Ok(Extent { len: end - offset, kind: ExtentKind::Data }),
+            Access::Remote(remote) => remote.extent(offset),
         })?;
         match extent.kind {
             ExtentKind::Data => Ok(Extent { len: extent.len.clamp(1, end - offset), ..extent }),
@@ -229,6 +254,7 @@ impl Reader {
             Access::Raw(raw) => raw.read_at(offset, buf),
             Access::Mapped(mapped) => mapped.read_at(offset, buf),
             Access::Stream(stream) => stream.read_at(offset, buf),
+            Access::Remote(remote) => remote.read_at(offset, buf),
         })
     }
 }

@@ -8,5 +8,6 @@
 mod formats;
 mod origin;
 mod refusals;
+mod remote;
 mod support;
 mod volume;
