@@ -13,5 +13,6 @@ mod guests;
 mod iscsi;
 mod profiles;
 mod refusals;
+mod shapes;
 mod storage;
 mod tools;
