@@ -9,8 +9,7 @@ pub const SEGMENT_BYTES_MAX: u32 = 256 << 10;
 /// Longest burst of data in bytes (`MaxBurstLength`): a write of 1 MiB needs one R2T.
 pub const BURST_BYTES_MAX: u32 = 1 << 20;
 
-/// Longest unsolicited data of one command in bytes (`FirstBurstLength`). Unsolicited data cannot be made to
-/// wait, so this times [`COMMANDS_MAX`] bounds what a session holds of it: 8 MiB.
+/// Longest unsolicited data of one command in bytes (`FirstBurstLength`): a write of 64 KiB needs no R2T.
 pub const FIRST_BURST_BYTES_MAX: u32 = 64 << 10;
 
 /// R2Ts of one command under way (`MaxOutstandingR2T`): the next burst is asked for before the last has come.
@@ -19,6 +18,10 @@ pub const R2T_MAX: u32 = 2;
 /// Longest transfer of one SCSI command in bytes: what an export may pass to a disk. The Block Limits page
 /// tells it; some initiators do not look, and none goes beyond.
 pub const TRANSFER_BYTES_MAX: u32 = block::limits::REQUEST_BYTES_MAX as u32;
+
+/// Longest transfer in bytes that begins whatever other sessions hold. A longer one is told that the task set is
+/// full while there is no memory for it; the longest that initiators use by themselves have 1 or 2 MiB.
+pub const TRANSFER_BYTES_RESERVED: usize = 2 << 20;
 
 /// Longest parameter list of a command in bytes, but for data that is written: UNMAP descriptors and mode
 /// pages are shorter by far.
@@ -33,16 +36,42 @@ pub const IMMEDIATE_COMMANDS_MAX: u32 = 8;
 /// Task management functions of one session that wait for what they aborted; more are refused.
 pub const TASK_REQUESTS_MAX: usize = 8;
 
-/// Bytes of solicited writes, reads and unsent replies above which a session begins no further transfer:
-/// full means that it waits in the queue of commands. One transfer may exceed it.
+/// Bytes of transfers and of unsent replies above which a session begins no further transfer: full means that
+/// it waits in the queue of commands. One transfer alone may exceed it.
 pub const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
 
-/// The same bound for all sessions of a server together. A session that has nothing under way may begin one
-/// transfer beyond it, so that all make progress.
-pub const IN_FLIGHT_BYTES_MAX_ALL: usize = 256 << 20;
+/// Bytes of unsolicited data of commands that have not begun: what an initiator may send with all commands that
+/// the window takes. Such data cannot be made to wait; a command beyond is told that the task set is full.
+pub const EARLY_BYTES_MAX: usize = COMMANDS_MAX as usize * FIRST_BURST_BYTES_MAX as usize;
 
-/// Unsent bytes above which nothing more is read from an initiator that does not take its replies.
-pub const UNSENT_BYTES_MAX: usize = 2 * IN_FLIGHT_BYTES_MAX;
+/// Bytes of unsolicited data that a session may have whatever the others do: two commands of full length.
+pub const EARLY_BYTES_RESERVED: usize = 2 * FIRST_BURST_BYTES_MAX as usize;
+
+/// Bytes of replies that an initiator may leave untaken whatever the others do, before nothing more is read
+/// from it.
+pub const UNSENT_BYTES_RESERVED: usize = 256 << 10;
+
+/// Bytes that a session may hold whatever the others do: one transfer with what comparing it takes, unsolicited data, and replies with the one that exceeds their bound and what is left of its buffer.
+pub const RESERVED_BYTES: usize = TRANSFER_BYTES_RESERVED
+    + STEP_BYTES
+    + EARLY_BYTES_RESERVED
+    + UNSENT_BYTES_RESERVED
+    + SEGMENT_BYTES_MAX as usize
+    + BATCH_BYTES;
+
+/// Bytes that all sessions of a server together may hold beyond their reserves: ten busy ones have all that
+/// [`IN_FLIGHT_BYTES_MAX`] lets them have.
+pub const SHARED_BYTES_MAX: usize = 80 << 20;
+
+/// Bytes of a connection for everything else: [`COMMANDS_MAX`] commands under way, its text, its task.
+pub const STATE_BYTES: usize = 256 << 10;
+
+/// What a server costs at worst in bytes, when every connection is hostile: 256 times (2.9 MiB + 0.5 MiB +
+/// 0.25 MiB), and 80 MiB. The kernel's buffers of the sockets and the disks' own memory come on top.
+pub const SERVER_BYTES_MAX: usize =
+    CONNECTIONS_MAX * (RESERVED_BYTES + INPUT_BYTES + STATE_BYTES) + SHARED_BYTES_MAX;
+
+const _: () = assert!(SERVER_BYTES_MAX <= 1 << 30, "a server costs at most 1 GiB");
 
 /// Size of a connection's receive buffer in bytes: one PDU of full length and what comes with it. Only the
 /// part that was ever used costs memory.
@@ -54,8 +83,11 @@ pub const INLINE_BYTES_MAX: usize = 64 << 10;
 /// Size of one such buffer in bytes: 32 reads of 4 KiB leave in one system call.
 pub const BATCH_BYTES: usize = 256 << 10;
 
-/// Bytes of empty buffers that a connection keeps for its next transfers.
-pub const SPARE_BYTES_MAX: usize = (1 << 20) + BATCH_BYTES;
+/// Longest data in bytes that is copied to other replies rather than sent from where it was read to.
+pub const COPY_BYTES_MAX: usize = 16 << 10;
+
+/// Bytes of empty buffers that a session with nothing under way keeps for its next transfers.
+pub const SPARE_BYTES_MAX: usize = 2 << 20;
 
 /// Pieces that are sent with one system call: the limit of Linux is 1024.
 pub const VECTORS_MAX: usize = 64;
@@ -101,7 +133,10 @@ pub const UNMAP_DESCRIPTORS_MAX: u32 = 256;
 pub const COMPARE_AND_WRITE_BLOCKS_MAX: u8 = 255;
 
 /// Bytes that are read at a time where a command has data of its own to compare with.
-pub const STEP_BYTES: usize = 256 << 10;
+pub const STEP_BYTES: usize = 64 << 10;
+
+/// Memory in bytes that one GET LBA STATUS takes: as many extents as a disk gives, in three forms.
+pub const LBA_STATUS_BYTES: usize = 64 * block::limits::EXTENTS_MAX;
 
 /// Connections of one server; one more is closed at once. 100 hosts with two paths each fit.
 pub const CONNECTIONS_MAX: usize = 256;

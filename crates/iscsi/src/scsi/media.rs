@@ -5,7 +5,9 @@ use super::opcodes::Command;
 use super::sense::Sense;
 use super::unit::Era;
 use super::{LOGICAL_BLOCK_BYTES, number};
-use crate::limits::{CLEAR_BLOCKS_MAX, PARAMETERS_BYTES_MAX, TRANSFER_BYTES_MAX};
+use crate::limits::{
+    CLEAR_BLOCKS_MAX, LBA_STATUS_BYTES, PARAMETERS_BYTES_MAX, STEP_BYTES, TRANSFER_BYTES_MAX,
+};
 use crate::pdu::Cdb;
 
 /// A range of logical blocks that lies on the unit.
@@ -103,6 +105,16 @@ impl Work {
             Kind::CompareAndWrite(_) if wrong => Err(Sense::in_command(13)),
             Kind::WriteSame if wrong => Err(Sense::INFORMATION_UNIT),
             _ => Ok(()),
+        }
+    }
+
+    /// Memory in bytes that carrying it out takes, besides its data.
+    pub fn scratch_bytes(&self) -> usize {
+        match self.kind {
+            Kind::Read(_) | Kind::Write(_) | Kind::Flush | Kind::Unmap => 0,
+            Kind::ModeSelect(_) | Kind::PersistentOut { .. } => 0,
+            Kind::LbaStatus { .. } => LBA_STATUS_BYTES,
+            _ => STEP_BYTES,
         }
     }
 

@@ -88,10 +88,7 @@ impl Unit {
             }
             Kind::OrWrite(force) => {
                 let _alone = self.alone(work).await?;
-                let mut bytes = vec![0; data.len()];
-                self.fill(work.range, &mut bytes).await?;
-                bytes.iter_mut().zip(data).for_each(|(byte, mask)| *byte |= mask);
-                self.write(work, &bytes).await?;
+                self.or_write(work, data).await?;
                 self.force(force, work).await?;
             }
             Kind::Unmap => {
@@ -128,6 +125,19 @@ impl Unit {
         let whole = &data[..data.len() / BLOCK * BLOCK];
         let written = self.disk.write(work.range.offset(), whole).await;
         written.map_err(|error| Sense::of_write(&error, work.range.block).into())
+    }
+
+    /// Sets the bits of data in a range of the same length, which others are kept from.
+    async fn or_write(&self, work: &Work, data: &[u8]) -> Result<(), Fault> {
+        let mut bytes = vec![0; STEP_BYTES.min(data.len())];
+        for (step, masks) in work.range.steps().zip(data.chunks(STEP_BYTES)) {
+            let bytes = &mut bytes[..masks.len()];
+            self.fill(step, bytes).await?;
+            bytes.iter_mut().zip(masks).for_each(|(byte, mask)| *byte |= mask);
+            let written = self.disk.write(step.offset(), bytes).await;
+            written.map_err(|error| Sense::of_write(&error, step.block))?;
+        }
+        Ok(())
     }
 
     async fn force(&self, force: Force, work: &Work) -> Result<(), Fault> {

@@ -8,11 +8,17 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::limits::{BATCH_BYTES, INPUT_BYTES, SPARE_BYTES_MAX, VECTORS_MAX};
+use crate::limits::{BATCH_BYTES, IN_FLIGHT_BYTES_MAX, INPUT_BYTES, VECTORS_MAX};
 use crate::pdu::{Digests, Header, seal};
 
-/// Sizes of buffers are multiples of this many bytes, so that they fit more often.
-const GRAIN_BYTES: usize = 64 << 10;
+/// Size of the smallest buffer in bytes: one block of a disk.
+const BUFFER_BYTES_MIN: usize = 4 << 10;
+
+/// Size in bytes of the buffer that holds `len` bytes. Sizes are powers of two, so that buffers fit again and
+/// none is much larger than what it was taken for.
+pub(super) fn buffer_bytes(len: usize) -> usize {
+    len.next_power_of_two().max(BUFFER_BYTES_MIN)
+}
 
 /// Empty buffers for the next transfers.
 #[derive(Default)]
@@ -22,24 +28,32 @@ pub(super) struct Spares {
 }
 
 impl Spares {
-    /// A buffer of at least `len` bytes, which hold anything.
+    /// A buffer of [`buffer_bytes`] for `len`, which hold anything.
     pub(super) fn take(&mut self, len: usize) -> Vec<u8> {
-        let fitting = (0..self.spares.len()).filter(|&i| self.spares[i].len() >= len);
-        match fitting.min_by_key(|&i| self.spares[i].len()) {
-            Some(i) => {
-                let spare = self.spares.swap_remove(i);
-                self.bytes -= spare.len();
-                spare
-            }
-            None => vec![0; len.next_multiple_of(GRAIN_BYTES)],
-        }
+        self.find(len).unwrap_or_else(|| vec![0; buffer_bytes(len)])
+    }
+
+    /// The same, if there is one.
+    pub(super) fn find(&mut self, len: usize) -> Option<Vec<u8>> {
+        let size = buffer_bytes(len);
+        let at = self.spares.iter().rposition(|spare| spare.len() == size)?;
+        self.bytes -= size;
+        Some(self.spares.swap_remove(at))
     }
 
     /// Keeps a buffer for later, if there is not enough already.
     pub(super) fn give(&mut self, buffer: Vec<u8>) {
-        if buffer.len() >= GRAIN_BYTES && self.bytes + buffer.len() <= SPARE_BYTES_MAX {
-            self.bytes += buffer.len();
+        let size = buffer.len();
+        if size == buffer_bytes(size) && self.bytes + size <= IN_FLIGHT_BYTES_MAX {
+            self.bytes += size;
             self.spares.push(buffer);
+        }
+    }
+
+    /// Drops buffers until they have at most so many bytes.
+    fn trim(&mut self, bytes_max: usize) {
+        while self.bytes > bytes_max {
+            self.bytes -= self.spares.pop().map_or(0, |spare| spare.len());
         }
     }
 }
@@ -68,6 +82,8 @@ pub(super) struct Output {
     /// Bytes of the first piece that were sent.
     sent: usize,
     bytes: usize,
+    /// Size of the buffers that hold what is queued.
+    queued_bytes: usize,
     spares: Spares,
 }
 
@@ -77,8 +93,23 @@ impl Output {
         self.bytes
     }
 
+    /// Memory that what is queued takes.
+    pub(super) fn queued_bytes(&self) -> usize {
+        self.queued_bytes
+    }
+
+    /// Memory that all of it takes.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.queued_bytes + self.spares.bytes
+    }
+
     pub(super) fn spares(&mut self) -> &mut Spares {
         &mut self.spares
+    }
+
+    /// Keeps at most so many bytes of empty buffers.
+    pub(super) fn trim(&mut self, spare_bytes_max: usize) {
+        self.spares.trim(spare_bytes_max);
     }
 
     /// Room for `len` bytes behind all that is queued; [commit](Output::commit) what was filled of it.
@@ -86,7 +117,12 @@ impl Output {
         let fits =
             |piece: &Piece| matches!(piece, Piece::Batch(bytes, filled) if bytes.len() - filled >= len);
         if !self.queue.back().is_some_and(fits) {
-            self.queue.push_back(Piece::Batch(self.spares.take(len.max(BATCH_BYTES)), 0));
+            // Behind a part there is mostly one header before the next.
+            let follows_part = matches!(self.queue.back(), Some(Piece::Part(..)));
+            let batch_bytes = if follows_part { BUFFER_BYTES_MIN } else { BATCH_BYTES };
+            let batch = self.spares.take(len.max(batch_bytes));
+            self.queued_bytes += batch.len();
+            self.queue.push_back(Piece::Batch(batch, 0));
         }
         match self.queue.back_mut() {
             Some(Piece::Batch(bytes, filled)) => &mut bytes[*filled..*filled + len],
@@ -104,6 +140,9 @@ impl Output {
 
     /// Queues a copy of `bytes`.
     pub(super) fn push(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
         self.room(bytes.len()).copy_from_slice(bytes);
         self.commit(bytes.len());
     }
@@ -116,7 +155,14 @@ impl Output {
         self.push(seal.tail());
     }
 
-    /// Queues a PDU whose data is a part of a buffer.
+    /// Makes a buffer one of those whose parts are sent from where they are. All [parts](Output::pdu_of) of it
+    /// have to be queued before any is sent.
+    pub(super) fn share(&mut self, buffer: Vec<u8>) -> Arc<Vec<u8>> {
+        self.queued_bytes += buffer.len();
+        Arc::new(buffer)
+    }
+
+    /// Queues a PDU whose data is a part of a shared buffer.
     pub(super) fn pdu_of(
         &mut self,
         header: Header,
@@ -155,10 +201,14 @@ impl Output {
             }
             self.sent -= filled;
             match self.queue.pop_front() {
-                Some(Piece::Batch(bytes, _)) => self.spares.give(bytes),
+                Some(Piece::Batch(bytes, _)) => {
+                    self.queued_bytes -= bytes.len();
+                    self.spares.give(bytes);
+                }
                 // Whoever sends the last part gets the buffer back.
                 Some(Piece::Part(bytes, _)) => {
                     if let Ok(bytes) = Arc::try_unwrap(bytes) {
+                        self.queued_bytes -= bytes.len();
                         self.spares.give(bytes);
                     }
                 }
@@ -222,6 +272,7 @@ mod tests {
     fn spares_are_used_again_and_bounded() {
         let mut spares = Spares::default();
         let first = spares.take(100 << 10);
+        assert_eq!(first.len(), 128 << 10);
         let address = first.as_ptr();
         spares.give(first);
         let second = spares.take(70 << 10);
@@ -229,7 +280,9 @@ mod tests {
         for _ in 0..100 {
             spares.give(vec![0; 256 << 10]);
         }
-        assert!(spares.bytes <= SPARE_BYTES_MAX);
+        assert!(spares.bytes <= IN_FLIGHT_BYTES_MAX);
+        spares.trim(300 << 10);
+        assert_eq!((spares.bytes, spares.spares.len()), (256 << 10, 1));
     }
 
     proptest! {
@@ -244,13 +297,13 @@ mod tests {
             for (piece, shared) in pieces {
                 let seal = seal(header, &piece, Digests::default());
                 expected.extend_from_slice(&[seal.head(), &piece, seal.tail()].concat());
-                let buffer = Arc::new(piece);
                 if shared {
+                    let buffer = output.share(piece);
                     output.pdu_of(header, &buffer, 0..buffer.len(), Digests::default());
                 } else {
                     // Room that is not committed must leave no trace.
                     output.room(100).fill(0xee);
-                    output.pdu(header, &buffer, Digests::default());
+                    output.pdu(header, &piece, Digests::default());
                 }
                 let front: Vec<u8> = unsent(&output).into_iter().take(step).collect();
                 output.sent(front.len());
@@ -263,6 +316,7 @@ mod tests {
                 sent.extend_from_slice(&rest);
             }
             prop_assert_eq!(sent, expected);
+            prop_assert_eq!(output.queued_bytes(), 0);
         }
     }
 }

@@ -4,9 +4,13 @@ use std::sync::Arc;
 
 use block::Now;
 
+use super::buffers::buffer_bytes;
 use super::session::{Peer, Session};
 use super::tasks::{Finished, Outcome, Phase, Solicited, Task, incoming, is_ordered, outgoing, residual};
-use crate::limits::{COMMANDS_MAX, IMMEDIATE_COMMANDS_MAX, INLINE_BYTES_MAX};
+use crate::limits::{
+    BATCH_BYTES, COMMANDS_MAX, COPY_BYTES_MAX, IMMEDIATE_COMMANDS_MAX, INLINE_BYTES_MAX,
+    TRANSFER_BYTES_RESERVED,
+};
 use crate::pdu::{DataIn, DataOut, FINAL, Frame, NO_TAG, R2t, ScsiCommand, ScsiResponse, data_in, seal};
 use crate::pdu::{HEADER_BYTES, reject_reason};
 use crate::scsi::{Begin, Fault, Reply, Sense, Status, Unit, Work};
@@ -38,9 +42,9 @@ impl Session {
         match (begun, unit) {
             (Begin::Work(work), Some(unit)) => match work.check_offer(outgoing(pdu)) {
                 Ok(()) => self.work(frame, pdu, unit, work),
-                Err(sense) => self.answer(pdu, 0, &unit.refuse(Fault::Check(sense))),
+                Err(sense) => self.answer(pdu, 0, unit.refuse(Fault::Check(sense))),
             },
-            (Begin::Done(reply), _) => self.answer(pdu, 0, &reply),
+            (Begin::Done(reply), _) => self.answer(pdu, 0, reply),
             // A device begins work only at units that it has.
             (Begin::Work(_), None) => self.reject(&frame.header, reject_reason::INVALID_FIELD),
         }
@@ -73,12 +77,25 @@ impl Session {
         let complete = pdu.flags & FINAL != 0 && frame.data.len() >= needed as usize;
         if free && complete && needed > 0 && !work.is_read() {
             match unit.write_now(&work, &frame.data[..needed as usize]) {
-                Ok(Now::Done) => return self.answer(pdu, needed_total(&work), &Reply::good()),
+                Ok(Now::Done) => return self.answer(pdu, needed_total(&work), Reply::good()),
                 Ok(Now::Wait) => {}
-                Err(fault) => return self.answer(pdu, needed_total(&work), &unit.refuse(fault)),
+                Err(fault) => return self.answer(pdu, needed_total(&work), unit.refuse(fault)),
             }
         }
         let is_immediate = frame.header.is_immediate();
+        // All that may come unsolicited, of which no more is kept than is needed.
+        let early = if pdu.flags & FINAL != 0 {
+            frame.data.len()
+        } else {
+            self.parameters.first_burst_bytes_max as usize
+        };
+        let early = early.min(needed as usize);
+        let booked = if early == 0 { 0 } else { buffer_bytes(early) };
+        if !self.account.try_early(booked) {
+            let full = Reply { status: Status::TaskSetFull, ..Reply::good() };
+            return self.answer(pdu, needed_total(&work), full);
+        }
+        let buffer = if early == 0 { Vec::new() } else { self.output.spares().take(early) };
         self.arrivals += 1;
         let mut task = Task {
             pdu: *pdu,
@@ -88,12 +105,13 @@ impl Session {
             era: work.era,
             work: Some(work),
             phase: Phase::Queued,
-            data: Vec::new(),
+            buffer,
+            filled: 0,
             received: 0,
             asked: 0,
             solicited: Vec::new(),
             r2ts: 0,
-            booked: 0,
+            booked,
         };
         task.receive(frame.data);
         if pdu.flags & FINAL == 0 {
@@ -112,7 +130,7 @@ impl Session {
         let len = work.read_bytes.min(incoming(pdu));
         let segment = (INLINE_BYTES_MAX as u32).min(self.parameters.peer_segment_bytes_max);
         let segment = segment.min(self.parameters.burst_bytes_max);
-        if len == 0 || len > segment || !self.account.has_room(self.output.bytes()) {
+        if len == 0 || len > segment || !self.account.has_room(BATCH_BYTES) {
             return false;
         }
         let digests = self.parameters.digests;
@@ -123,7 +141,7 @@ impl Session {
             Ok(Now::Done) => {}
             Ok(Now::Wait) => return false,
             Err(fault) => {
-                self.answer(pdu, 0, &unit.refuse(fault));
+                self.answer(pdu, 0, unit.refuse(fault));
                 return true;
             }
         }
@@ -160,26 +178,53 @@ impl Session {
                 self.queue.pop_front();
                 continue;
             };
-            let bytes = match &task.work {
-                Some(work) if work.is_read() => work.read_bytes.min(incoming(&task.pdu)),
-                _ => task.needed() - task.asked,
-            };
-            let may = (self.ordered == 0 || self.is_next(task)) && self.has_room_for(bytes);
-            if !may {
+            if self.ordered > 0 && !self.is_next(task) {
                 return;
             }
-            self.queue.pop_front();
-            self.account.book(bytes as usize);
-            if let Some(task) = self.tasks.get_mut(&task_tag) {
-                task.booked = bytes as usize;
-                task.phase = Phase::Solicited;
+            match self.begin(task_tag) {
+                Begun::Yes => {
+                    self.queue.pop_front();
+                    self.go_on(task_tag);
+                }
+                Begun::Later => return,
+                Begun::TooLong => {
+                    self.queue.pop_front();
+                    self.complete(task_tag, Reply { status: Status::TaskSetFull, ..Reply::good() });
+                }
             }
-            self.go_on(task_tag);
         }
     }
 
-    fn has_room_for(&self, bytes: u32) -> bool {
-        bytes == 0 || self.account.has_room(self.output.bytes())
+    /// Books the memory of a transfer and gives it a buffer, if there is room for it.
+    fn begin(&mut self, task_tag: u32) -> Begun {
+        let Some(task) = self.tasks.get_mut(&task_tag) else { return Begun::Later };
+        let scratch = task.work.as_ref().map_or(0, Work::scratch_bytes);
+        let len = task.data_bytes();
+        let bytes = if len == 0 { scratch } else { buffer_bytes(len) + scratch };
+        // An empty buffer that is used again must not count twice.
+        let spare = if task.buffer.len() < len { self.output.spares().find(len) } else { None };
+        self.account.note_output(self.output.held_bytes());
+        if !self.account.try_begin(bytes, task.booked) {
+            self.output.trim(0);
+            self.account.note_output(self.output.held_bytes());
+            if !self.account.try_begin(bytes, task.booked) {
+                let waits = !self.account.is_idle() || self.output.bytes() > 0;
+                if waits || len > TRANSFER_BYTES_RESERVED {
+                    self.output.spares().give(spare.unwrap_or_default());
+                    return if waits { Begun::Later } else { Begun::TooLong };
+                }
+                // Nothing would end the wait.
+                self.account.begin(bytes, task.booked);
+            }
+        }
+        (task.booked, task.phase) = (bytes, Phase::Solicited);
+        if task.buffer.len() < len {
+            let buffer = spare.unwrap_or_else(|| vec![0; buffer_bytes(len)]);
+            let early = std::mem::replace(&mut task.buffer, buffer);
+            task.buffer[..task.filled].copy_from_slice(&early[..task.filled]);
+            self.output.spares().give(early);
+        }
+        Begun::Yes
     }
 
     /// Whether no ORDERED command lies between this one and those before it.
@@ -199,7 +244,7 @@ impl Session {
                 continue;
             }
             if asked == needed && open == 0 {
-                self.spawn(task_tag);
+                self.carry_out(task_tag);
             }
             return;
         }
@@ -267,34 +312,51 @@ impl Session {
                 } else {
                     task.solicited.remove(0);
                     self.go_on(pdu.task_tag);
+                    self.pump();
                 }
             }
             _ => {
                 let reply = task.unit.refuse(Fault::Check(Sense::DATA_ORDER));
-                self.complete(pdu.task_tag, &reply);
+                self.complete(pdu.task_tag, reply);
+                self.pump();
             }
         }
     }
 
-    /// Gives a command to its disk.
-    fn spawn(&mut self, task_tag: u32) {
-        let Peer::Target(_, nexus) = &self.peer else { return };
+    /// Has a command carried out: at once if its disk need not wait.
+    fn carry_out(&mut self, task_tag: u32) {
         let Some(task) = self.tasks.get_mut(&task_tag) else { return };
         let Some(work) = task.work.clone() else { return };
-        let unit = Arc::clone(&task.unit);
+        let (len, mut buffer) = (task.data_bytes(), std::mem::take(&mut task.buffer));
+        let done = if work.is_read() {
+            task.unit.read_now(&work, &mut buffer[..len])
+        } else {
+            task.unit.write_now(&work, &buffer[..len])
+        };
+        let outcome = match done {
+            Ok(Now::Wait) => return self.spawn(task_tag, work, buffer),
+            Ok(Now::Done) if work.is_read() => Outcome::Read(buffer, Ok(len)),
+            Ok(Now::Done) => Outcome::Other(buffer, Reply::good()),
+            Err(fault) => Outcome::Other(buffer, task.unit.refuse(fault)),
+        };
+        self.finish(Finished { task_tag, outcome });
+    }
+
+    /// Gives a command to its disk, which has to wait for something.
+    fn spawn(&mut self, task_tag: u32, work: Work, mut buffer: Vec<u8>) {
+        let Peer::Target(_, nexus) = &self.peer else { return };
+        let Some(task) = self.tasks.get_mut(&task_tag) else { return };
+        let (len, unit) = (task.data_bytes(), Arc::clone(&task.unit));
         let handle = if work.is_read() {
-            let len = work.read_bytes.min(incoming(&task.pdu)) as usize;
-            let mut buffer = self.output.spares().take(len);
             self.jobs.spawn(async move {
                 let read = unit.read(&work, &mut buffer[..len]).await;
                 Finished { task_tag, outcome: Outcome::Read(buffer, read.map(|()| len)) }
             })
         } else {
-            let data = std::mem::take(&mut task.data);
             let nexus = nexus.clone();
             self.jobs.spawn(async move {
-                let reply = unit.run(&nexus, &work, &data).await;
-                Finished { task_tag, outcome: Outcome::Other(reply) }
+                let reply = unit.run(&nexus, &work, &buffer[..len]).await;
+                Finished { task_tag, outcome: Outcome::Other(buffer, reply) }
             })
         };
         task.phase = Phase::Running(handle);
@@ -304,18 +366,20 @@ impl Session {
     pub(super) fn finish(&mut self, finished: Finished) {
         match finished.outcome {
             Outcome::Settled => {}
-            Outcome::Other(reply) => self.complete(finished.task_tag, &reply),
+            Outcome::Other(buffer, reply) => {
+                self.output.spares().give(buffer);
+                self.complete(finished.task_tag, reply);
+            }
             Outcome::Read(buffer, Err(fault)) => {
                 self.output.spares().give(buffer);
                 let Some(task) = self.tasks.get(&finished.task_tag) else { return };
                 let reply = task.unit.refuse(fault);
-                self.complete(finished.task_tag, &reply);
+                self.complete(finished.task_tag, reply);
             }
             Outcome::Read(buffer, Ok(len)) => {
                 let Some(task) = self.forget(finished.task_tag) else { return };
                 let available = task.work.as_ref().map_or(0, |work| work.read_bytes);
                 if len == 0 {
-                    self.output.spares().give(buffer);
                     self.respond(&task.pdu, available, &Reply::good(), 0);
                 } else {
                     self.count_read(len);
@@ -323,16 +387,15 @@ impl Session {
                 }
             }
         }
+        self.account.note_output(self.output.held_bytes());
     }
 
     /// Answers a task and forgets it.
-    fn complete(&mut self, task_tag: u32, reply: &Reply) {
+    fn complete(&mut self, task_tag: u32, reply: Reply) {
         if let Some(task) = self.forget(task_tag) {
             let wanted = task.work.as_ref().map_or(0, needed_total);
-            let r2ts = task.r2ts;
-            self.answer_after(&task.pdu, wanted, reply, r2ts);
+            self.answer_after(&task.pdu, wanted, reply, task.r2ts);
         }
-        self.pump();
     }
 
     /// Takes a task out of all lists, and gives back what it was booked with.
@@ -340,22 +403,26 @@ impl Session {
         let task = self.tasks.remove(&task_tag)?;
         self.ordered -= usize::from(task.is_ordered());
         self.immediate -= usize::from(task.is_immediate);
-        self.account.release(task.booked);
+        if task.has_begun() {
+            self.account.end(task.booked);
+        } else {
+            self.account.end_early(task.booked);
+        }
         Some(task)
     }
 
     /// Answers a command; `wanted` is how much data it took.
-    fn answer(&mut self, pdu: &ScsiCommand, wanted: u32, reply: &Reply) {
+    fn answer(&mut self, pdu: &ScsiCommand, wanted: u32, reply: Reply) {
         self.answer_after(pdu, wanted, reply, 0);
     }
 
-    fn answer_after(&mut self, pdu: &ScsiCommand, wanted: u32, reply: &Reply, r2ts: u32) {
+    fn answer_after(&mut self, pdu: &ScsiCommand, wanted: u32, reply: Reply, r2ts: u32) {
         let available = u32::try_from(reply.data.len()).unwrap_or(u32::MAX);
         let len = available.min(incoming(pdu)) as usize;
         if len > 0 {
-            return self.data_in(pdu, reply.data.clone(), len, available);
+            return self.data_in(pdu, reply.data, len, available);
         }
-        self.respond(pdu, available.max(wanted), reply, r2ts);
+        self.respond(pdu, available.max(wanted), &reply, r2ts);
     }
 
     /// A SCSI response without data.
@@ -386,7 +453,8 @@ impl Session {
         let segment = self.parameters.peer_segment_bytes_max;
         let burst = self.parameters.burst_bytes_max;
         let len = u32::try_from(len).expect("transfers are bounded");
-        let buffer = Arc::new(buffer);
+        let shared = len as usize > COPY_BYTES_MAX;
+        let buffer = if shared { self.output.share(buffer) } else { Arc::new(buffer) };
         let (mut at, mut data_sn) = (0, 0);
         while at < len {
             let burst_end = (at / burst + 1).saturating_mul(burst);
@@ -401,12 +469,15 @@ impl Session {
                 DataIn { flags, lun, task_tag, transfer_tag: NO_TAG, ..numbers }
             };
             let (range, digests) = (at as usize..end as usize, self.parameters.digests);
-            if range.len() <= HEADER_BYTES {
-                self.output.pdu(header.header(), &buffer[range], digests);
-            } else {
+            if shared {
                 self.output.pdu_of(header.header(), &buffer, range, digests);
+            } else {
+                self.output.pdu(header.header(), &buffer[range], digests);
             }
             (at, data_sn) = (end, data_sn + 1);
+        }
+        if let Some(buffer) = Arc::into_inner(buffer) {
+            self.output.spares().give(buffer);
         }
     }
 
@@ -428,6 +499,16 @@ impl Session {
             residual_bytes,
         }
     }
+}
+
+/// Whether a transfer has begun.
+enum Begun {
+    /// It has.
+    Yes,
+    /// It will when what is under way has ended.
+    Later,
+    /// There is no memory for it, and nothing under way in this session whose end would bring some.
+    TooLong,
 }
 
 /// Bytes that a command transfers, whatever its initiator expects.

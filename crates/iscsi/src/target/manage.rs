@@ -160,10 +160,10 @@ impl Session {
     /// Aborts a command. Nothing is answered to it.
     fn abort(&mut self, task_tag: u32) {
         let Some(task) = self.forget(task_tag) else { return };
-        let Phase::Running(handle) = task.phase else { return };
+        let Phase::Running(handle) = task.phase else { return self.output.spares().give(task.buffer) };
         handle.abort();
         // Its memory is in use until it has ended.
-        self.account.book(task.booked);
+        self.account.begin(task.booked, 0);
         self.aborted.insert(handle.id(), task.booked);
     }
 

@@ -11,6 +11,7 @@
 //!
 //! What an initiator can cost is bounded by [`limits`](crate::limits), whether it is slow, silent or hostile.
 
+mod account;
 mod buffers;
 mod commands;
 mod mailbox;
@@ -30,7 +31,6 @@ use std::sync::Arc;
 pub use present::SessionStatus;
 pub use registry::AddError;
 pub use server::{ServeError, Server, ServerOptions};
-pub use tasks::Budget;
 
 use crate::chap::Credentials;
 use crate::name::IscsiName;

@@ -10,11 +10,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::account::Budget;
 use super::buffers::Input;
 use super::present::{Present, SessionStatus};
 use super::registry::{AddError, Doors, Registry, SessionKey};
 use super::session::{Peer, Session, Stage};
-use super::tasks::Budget;
 use super::{Admission, Portal, Target};
 use crate::limits::{
     ACCEPT_PAUSE, CONNECTIONS_MAX, DRAIN_TIME_MAX, LOGIN_SEGMENT_BYTES_MAX, LOGIN_TIME_MAX, PING_AFTER,
@@ -290,6 +290,7 @@ async fn drive(stream: TcpStream, mut input: Input, session: &mut Session) -> Re
                     0 => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                     len => session.output.sent(len),
                 }
+                session.tidy();
                 session.pump();
             }
             read = reader.read(input.room()), if takes => {
@@ -327,6 +328,7 @@ fn take_all(session: &mut Session, input: &mut Input) -> Result<(), FrameError> 
         let (digests, max) = (session.parameters.digests, SEGMENT_BYTES_MAX as usize);
         let Some(pdu) = frame(input.filled(), digests, max)? else { break };
         session.take(&pdu);
+        session.tidy();
         let used = pdu.bytes;
         input.consume(used);
     }

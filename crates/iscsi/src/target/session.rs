@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use tokio::task::{Id, JoinError, JoinSet};
 
+use super::account::{Account, Budget};
 use super::buffers::Output;
 use super::mailbox::{Eviction, Mail};
 use super::present::Present;
 use super::registry::{Membership, Registry};
-use super::tasks::{Account, Budget, Finished, Tags, Task};
-use crate::limits::{COMMANDS_MAX, UNSENT_BYTES_MAX};
+use super::tasks::{Finished, Tags, Task};
+use crate::limits::{COMMANDS_MAX, SPARE_BYTES_MAX};
 use crate::login::Agreed;
 use crate::name::IscsiName;
 use crate::params::Parameters;
@@ -118,7 +119,16 @@ impl Session {
 
     /// Whether the initiator takes its replies; if it does not, nothing more is read from it.
     pub(super) fn takes_input(&self) -> bool {
-        self.stage == Stage::Open && self.output.bytes() < UNSENT_BYTES_MAX
+        let queued_bytes = if self.output.bytes() == 0 { 0 } else { self.output.queued_bytes() };
+        self.stage == Stage::Open && self.account.takes_input(queued_bytes)
+    }
+
+    /// Notes what the output holds, and gives buffers back that nothing under way needs.
+    pub(super) fn tidy(&mut self) {
+        if self.tasks.is_empty() && self.output.bytes() == 0 {
+            self.output.trim(SPARE_BYTES_MAX);
+        }
+        self.account.note_output(self.output.held_bytes());
     }
 
     /// Deals with a PDU.
@@ -252,7 +262,7 @@ impl Session {
             Err(error) => return Err(error),
         };
         if let Some(booked) = self.aborted.remove(&id) {
-            self.account.release(booked);
+            self.account.end(booked);
         } else if let Some(finished) = finished {
             self.finish(finished);
         }

@@ -1,56 +1,11 @@
-//! SCSI commands under way: what they wait for, and the memory that they are booked with.
+//! SCSI commands under way, and what they wait for.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::task::AbortHandle;
 
-use crate::limits::{IN_FLIGHT_BYTES_MAX, IN_FLIGHT_BYTES_MAX_ALL};
 use crate::pdu::{self, NO_TAG, ScsiCommand, command};
 use crate::scsi::{Era, Fault, Reply, Unit, Work};
-
-/// The bytes that all sessions of a server have under way together.
-#[derive(Debug, Default)]
-pub struct Budget {
-    booked: AtomicUsize,
-}
-
-/// What one session has booked of it; the rest is given back when it is dropped.
-pub(super) struct Account {
-    budget: Arc<Budget>,
-    booked: usize,
-}
-
-impl Account {
-    pub(super) fn new(budget: Arc<Budget>) -> Account {
-        Account { budget, booked: 0 }
-    }
-
-    /// Whether a further transfer may begin, while `unsent` bytes wait to be sent. Full means wait; a session
-    /// that has nothing under way need not, so that it always has something that ends its wait.
-    pub(super) fn has_room(&self, unsent: usize) -> bool {
-        let own = self.booked + unsent;
-        own == 0
-            || (own < IN_FLIGHT_BYTES_MAX
-                && self.budget.booked.load(Ordering::Relaxed) < IN_FLIGHT_BYTES_MAX_ALL)
-    }
-
-    pub(super) fn book(&mut self, bytes: usize) {
-        self.booked += bytes;
-        self.budget.booked.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn release(&mut self, bytes: usize) {
-        self.booked -= bytes;
-        self.budget.booked.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Account {
-    fn drop(&mut self) {
-        self.release(self.booked);
-    }
-}
 
 /// A sequence of solicited data that was asked for.
 #[derive(Debug)]
@@ -85,14 +40,17 @@ pub(super) struct Task {
     pub(super) era: Era,
     pub(super) work: Option<Work>,
     pub(super) phase: Phase,
-    /// What came of the data.
-    pub(super) data: Vec<u8>,
+    /// A buffer for the data, of any length that is enough for what may come in this phase.
+    pub(super) buffer: Vec<u8>,
+    /// Bytes of data in it.
+    pub(super) filled: usize,
     /// Bytes that came in all; what is beyond the need of the command is not kept.
     pub(super) received: u32,
     /// Bytes that were asked for by R2Ts or are unsolicited: where the next R2T begins.
     pub(super) asked: u32,
     pub(super) solicited: Vec<Solicited>,
     pub(super) r2ts: u32,
+    /// Memory that it is booked with.
     pub(super) booked: usize,
 }
 
@@ -103,14 +61,26 @@ impl Task {
         work.min(outgoing(&self.pdu))
     }
 
+    /// Bytes of its data, in whichever direction.
+    pub(super) fn data_bytes(&self) -> usize {
+        let read = self.work.as_ref().map_or(0, |work| work.read_bytes);
+        self.needed().max(read.min(incoming(&self.pdu))) as usize
+    }
+
     pub(super) fn is_ordered(&self) -> bool {
         is_ordered(&self.pdu)
     }
 
+    /// Whether it is booked as a transfer, rather than as unsolicited data.
+    pub(super) fn has_begun(&self) -> bool {
+        matches!(self.phase, Phase::Solicited | Phase::Running(_))
+    }
+
     /// Keeps a piece of data.
     pub(super) fn receive(&mut self, piece: &[u8]) {
-        let wanted = (self.needed() as usize).saturating_sub(self.data.len()).min(piece.len());
-        self.data.extend_from_slice(&piece[..wanted]);
+        let wanted = (self.needed() as usize).saturating_sub(self.filled).min(piece.len());
+        self.buffer[self.filled..self.filled + wanted].copy_from_slice(&piece[..wanted]);
+        self.filled += wanted;
         self.received = self.received.saturating_add(u32::try_from(piece.len()).unwrap_or(u32::MAX));
     }
 }
@@ -133,8 +103,8 @@ pub(super) fn is_ordered(pdu: &ScsiCommand) -> bool {
 pub(super) enum Outcome {
     /// A read: the buffer, and how much of it is data.
     Read(Vec<u8>, Result<usize, Fault>),
-    /// Anything else.
-    Other(Reply),
+    /// Anything else, with the buffer of its data.
+    Other(Vec<u8>, Reply),
     /// It was no command: what was aborted at units has ended, in all sessions.
     Settled,
 }
@@ -171,18 +141,6 @@ impl Tags {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_session_with_nothing_under_way_always_has_room() {
-        let budget = Arc::new(Budget::default());
-        let (mut greedy, modest) = (Account::new(Arc::clone(&budget)), Account::new(Arc::clone(&budget)));
-        greedy.book(IN_FLIGHT_BYTES_MAX_ALL);
-        assert!(!greedy.has_room(0));
-        assert!(modest.has_room(0) && !modest.has_room(1));
-        drop(greedy);
-        assert!(modest.has_room(1));
-        assert_eq!(budget.booked.load(Ordering::Relaxed), 0);
-    }
 
     #[test]
     fn residuals_tell_more_and_less() {

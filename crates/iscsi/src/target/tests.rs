@@ -5,9 +5,10 @@ use std::sync::Arc;
 use block::{Access, BoxFuture, Disk, DiskError, Extent};
 use tokio::sync::Semaphore;
 
+use super::account::Budget;
 use super::registry::{Membership, Registry, SessionKey};
 use super::session::{Peer, Session};
-use super::{Admission, Budget, Target};
+use super::{Admission, Target};
 use crate::login::{Agreed, Authentication};
 use crate::params::Parameters;
 use crate::pdu::{

@@ -1,0 +1,224 @@
+//! The memory of sessions: what each holds, and what all of them together may hold.
+//!
+//! Every session may hold [`RESERVED_BYTES`] whatever the others do, so that it always makes progress; what it
+//! holds beyond comes out of [`SHARED_BYTES_MAX`]. Of that nobody gets more than is left for the others, so that
+//! few sessions get much, many get little, and a late one gets as much as those before it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::limits::{
+    EARLY_BYTES_MAX, EARLY_BYTES_RESERVED, IN_FLIGHT_BYTES_MAX, RESERVED_BYTES, SHARED_BYTES_MAX,
+    UNSENT_BYTES_RESERVED,
+};
+
+/// The bytes that all sessions of a server hold beyond what is reserved for each.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    used: AtomicUsize,
+}
+
+/// What one session holds. What it shares is given back when it is dropped.
+pub(super) struct Account {
+    budget: Arc<Budget>,
+    /// Of transfers that have begun.
+    begun: usize,
+    /// Of unsolicited data of commands that have not begun.
+    early: usize,
+    /// Of what is to be sent, and of empty buffers.
+    output: usize,
+    /// What is taken from the budget.
+    shared: usize,
+}
+
+impl Account {
+    pub(super) fn new(budget: Arc<Budget>) -> Account {
+        Account { budget, begun: 0, early: 0, output: 0, shared: 0 }
+    }
+
+    fn own(&self) -> usize {
+        self.begun + self.early + self.output
+    }
+
+    /// Whether no transfer has begun that has not ended.
+    pub(super) fn is_idle(&self) -> bool {
+        self.begun == 0
+    }
+
+    /// What it would have to take from the budget to hold so much more, and what it would have of it then.
+    fn needs(&self, bytes: usize) -> (usize, usize) {
+        let beyond = (self.own() + bytes).saturating_sub(RESERVED_BYTES);
+        (beyond.saturating_sub(self.shared), beyond)
+    }
+
+    /// Takes from the budget what is needed to hold so much more; whether that was there.
+    fn take(&mut self, bytes: usize) -> bool {
+        let (more, beyond) = self.needs(bytes);
+        let taken = |used: usize| (used + more + beyond <= SHARED_BYTES_MAX).then_some(used + more);
+        let may =
+            more == 0 || self.budget.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken).is_ok();
+        if may {
+            self.shared += more;
+        }
+        may
+    }
+
+    /// Whether it is below its bounds, and would still be with so much more to send.
+    pub(super) fn has_room(&self, bytes: usize) -> bool {
+        let (more, beyond) = self.needs(bytes);
+        self.is_below_max(bytes)
+            && (more == 0 || self.budget.used.load(Ordering::Relaxed) + more + beyond <= SHARED_BYTES_MAX)
+    }
+
+    fn is_below_max(&self, bytes: usize) -> bool {
+        self.begun + self.output + bytes <= IN_FLIGHT_BYTES_MAX
+    }
+
+    /// Whether more may be taken from an initiator that has `queued` bytes of replies to take itself.
+    pub(super) fn takes_input(&self, queued: usize) -> bool {
+        queued < UNSENT_BYTES_RESERVED || self.has_room(UNSENT_BYTES_RESERVED)
+    }
+
+    /// Books unsolicited data of a command, if there is room for it.
+    pub(super) fn try_early(&mut self, bytes: usize) -> bool {
+        let early = self.early + bytes;
+        if early > EARLY_BYTES_RESERVED && (early > EARLY_BYTES_MAX || !self.take(bytes)) {
+            return false;
+        }
+        self.early = early;
+        self.settle();
+        true
+    }
+
+    /// Books a transfer that begins, if there is room for it; `early` bytes of it were booked before. The only
+    /// one of a session may be longer than the bound of all of them.
+    pub(super) fn try_begin(&mut self, bytes: usize, early: usize) -> bool {
+        let more = bytes.saturating_sub(early);
+        let may = more == 0 || ((self.is_idle() || self.is_below_max(more)) && self.take(more));
+        if may {
+            self.begin(bytes, early);
+        }
+        may
+    }
+
+    /// The same whether there is room or not: the only transfer of a session that has nothing to send, if it is
+    /// not longer than [`TRANSFER_BYTES_RESERVED`](crate::limits::TRANSFER_BYTES_RESERVED), is in the reserve.
+    pub(super) fn begin(&mut self, bytes: usize, early: usize) {
+        self.early -= early;
+        self.begun += bytes;
+        self.settle();
+    }
+
+    /// Takes a transfer off.
+    pub(super) fn end(&mut self, bytes: usize) {
+        self.begun -= bytes;
+        self.settle();
+    }
+
+    /// Takes unsolicited data off that no transfer began with.
+    pub(super) fn end_early(&mut self, bytes: usize) {
+        self.early -= bytes;
+        self.settle();
+    }
+
+    /// Notes what the output holds now. That is bounded elsewhere: by asking here before it grows, or by taking
+    /// no input.
+    pub(super) fn note_output(&mut self, bytes: usize) {
+        if self.output != bytes {
+            self.output = bytes;
+            self.settle();
+        }
+    }
+
+    /// Takes from the budget what is beyond the reserve, or gives back what is not.
+    fn settle(&mut self) {
+        let shared = self.own().saturating_sub(RESERVED_BYTES);
+        if shared > self.shared {
+            self.budget.used.fetch_add(shared - self.shared, Ordering::Relaxed);
+        } else if shared < self.shared {
+            self.budget.used.fetch_sub(self.shared - shared, Ordering::Relaxed);
+        }
+        self.shared = shared;
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.shared, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::CONNECTIONS_MAX;
+
+    fn accounts(count: usize) -> Vec<Account> {
+        let budget = Arc::new(Budget::default());
+        (0..count).map(|_| Account::new(Arc::clone(&budget))).collect()
+    }
+
+    /// Begins transfers of 1 MiB until there is no room; how many.
+    fn fill(account: &mut Account) -> usize {
+        std::iter::from_fn(|| account.try_begin(1 << 20, 0).then_some(())).count()
+    }
+
+    #[test]
+    fn a_session_alone_has_as_much_as_any_may_have() {
+        let mut accounts = accounts(1);
+        assert_eq!(fill(&mut accounts[0]), IN_FLIGHT_BYTES_MAX >> 20);
+    }
+
+    #[test]
+    fn a_late_session_gets_what_is_reserved_and_some_of_what_is_shared() {
+        let mut accounts = accounts(40);
+        let (last, others) = accounts.split_last_mut().unwrap();
+        for account in others.iter_mut() {
+            fill(account);
+        }
+        assert!(fill(last) >= RESERVED_BYTES >> 20);
+        // What others give back can be had by it.
+        others.iter_mut().for_each(|account| account.end(account.begun));
+        last.end(last.begun);
+        assert_eq!(fill(last), IN_FLIGHT_BYTES_MAX >> 20);
+    }
+
+    #[test]
+    fn all_together_never_hold_more_than_was_promised() {
+        let mut accounts = accounts(CONNECTIONS_MAX);
+        for account in &mut accounts {
+            fill(account);
+            while account.try_early(64 << 10) {}
+        }
+        let held: usize = accounts.iter().map(Account::own).sum();
+        assert!(held <= CONNECTIONS_MAX * RESERVED_BYTES + SHARED_BYTES_MAX, "{held}");
+        let budget = Arc::clone(&accounts[0].budget);
+        drop(accounts);
+        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn unsolicited_data_is_refused_only_beyond_what_is_reserved_for_it() {
+        let mut accounts = accounts(CONNECTIONS_MAX);
+        accounts.iter_mut().for_each(|account| account.begin(RESERVED_BYTES, 0));
+        for account in &mut accounts {
+            fill(account);
+        }
+        for account in &mut accounts {
+            assert!(account.try_early(EARLY_BYTES_RESERVED));
+        }
+        let early: usize = accounts.iter_mut().map(|a| usize::from(a.try_early(1 << 20))).sum();
+        assert!(early < CONNECTIONS_MAX);
+    }
+
+    #[test]
+    fn an_initiator_that_takes_no_replies_is_not_heard_for_long() {
+        let mut accounts = accounts(1);
+        let account = &mut accounts[0];
+        assert!(account.takes_input(0));
+        account.note_output(IN_FLIGHT_BYTES_MAX);
+        assert!(!account.takes_input(IN_FLIGHT_BYTES_MAX));
+        // Empty buffers are no replies.
+        assert!(account.takes_input(0));
+    }
+}
