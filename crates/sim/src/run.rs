@@ -8,6 +8,7 @@ use std::time::Duration;
 use link::Stats;
 use link::limits::{BREAKER_PAUSE_MAX, DIAL_MAX, PATIENCE_GUEST, REDIAL_MAX};
 use link::policy::PathId;
+use volt::{Planner, Standing};
 
 use crate::content::Content;
 use crate::event::NodeIx;
@@ -144,10 +145,16 @@ fn drive(world: &mut World) -> Result<Outcome, String> {
     world.checks.violation.take().map_or(Ok(outcome), Err)
 }
 
-/// Lets the hierarchy come to rest and looks at it.
+/// Lets the hierarchy come to rest and looks at it. A loss can be noticed late, on a link that was idle; who is
+/// suspected for it gets no new children for a lease, so that an origin may have them until then.
 fn settle(world: &mut World) -> Result<(), String> {
     let rest = world.agenda.now() + world.scenario.lease * LEASES_TO_SETTLE;
-    while world.agenda.now() < rest && world.step() {
+    let latest = rest + world.scenario.lease * LEASES_TO_SETTLE;
+    let is_suspect = |world: &World| {
+        let nodes = world.volt.planner.iter().flat_map(Planner::nodes);
+        nodes.into_iter().any(|node| node.standing == Standing::Suspect)
+    };
+    while (world.agenda.now() < rest || (world.agenda.now() < latest && is_suspect(world))) && world.step() {
         if let Some(what) = world.checks.violation.take() {
             return Err(what);
         }
