@@ -9,8 +9,8 @@ use serde_json::Value;
 use crate::cluster::Cluster;
 use crate::tools::{both, make_raw, tool, tool_output};
 
-const USER: &str = "guest";
-const SECRET: &str = "correct-horse-battery";
+pub(crate) const USER: &str = "guest";
+pub(crate) const SECRET: &str = "correct-horse-battery";
 
 /// A node with two portals and an image of some MiB.
 fn site() -> (Cluster, PathBuf) {
@@ -22,7 +22,7 @@ fn site() -> (Cluster, PathBuf) {
     (cluster, source)
 }
 
-fn secret_file(cluster: &Cluster, name: &str, text: &str) -> String {
+pub(crate) fn secret_file(cluster: &Cluster, name: &str, text: &str) -> String {
     let file = cluster.path(name);
     fs::write(&file, text).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
@@ -30,19 +30,19 @@ fn secret_file(cluster: &Cluster, name: &str, text: &str) -> String {
 }
 
 /// The addresses at which `name` is exported over iSCSI, one per portal.
-fn addresses(cluster: &Cluster, name: &str) -> Vec<String> {
+pub(crate) fn addresses(cluster: &Cluster, name: &str) -> Vec<String> {
     let exports = cluster.json(&["--node", "n", "export", "list"]);
     let exports = exports.as_array().unwrap().iter();
     let of_name = exports.filter(|export| export["protocol"] == "iscsi" && export["name"] == name);
-    of_name.flat_map(|export| export["addresses"].as_array().unwrap().clone()).map(text).collect()
+    of_name.flat_map(|export| export["addresses"].as_array().unwrap()).map(text).collect()
 }
 
-fn text(value: Value) -> String {
+fn text(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }
 
 /// The address as libiscsi takes it, with a name and a secret in it.
-fn with_secret(address: &str, secret: &str) -> String {
+pub(crate) fn with_secret(address: &str, secret: &str) -> String {
     address.replace("iscsi://", &format!("iscsi://{USER}%{secret}@"))
 }
 

@@ -1,8 +1,8 @@
 //! System tests: the real binary, real guests, foreign clients, and faults.
 //!
 //! Everything runs on loopback and in temporary directories; every process that a test starts is ended
-//! with the test, also when it fails. Guests need the image that `scripts/guest-image` builds, named by
-//! `VIRTMAN_GUEST_IMAGE`; `scripts/test` sees to both.
+//! with the test, also when it fails. Guests need what `scripts/guest-image` and `scripts/iscsi-guest` build, named
+//! by `VIRTMAN_GUEST_IMAGE` and `VIRTMAN_ISCSI_GUEST`; `scripts/test` sees to both.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic like tests")]
 
@@ -11,6 +11,7 @@ mod cluster;
 mod daemons;
 mod guests;
 mod iscsi;
+mod iscsi_guest;
 mod profiles;
 mod refusals;
 mod shapes;
