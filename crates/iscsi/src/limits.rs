@@ -40,6 +40,10 @@ pub const TASK_REQUESTS_MAX: usize = 8;
 /// it waits in the queue of commands. One transfer alone may exceed it.
 pub const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
 
+/// Unsent bytes above which a session begins no further read: they are sent sooner than a reader takes them, and
+/// few buffers that are used over and over stay in the processor's cache.
+pub const AHEAD_BYTES_MAX: usize = 1 << 20;
+
 /// Bytes of unsolicited data of commands that have not begun: what an initiator may send with all commands that
 /// the window takes. Such data cannot be made to wait; a command beyond is told that the task set is full.
 pub const EARLY_BYTES_MAX: usize = COMMANDS_MAX as usize * FIRST_BURST_BYTES_MAX as usize;

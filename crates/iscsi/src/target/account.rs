@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::buffers::Output;
 use crate::limits::{
     EARLY_BYTES_MAX, EARLY_BYTES_RESERVED, IN_FLIGHT_BYTES_MAX, RESERVED_BYTES, SHARED_BYTES_MAX,
     UNSENT_BYTES_RESERVED,
@@ -25,19 +26,21 @@ pub(super) struct Account {
     begun: usize,
     /// Of unsolicited data of commands that have not begun.
     early: usize,
-    /// Of what is to be sent, and of empty buffers.
-    output: usize,
+    /// Of what is to be sent.
+    queued: usize,
+    /// Of empty buffers.
+    spare: usize,
     /// What is taken from the budget.
     shared: usize,
 }
 
 impl Account {
     pub(super) fn new(budget: Arc<Budget>) -> Account {
-        Account { budget, begun: 0, early: 0, output: 0, shared: 0 }
+        Account { budget, begun: 0, early: 0, queued: 0, spare: 0, shared: 0 }
     }
 
     fn own(&self) -> usize {
-        self.begun + self.early + self.output
+        self.begun + self.early + self.queued + self.spare
     }
 
     /// Whether no transfer has begun that has not ended.
@@ -71,7 +74,7 @@ impl Account {
     }
 
     fn is_below_max(&self, bytes: usize) -> bool {
-        self.begun + self.output + bytes <= IN_FLIGHT_BYTES_MAX
+        self.begun + self.queued + bytes <= IN_FLIGHT_BYTES_MAX
     }
 
     /// Whether more may be taken from an initiator that has `queued` bytes of replies to take itself.
@@ -121,13 +124,11 @@ impl Account {
         self.settle();
     }
 
-    /// Notes what the output holds now. That is bounded elsewhere: by asking here before it grows, or by taking
-    /// no input.
-    pub(super) fn note_output(&mut self, bytes: usize) {
-        if self.output != bytes {
-            self.output = bytes;
-            self.settle();
-        }
+    /// Notes what is to be sent and the empty buffers. Both are bounded elsewhere: by asking here before they
+    /// grow, or by taking no input.
+    pub(super) fn note_output(&mut self, output: &Output) {
+        (self.queued, self.spare) = (output.queued_bytes(), output.spare_bytes());
+        self.settle();
     }
 
     /// Takes from the budget what is beyond the reserve, or gives back what is not.
@@ -216,9 +217,9 @@ mod tests {
         let mut accounts = accounts(1);
         let account = &mut accounts[0];
         assert!(account.takes_input(0));
-        account.note_output(IN_FLIGHT_BYTES_MAX);
+        account.queued = IN_FLIGHT_BYTES_MAX;
         assert!(!account.takes_input(IN_FLIGHT_BYTES_MAX));
-        // Empty buffers are no replies.
+        // What can be sent at once is no reason to hear nothing.
         assert!(account.takes_input(0));
     }
 }

@@ -98,9 +98,9 @@ impl Output {
         self.queued_bytes
     }
 
-    /// Memory that all of it takes.
-    pub(super) fn held_bytes(&self) -> usize {
-        self.queued_bytes + self.spares.bytes
+    /// Memory that empty buffers take.
+    pub(super) fn spare_bytes(&self) -> usize {
+        self.spares.bytes
     }
 
     pub(super) fn spares(&mut self) -> &mut Spares {

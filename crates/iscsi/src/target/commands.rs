@@ -8,7 +8,7 @@ use super::buffers::buffer_bytes;
 use super::session::{Peer, Session};
 use super::tasks::{Finished, Outcome, Phase, Solicited, Task, incoming, is_ordered, outgoing, residual};
 use crate::limits::{
-    BATCH_BYTES, COMMANDS_MAX, COPY_BYTES_MAX, IMMEDIATE_COMMANDS_MAX, INLINE_BYTES_MAX,
+    AHEAD_BYTES_MAX, BATCH_BYTES, COMMANDS_MAX, COPY_BYTES_MAX, IMMEDIATE_COMMANDS_MAX, INLINE_BYTES_MAX,
     TRANSFER_BYTES_RESERVED,
 };
 use crate::pdu::{DataIn, DataOut, FINAL, Frame, NO_TAG, R2t, ScsiCommand, ScsiResponse, data_in, seal};
@@ -198,15 +198,18 @@ impl Session {
     /// Books the memory of a transfer and gives it a buffer, if there is room for it.
     fn begin(&mut self, task_tag: u32) -> Begun {
         let Some(task) = self.tasks.get_mut(&task_tag) else { return Begun::Later };
+        if task.work.as_ref().is_some_and(Work::is_read) && self.output.bytes() >= AHEAD_BYTES_MAX {
+            return Begun::Later;
+        }
         let scratch = task.work.as_ref().map_or(0, Work::scratch_bytes);
         let len = task.data_bytes();
         let bytes = if len == 0 { scratch } else { buffer_bytes(len) + scratch };
         // An empty buffer that is used again must not count twice.
         let spare = if task.buffer.len() < len { self.output.spares().find(len) } else { None };
-        self.account.note_output(self.output.held_bytes());
+        self.account.note_output(&self.output);
         if !self.account.try_begin(bytes, task.booked) {
             self.output.trim(0);
-            self.account.note_output(self.output.held_bytes());
+            self.account.note_output(&self.output);
             if !self.account.try_begin(bytes, task.booked) {
                 let waits = !self.account.is_idle() || self.output.bytes() > 0;
                 if waits || len > TRANSFER_BYTES_RESERVED {
@@ -387,7 +390,7 @@ impl Session {
                 }
             }
         }
-        self.account.note_output(self.output.held_bytes());
+        self.account.note_output(&self.output);
     }
 
     /// Answers a task and forgets it.

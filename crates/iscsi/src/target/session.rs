@@ -128,7 +128,7 @@ impl Session {
         if self.tasks.is_empty() && self.output.bytes() == 0 {
             self.output.trim(SPARE_BYTES_MAX);
         }
-        self.account.note_output(self.output.held_bytes());
+        self.account.note_output(&self.output);
     }
 
     /// Deals with a PDU.
