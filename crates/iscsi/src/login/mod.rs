@@ -6,6 +6,8 @@
 //! step. A refused login is final: the connection ends with the response that says why.
 
 mod security;
+#[cfg(test)]
+mod tests;
 
 use security::{Security, Verdict};
 

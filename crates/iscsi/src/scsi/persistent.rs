@@ -376,3 +376,266 @@ fn transport_id(initiator: &InitiatorPort) -> Vec<u8> {
     let len = u16::try_from(name.len()).expect("names are bounded").to_be_bytes();
     [&[ISCSI_WITH_ISID, 0][..], &len, &name].concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scsi::unit::tests::nexus;
+
+    const EXCLUSIVE: u8 = Kind::ExclusiveAccess as u8;
+    const WRITE_EXCLUSIVE: u8 = Kind::WriteExclusive as u8;
+    const OF_REGISTRANTS: u8 = Kind::WriteExclusiveRegistrants as u8;
+    const OF_ALL: u8 = Kind::WriteExclusiveAll as u8;
+
+    /// A table in which initiators 1 to `count` are registered, each with its number as its key.
+    fn registered(count: u8) -> Table {
+        let mut table = Table::default();
+        (1..=count).for_each(|n| assert_eq!(table.act(n, action::REGISTER, 0, 0, n.into()), told(&[])));
+        table
+    }
+
+    impl Table {
+        fn act(&mut self, who: u8, action: u8, kind: u8, key: u64, action_key: u64) -> Result<Change, Fault> {
+            let list = [&key.to_be_bytes()[..], &action_key.to_be_bytes(), &[0; 8]].concat();
+            self.change(&nexus(who), action, kind, &list)
+        }
+
+        fn reserve_for(&mut self, who: u8, kind: u8) {
+            assert_eq!(self.act(who, action::RESERVE, kind, who.into(), 0), told(&[]));
+        }
+
+        /// What initiators 1 to 4 may do: nothing, read, or write as well.
+        fn rights(&self) -> String {
+            let right =
+                |n| match (self.allows(&nexus(n), Effect::Reads), self.allows(&nexus(n), Effect::Writes)) {
+                    (_, true) => 'w',
+                    (true, false) => 'r',
+                    (false, false) => '-',
+                };
+            (1..=4).map(right).collect()
+        }
+
+        fn keys(&self) -> Vec<u64> {
+            let mut cdb = [0; 16];
+            cdb[7..9].fill(0xff);
+            let told = self.report(&cdb).unwrap();
+            assert_eq!(number(&told[4..8]) as usize, told.len() - 8);
+            told[8..].chunks(8).map(number).collect()
+        }
+
+        fn generation(&self) -> u64 {
+            number(&self.report(&[0x5e, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]).unwrap()[..4])
+        }
+
+        /// Key and type of the reservation.
+        fn reserved(&self) -> Option<(u64, u8)> {
+            let told = self.report(&[0x5e, 1, 0, 0, 0, 0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+            (told.len() > 8).then(|| (number(&told[8..16]), told[21]))
+        }
+    }
+
+    fn told(attentions: &[(u8, u16)]) -> Result<Change, Fault> {
+        let attentions = attentions.iter().map(|(n, code)| (nexus(*n).initiator, *code)).collect();
+        Ok(Change { attentions, aborted: Vec::new() })
+    }
+
+    #[test]
+    fn who_registers_says_the_key_it_has() {
+        let mut table = Table::default();
+        assert_eq!(table.act(1, action::REGISTER, 0, 5, 7), Err(Fault::Conflict), "it has none yet");
+        assert_eq!(table.act(1, action::REGISTER, 0, 0, 7), told(&[]));
+        assert_eq!(table.act(1, action::REGISTER, 0, 0, 8), Err(Fault::Conflict));
+        assert_eq!(table.act(1, action::REGISTER, 0, 7, 8), told(&[]));
+        assert_eq!(table.act(1, action::REGISTER_AND_IGNORE, 0, 99, 9), told(&[]));
+        assert_eq!((table.keys(), table.generation()), (vec![9], 3));
+        assert_eq!(table.act(2, action::REGISTER_AND_IGNORE, 0, 0, 0), told(&[]), "it was not registered");
+        assert_eq!(table.generation(), 3);
+        assert_eq!(table.act(1, action::REGISTER, 0, 9, 0), told(&[]));
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn registrations_are_bounded() {
+        let mut table = Table::default();
+        let port = |n: usize| {
+            let mut nexus = nexus(1);
+            nexus.initiator.name = format!("iqn.2026-01.test:{n}");
+            nexus
+        };
+        let list = [&[0; 8][..], &1u64.to_be_bytes(), &[0; 8]].concat();
+        for n in 0..REGISTRATIONS_MAX {
+            table.change(&port(n), action::REGISTER, 0, &list).unwrap();
+        }
+        let more = table.change(&port(REGISTRATIONS_MAX), action::REGISTER, 0, &list);
+        assert_eq!(more, Err(Sense::REGISTRATIONS_FULL.into()));
+    }
+
+    #[test]
+    fn each_type_spares_whom_it_says() {
+        let rights = |kind: u8| {
+            let mut table = registered(2);
+            table.reserve_for(1, kind);
+            table.rights()
+        };
+        assert_eq!(registered(2).rights(), "wwww");
+        assert_eq!(rights(1), "wrrr");
+        assert_eq!(rights(3), "w---");
+        assert_eq!(rights(5), "wwrr");
+        assert_eq!(rights(6), "ww--");
+        assert_eq!(rights(7), "wwrr");
+        assert_eq!(rights(8), "ww--");
+        let mut table = registered(1);
+        for wrong in [0, 2, 4, 9, 0x11] {
+            assert_eq!(table.act(1, action::RESERVE, wrong, 1, 0), Err(Sense::in_command(2).into()));
+        }
+    }
+
+    #[test]
+    fn only_who_is_registered_reserves_and_only_one_of_them() {
+        let mut table = registered(2);
+        assert_eq!(table.act(3, action::RESERVE, EXCLUSIVE, 0, 0), Err(Fault::Conflict));
+        assert_eq!(table.act(1, action::RESERVE, EXCLUSIVE, 2, 0), Err(Fault::Conflict), "not its key");
+        table.reserve_for(1, EXCLUSIVE);
+        table.reserve_for(1, EXCLUSIVE);
+        assert_eq!(table.act(1, action::RESERVE, OF_ALL, 1, 0), Err(Fault::Conflict));
+        assert_eq!(table.act(2, action::RESERVE, EXCLUSIVE, 2, 0), Err(Fault::Conflict));
+        assert_eq!(table.reserved(), Some((1, EXCLUSIVE)));
+    }
+
+    #[test]
+    fn who_lets_go_of_a_reservation_of_registrants_has_them_told() {
+        let mut table = registered(3);
+        table.reserve_for(1, OF_REGISTRANTS);
+        assert_eq!(table.act(2, action::RELEASE, OF_REGISTRANTS, 2, 0), told(&[]), "it is not the holder's");
+        assert_eq!(table.act(1, action::RELEASE, EXCLUSIVE, 1, 0), Err(Sense::INVALID_RELEASE.into()));
+        assert_eq!(table.reserved(), Some((1, OF_REGISTRANTS)));
+        let released = attention::RESERVATIONS_RELEASED;
+        assert_eq!(
+            table.act(1, action::RELEASE, OF_REGISTRANTS, 1, 0),
+            told(&[(2, released), (3, released)])
+        );
+        table.reserve_for(1, EXCLUSIVE);
+        assert_eq!(table.act(1, action::RELEASE, EXCLUSIVE, 1, 0), told(&[]));
+        assert_eq!(table.reserved(), None);
+    }
+
+    #[test]
+    fn a_holder_that_unregisters_lets_go_but_of_what_all_hold() {
+        let mut table = registered(2);
+        table.reserve_for(1, OF_REGISTRANTS);
+        let released = attention::RESERVATIONS_RELEASED;
+        assert_eq!(table.act(1, action::REGISTER, 0, 1, 0), told(&[(2, released)]));
+        assert_eq!((table.reserved(), table.keys()), (None, vec![2]));
+
+        let mut table = registered(2);
+        table.reserve_for(1, OF_ALL);
+        assert_eq!(table.act(1, action::REGISTER, 0, 1, 0), told(&[]));
+        assert_eq!((table.reserved(), table.rights()), (Some((0, OF_ALL)), "rwrr".to_owned()));
+        assert_eq!(table.act(2, action::REGISTER, 0, 2, 0), told(&[]));
+        assert_eq!(table.reserved(), None, "nobody is left to hold it");
+    }
+
+    #[test]
+    fn clear_takes_everything_from_everybody() {
+        let mut table = registered(3);
+        table.reserve_for(1, EXCLUSIVE);
+        assert_eq!(table.act(4, action::CLEAR, 0, 0, 0), Err(Fault::Conflict));
+        let preempted = attention::RESERVATIONS_PREEMPTED;
+        assert_eq!(table.act(2, action::CLEAR, 0, 2, 0), told(&[(1, preempted), (3, preempted)]));
+        assert!(table.is_empty());
+        assert_eq!(table.rights(), "wwww");
+    }
+
+    #[test]
+    fn who_preempts_the_holder_takes_its_place() {
+        for (action, aborts) in [(action::PREEMPT, false), (action::PREEMPT_AND_ABORT, true)] {
+            let mut table = registered(3);
+            table.reserve_for(1, EXCLUSIVE);
+            let change = table.act(2, action, WRITE_EXCLUSIVE, 2, 1).unwrap();
+            assert_eq!(change.attentions, [(nexus(1).initiator, attention::REGISTRATIONS_PREEMPTED)]);
+            assert_eq!(change.aborted, if aborts { vec![nexus(1).initiator] } else { vec![] });
+            assert_eq!((table.keys(), table.reserved()), (vec![2, 3], Some((2, WRITE_EXCLUSIVE))));
+            assert_eq!(table.rights(), "rwrr");
+        }
+    }
+
+    #[test]
+    fn who_preempts_another_only_takes_its_registration() {
+        let mut table = registered(3);
+        table.reserve_for(1, EXCLUSIVE);
+        let preempted = attention::REGISTRATIONS_PREEMPTED;
+        assert_eq!(table.act(2, action::PREEMPT, EXCLUSIVE, 2, 3), told(&[(3, preempted)]));
+        assert_eq!((table.keys(), table.reserved()), (vec![1, 2], Some((1, EXCLUSIVE))));
+        let before = table.generation();
+        assert_eq!(
+            table.act(2, action::PREEMPT, EXCLUSIVE, 2, 3),
+            Err(Fault::Conflict),
+            "nobody has that key"
+        );
+        assert_eq!(table.act(2, action::PREEMPT, EXCLUSIVE, 2, 0), Err(Sense::in_parameters(8).into()));
+        assert_eq!(
+            table.act(3, action::PREEMPT, EXCLUSIVE, 3, 1),
+            Err(Fault::Conflict),
+            "it is registered no more"
+        );
+        assert_eq!(table.generation(), before);
+    }
+
+    #[test]
+    fn what_all_hold_is_preempted_from_all_with_no_key_and_from_one_with_its_key() {
+        let preempted = attention::REGISTRATIONS_PREEMPTED;
+        let mut table = registered(3);
+        table.reserve_for(1, OF_ALL);
+        assert_eq!(table.act(2, action::PREEMPT, OF_ALL, 2, 1), told(&[(1, preempted)]));
+        assert_eq!((table.reserved(), table.rights()), (Some((0, OF_ALL)), "rwwr".to_owned()));
+        assert_eq!(table.act(2, action::PREEMPT, EXCLUSIVE, 2, 0), told(&[(3, preempted)]));
+        assert_eq!((table.keys(), table.reserved()), (vec![2], Some((2, EXCLUSIVE))));
+    }
+
+    #[test]
+    fn a_holder_may_preempt_itself_to_change_the_type_and_registrants_are_told() {
+        let mut table = registered(2);
+        table.reserve_for(1, OF_REGISTRANTS);
+        let released = attention::RESERVATIONS_RELEASED;
+        assert_eq!(table.act(1, action::PREEMPT, EXCLUSIVE, 1, 1), told(&[(2, released)]));
+        assert_eq!((table.keys(), table.reserved()), (vec![1, 2], Some((1, EXCLUSIVE))));
+    }
+
+    #[test]
+    fn the_same_initiator_through_another_portal_is_another_registrant() {
+        let mut table = registered(1);
+        let mut target = (*nexus(1).target).clone();
+        target.group = 2;
+        let other = Nexus { target: target.into(), ..nexus(1) };
+        table.reserve_for(1, EXCLUSIVE);
+        assert!(!table.allows(&other, Effect::Reads));
+        let list = [&[0; 8][..], &1u64.to_be_bytes(), &[0; 8]].concat();
+        table.change(&other, action::REGISTER, 0, &list).unwrap();
+        assert_eq!(table.keys(), [1, 1]);
+        let full = table.report(&[0x5e, 3, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+        // Two descriptors of equal length, of which the first holds the reservation.
+        let (first, second) = full[8..].split_at((full.len() - 8) / 2);
+        assert_eq!((first[12], first[13], second[12], second[13]), (1, EXCLUSIVE, 0, 0));
+        assert_eq!((number(&first[18..20]), number(&second[18..20])), (1, 2));
+        assert!(String::from_utf8_lossy(first).contains("iqn.2026-01.test:1,i,0x010101010101\0"));
+    }
+
+    #[test]
+    fn lists_of_another_length_or_with_more_than_is_kept_are_refused() {
+        let mut table = Table::default();
+        for len in [0, 23, 25, 32] {
+            let change = table.change(&nexus(1), action::REGISTER, 0, &vec![0; len]);
+            assert_eq!(change, Err(Sense::PARAMETER_LENGTH.into()));
+        }
+        for flag in [0x08, 0x04, 0x01] {
+            let mut list = [0; 24];
+            (list[15], list[20]) = (1, flag);
+            assert_eq!(
+                table.change(&nexus(1), action::REGISTER, 0, &list),
+                Err(Sense::in_parameters(20).into())
+            );
+        }
+        assert_eq!(table.change(&nexus(1), 7, 0, &[0; 24]), Err(Sense::in_command(1).into()));
+        assert!(table.is_empty());
+    }
+}
