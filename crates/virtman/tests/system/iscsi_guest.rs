@@ -4,6 +4,7 @@
 //! Nodes know nothing of these guests. The first is the one of `scripts/iscsi-guest`, named by
 //! `VIRTMAN_ISCSI_GUEST`; it reaches the host's loopback through QEMU's user-mode network.
 
+use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Command;
@@ -19,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::Agent;
 use crate::cluster::{Cluster, free_address};
 use crate::iscsi::{SECRET, USER, addresses, secret_file, with_secret};
-use crate::tools::{Background, guest_image, make_raw, tool, wait_for};
+use crate::tools::{Background, assert_same, guest_image, make_raw, tool, wait_for};
 
 /// The initiator that the Linux guest is.
 const INITIATOR: &str = "iqn.2026-11.virtman.test:guest";
@@ -29,6 +30,10 @@ const HOST: &str = "10.0.2.2";
 
 /// Size of the disk that the Linux guest mounts, in MiB.
 const MIB: usize = 96;
+
+/// Settings of open-iscsi with which either side notices when the network changes what it carries.
+const DIGESTS: [(&str, &str); 2] =
+    [("conn[0].iscsi.HeaderDigest", "CRC32C"), ("conn[0].iscsi.DataDigest", "CRC32C")];
 
 /// How long what takes seconds on an idle machine may take.
 const STEP_LIMIT: Duration = Duration::from_secs(120);
@@ -57,10 +62,13 @@ fn iscsi_guest_linux_loses_nothing_when_the_node_that_serves_its_disk_is_killed(
         format!("iscsiadm -m discovery -t sendtargets -o nonpersistent -p {}", seen_by_guest(portal));
     let found = guest.run(&discovery);
     assert!(found.contains(&target), "{found}");
-    let refused = guest.run(&format!("({}) 2>&1 || true", log_in(&target, portal, "wrong-horse-battery")));
+    let refused =
+        guest.run(&format!("({}) 2>&1 || true", log_in(&target, portal, &chap("wrong-horse-battery"))));
     assert!(refused.contains("authorization failure"), "{refused}");
-    guest.run(&log_in(&target, portal, SECRET));
-    let disk = format!("/dev/disk/by-path/ip-{}-iscsi-{target}-lun-0", seen_by_guest(portal));
+    let settings = [&chap(SECRET)[..], &DIGESTS].concat();
+    guest.run(&log_in(&target, portal, &settings));
+    assert_eq!(guest.run("cat /sys/class/iscsi_connection/*/*_digest"), "1\n1\n", "header and data");
+    let disk = disk_at(portal, &target);
     guest.mount_new(&disk);
 
     guest.agent.start(WRITER);
@@ -74,7 +82,7 @@ fn iscsi_guest_linux_loses_nothing_when_the_node_that_serves_its_disk_is_killed(
     guest.wait_for_beat(before + 70);
     guest.assert_files(&disk);
 
-    guest.run("umount /mnt && iscsiadm -m node --logout");
+    guest.run("fstrim /mnt && umount /mnt && iscsiadm -m node --logout");
     let sessions = guest.run("iscsiadm -m session 2>&1 || true");
     assert!(sessions.contains("No active sessions"), "{sessions}");
     guest.assert_no_error(&["I/O error", "EXT4-fs error", "EXT4-fs warning"]);
@@ -87,7 +95,7 @@ fn iscsi_guest_linux_goes_on_over_whichever_portal_is_left() {
     let mut ways = portals.each_ref().map(|portal| Way::to(portal));
     let mut guest = Guest::linux(&cluster);
     for way in &ways {
-        guest.run(&log_in(&target, way.address, SECRET));
+        guest.run(&log_in(&target, way.address, &chap(SECRET)));
     }
     guest.wait_for_paths("active active");
     let said = guest.run("multipath -ll");
@@ -116,6 +124,44 @@ fn iscsi_guest_linux_goes_on_over_whichever_portal_is_left() {
         "EXT4-fs error",
         "EXT4-fs warning",
     ]);
+}
+
+#[test]
+fn iscsi_guest_linux_mounts_an_image_and_cannot_change_it() {
+    let portal = free_address();
+    let mut cluster = Cluster::with_nodes(&["o"]);
+    cluster.add_node("n", &["--iscsi-listen", &portal]);
+    let (files, image) = (cluster.path("files"), cluster.path("image"));
+    fs::create_dir(&files).unwrap();
+    make_raw(&files.join("file"), 8, 13);
+    tool("e2fsprogs", "mkfs.ext4", &["-q", "-d", files.to_str().unwrap(), image.to_str().unwrap(), "32M"]);
+    cluster.share(&["o", "n"], "files:1", &image);
+    let chap_file = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}"));
+    let mutual_file = secret_file(&cluster, "mutual", "node:battery-staple");
+    let secrets = ["--chap-file", &chap_file, "--mutual-chap-file", &mutual_file];
+    cluster.ok(&[&["--node", "n", "export", "add", "files:1"], &secrets[..]].concat());
+    let target = target_of(&cluster, "files:1");
+
+    let mut guest = Guest::linux(&cluster);
+    let portal = portal.parse().unwrap();
+    let settings = |node_secret| {
+        let proof = [("session.auth.username_in", "node"), ("session.auth.password_in", node_secret)];
+        [&chap(SECRET)[..], &proof, &[("session.auth.chap_algs", "SHA256")]].concat()
+    };
+    let wrong = log_in(&target, portal, &settings("battery-acid-acid"));
+    let refused = guest.run(&format!("({wrong}) 2>&1 || true"));
+    assert!(refused.contains("non-retryable iSCSI login failure"), "it trusts any node: {refused}");
+    guest.run(&log_in(&target, portal, &settings("battery-staple")));
+    let disk = disk_at(portal, &target);
+    guest.run(&format!("udevadm settle; mount -t ext4 -o ro,noload {disk} /mnt"));
+    let sum = guest.run("cd /mnt && sha256sum file");
+    assert_eq!(
+        sum.split(' ').next(),
+        tool("coreutils", "sha256sum", &[files.join("file").to_str().unwrap()]).split(' ').next()
+    );
+    let refused = guest.run(&format!("umount /mnt; dd if=/dev/zero of={disk} bs=4k count=1 2>&1 || true"));
+    assert!(refused.contains("Read-only file system"), "{refused}");
+    assert_same(&cluster.volume("n", "files+1"), &image);
 }
 
 #[test]
@@ -180,7 +226,12 @@ fn export(cluster: &Cluster, image: &str, access: &[&str]) -> String {
     let chap = secret_file(cluster, "chap", &format!("{USER}:{SECRET}\n"));
     let create = ["--node", "n", "create", "vm", "--image", image, "--export", "iscsi", "--chap-file", &chap];
     cluster.ok(&[&create, access].concat());
-    let address = addresses(cluster, "vm").remove(0);
+    target_of(cluster, "vm")
+}
+
+/// The name of the target of an export.
+fn target_of(cluster: &Cluster, name: &str) -> String {
+    let address = addresses(cluster, name).remove(0);
     let target = address.rsplit('/').nth(1).expect("it is iscsi://PORTAL/TARGET/LUN");
     target.to_owned()
 }
@@ -301,23 +352,28 @@ impl Guest {
     }
 }
 
-/// A script that logs a guest in to a target at a port of the host.
-fn log_in(target: &str, portal: SocketAddr, secret: &str) -> String {
+/// A script that logs a guest in to a target at a port of the host, with these settings of open-iscsi.
+fn log_in(target: &str, portal: SocketAddr, settings: &[(&str, &str)]) -> String {
     let record = format!("iscsiadm -m node -T {target} -p {}", seen_by_guest(portal));
-    let set =
-        |name: &str, value: &str| format!("{record} -o update -n node.session.auth.{name} -v {value} && ");
-    // What is set is kept with the record, which a new one replaces.
-    format!(
-        "{record} -o new && {}{}{}{record} --login",
-        set("authmethod", "CHAP"),
-        set("username", USER),
-        set("password", secret)
-    )
+    let settings: String =
+        settings.iter().map(|(name, value)| format!(" -n node.{name} -v {value}")).collect();
+    // A new record replaces what there was.
+    format!("{record} -o new && {record} -o update{settings} && {record} --login")
+}
+
+/// The settings with which the guest proves itself.
+fn chap(secret: &str) -> [(&str, &str); 3] {
+    [("session.auth.authmethod", "CHAP"), ("session.auth.username", USER), ("session.auth.password", secret)]
 }
 
 /// An address of the host's loopback, as guests see it.
 fn seen_by_guest(address: SocketAddr) -> String {
     format!("{HOST}:{}", address.port())
+}
+
+/// The guest's name for the disk of a target.
+fn disk_at(portal: SocketAddr, target: &str) -> String {
+    format!("/dev/disk/by-path/ip-{}-iscsi-{target}-lun-0", seen_by_guest(portal))
 }
 
 /// A way to a portal that can fail: another port of the loopback, which leads there.
