@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
 
 mod common;
+mod load;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use block::{Access, Disk, DiskError, ExtentKind};
 use common::{MemoryDisk, Pace, Serving, target};
 use iscsi::initiator::{self, Address, ConnectError, Digests, Initiator, Options, Retry, Secrets};
 use iscsi::{Admission, Credentials, Portal, Server, ServerOptions, Target};
+use load::{load, pattern};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
@@ -34,11 +36,6 @@ async fn connect(portal: SocketAddr) -> Initiator {
 
 async fn connect_with(portal: SocketAddr, options: Options) -> Initiator {
     Initiator::connect(&address(portal, NAME, 0), Secrets::default(), options).await.unwrap()
-}
-
-/// Bytes that are different everywhere.
-fn pattern(seed: u32, len: usize) -> Vec<u8> {
-    (0..len as u32).map(|i| (i.wrapping_add(seed << 24).wrapping_mul(2_654_435_761) >> 23) as u8).collect()
 }
 
 /// A target that can be stopped and started again on the same address. Whoever dials meanwhile waits.
@@ -233,47 +230,6 @@ async fn holes_are_told_and_clearing_makes_them() {
     }
     assert_eq!(at, 700_000);
     assert_eq!(holes, [(102_400, 294_912), (503_808, 94_208)], "holes end where pages do");
-}
-
-/// Writers that each change their own part of the disk, without ever agreeing with a neighbour, and check all of
-/// it again and again; `between` is called after each round.
-async fn load(disk: &Arc<Initiator>, rounds: u32, mut between: impl AsyncFnMut(u32)) -> Vec<u8> {
-    const WRITERS: usize = 8;
-    let part = disk.size_bytes() as usize / WRITERS;
-    let (done, mut finished) = tokio::sync::mpsc::channel(WRITERS);
-    let mut writers = JoinSet::new();
-    for writer in 0..WRITERS {
-        let (disk, done) = (Arc::clone(disk), done.clone());
-        writers.spawn(async move {
-            let at = (writer * part) as u64;
-            for round in 0..rounds {
-                let data = pattern(round * 64 + writer as u32, part);
-                // Some of it in pieces that do not end where blocks do.
-                let (first, rest) = data.split_at(part / 3);
-                let (one, two) = (disk.write(at, first), disk.write(at + first.len() as u64, rest));
-                let (one, two) = tokio::join!(one, two);
-                one.unwrap();
-                two.unwrap();
-                let mut read = vec![0; part];
-                disk.read(at, &mut read).await.unwrap();
-                assert!(read == data, "writer {writer} round {round}: what was written is there");
-                done.send(round).await.unwrap();
-            }
-            pattern((rounds - 1) * 64 + writer as u32, part)
-        });
-    }
-    drop(done);
-    let mut rounds_done = 0;
-    while finished.recv().await.is_some() {
-        rounds_done += 1;
-        between(rounds_done).await;
-    }
-    writers.join_all().await.into_iter().fold(vec![0; WRITERS * part], |mut all, data| {
-        // Writers end in any order, but each knows its bytes by their first ones.
-        let place = (0..WRITERS).find(|w| pattern((rounds - 1) * 64 + *w as u32, 16) == data[..16]);
-        all[place.unwrap() * part..][..part].copy_from_slice(&data);
-        all
-    })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,12 +9,13 @@ use tokio::time::Instant;
 
 use super::address::portal_of;
 use super::limits::{BACKOFF_FIRST, BACKOFF_MAX, CONNECT_TIME_MAX, REDIRECTS_MAX};
-use super::login::{Agreed, Goal, Login, LoginFault};
+use super::login::{ALGORITHMS, Agreed, Goal, Login, LoginFault, OLD_ALGORITHMS};
 use super::session::{Breach, Job, Session};
 use super::unit::{Unit, survey};
 use super::wire::{Door, Wire};
 use super::{ConnectError, Options, Retry};
 use crate::login::Challenge;
+use crate::pdu::login_status;
 
 /// Makes sessions with one target.
 pub(super) struct Connector {
@@ -30,13 +31,23 @@ impl Connector {
     /// Dials and logs in once, following redirections.
     pub(super) async fn log_in(&self) -> Result<(Door, Agreed), ConnectError> {
         let (mut host, mut port) = (self.host.clone(), self.port);
-        for _ in 0..=REDIRECTS_MAX {
+        let (mut redirects, mut algorithms) = (0, ALGORITHMS);
+        while redirects <= REDIRECTS_MAX {
             let mut door = Door::dial(&host, port).await?;
             let challenge = Challenge { id: rand::random(), bytes: rand::random() };
-            let (mut login, request, text) = Login::begin(&self.goal, challenge);
+            let (mut login, request, text) = Login::begin(&self.goal, algorithms, challenge);
             match door.log_in(&mut login, (request, text)).await? {
                 Ok(agreed) => return Ok((door, agreed)),
-                Err(LoginFault::Moved(portal)) => (host, port) = moved(&portal)?,
+                Err(LoginFault::Moved(portal)) => {
+                    (host, port) = moved(&portal)?;
+                    redirects += 1;
+                }
+                // Some targets, tgt for one, cannot read a list that begins with what they do not know.
+                Err(LoginFault::Refused(login_status::INITIATOR_ERROR))
+                    if self.goal.secrets.initiator.is_some() && algorithms == ALGORITHMS =>
+                {
+                    algorithms = OLD_ALGORITHMS;
+                }
                 Err(fault) => return Err(ConnectError::of_login(&fault)),
             }
         }

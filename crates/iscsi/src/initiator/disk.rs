@@ -368,14 +368,4 @@ fn ended() -> DiskError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_end_where_pages_do_and_cover_the_range() {
-        let pieces: Vec<_> = Way::pieces(512, 10_240, 4096).collect();
-        assert_eq!(pieces, [(512, 3584), (4096, 4096), (8192, 2048)]);
-        assert_eq!(Way::pieces(4096, 4096, 4096).count(), 0);
-        assert_eq!(Way::pieces(4096, 8192, 1 << 20).collect::<Vec<_>>(), [(4096, 4096)]);
-    }
-}
+mod tests;

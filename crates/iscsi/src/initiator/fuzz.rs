@@ -3,7 +3,7 @@
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::login::{Agreed, Goal, Login, Step};
+use super::login::{ALGORITHMS, Agreed, Goal, Login, Step};
 use super::session::{Job, Session, Transfer};
 use super::{Secrets, scsi, unit};
 use crate::chap::Credentials;
@@ -33,7 +33,7 @@ fn login(mut input: &[u8]) {
         secrets: Secrets { initiator: own, target: theirs },
         digests: "CRC32C,None",
     };
-    let (mut login, _, _) = Login::begin(&goal, Challenge { id: 1, bytes: [7; 32] });
+    let (mut login, _, _) = Login::begin(&goal, ALGORITHMS, Challenge { id: 1, bytes: [7; 32] });
     while let &[flags, len, ref rest @ ..] = input {
         let (text, rest) = rest.split_at(usize::from(len).min(rest.len()));
         input = rest;

@@ -16,6 +16,12 @@ use crate::text;
 /// The number of a session's first command.
 const FIRST_CMD_SN: u32 = 1;
 
+/// Algorithms that are offered at first, the best one first.
+pub(super) const ALGORITHMS: &[Algorithm] = &[Algorithm::Sha256, Algorithm::Md5];
+
+/// The one that every target has.
+pub(super) const OLD_ALGORITHMS: &[Algorithm] = &[Algorithm::Md5];
+
 /// Status class of a login that is to be tried elsewhere (RFC 7143 §11.13.5).
 const REDIRECTION: u16 = 0x01;
 
@@ -88,6 +94,7 @@ enum Proof {
 /// A login under way.
 pub(super) struct Login<'a> {
     goal: &'a Goal,
+    algorithms: &'static [Algorithm],
     challenge: Challenge,
     stage: u8,
     proof: Proof,
@@ -102,11 +109,16 @@ pub(super) struct Login<'a> {
 
 impl<'a> Login<'a> {
     /// A login, and its first request. `challenge` is for the target, should it have to prove itself.
-    pub(super) fn begin(goal: &'a Goal, challenge: Challenge) -> (Login<'a>, LoginRequest, Vec<u8>) {
+    pub(super) fn begin(
+        goal: &'a Goal,
+        algorithms: &'static [Algorithm],
+        challenge: Challenge,
+    ) -> (Login<'a>, LoginRequest, Vec<u8>) {
         let mut offer = Vec::new();
         params::offer(&mut offer, goal.digests);
         let mut login = Login {
             goal,
+            algorithms,
             challenge,
             stage: stage::SECURITY,
             proof: Proof::Method,
@@ -218,8 +230,8 @@ impl<'a> Login<'a> {
         self.proof = match self.proof {
             Proof::Method => match (value("AuthMethod"), initiator) {
                 (Some("CHAP"), Some(_)) => {
-                    let [first, second] = [Algorithm::Sha256, Algorithm::Md5].map(Algorithm::number);
-                    text::push(out, "CHAP_A", &format!("{first},{second}"));
+                    let numbers = self.algorithms.iter().map(|algorithm| algorithm.number().to_string());
+                    text::push(out, "CHAP_A", &numbers.collect::<Vec<_>>().join(","));
                     Proof::Algorithm
                 }
                 // A target that names no method asks for none.
@@ -228,6 +240,7 @@ impl<'a> Login<'a> {
             },
             Proof::Algorithm => {
                 let algorithm = value("CHAP_A").and_then(Algorithm::first_known);
+                let algorithm = algorithm.filter(|chosen| self.algorithms.contains(chosen));
                 let id = value("CHAP_I").and_then(text::number).and_then(|id| u8::try_from(id).ok());
                 let theirs = value("CHAP_C").and_then(text::decode_binary);
                 let (Some(algorithm), Some(id), Some(theirs), Some(own)) = (algorithm, id, theirs, initiator)
@@ -292,3 +305,6 @@ fn moved(data: &[u8]) -> LoginFault {
         None => LoginFault::Protocol("it has moved, and does not say where to"),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -477,3 +477,6 @@ fn length(data: &[u8]) -> u32 {
 fn is_after(a: u32, b: u32) -> bool {
     a.wrapping_sub(b).cast_signed() > 0
 }
+
+#[cfg(test)]
+mod tests;
