@@ -6,13 +6,13 @@ use block::{ImageId, ImageName, NodeName, VmName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::export::IscsiAccess;
+use super::export::{ChapSecret, IscsiAccess};
 use super::profile::NodeProfile;
 
 /// Makes a node the origin of an image.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub(crate) struct AddImage {
-    /// The file or block device on the node, absolute.
+    /// The file or block device on the node, absolute, or the address of an iSCSI unit.
     #[schema(value_type = String)]
     pub(crate) file: PathBuf,
     /// `raw`, `qcow2`, `vmdk` or `vhdx`; detected if absent.
@@ -24,6 +24,10 @@ pub(crate) struct AddImage {
     /// Whether the node keeps a copy or serves from the file in place.
     #[serde(default)]
     pub(crate) keep: KeepImage,
+    /// What the node proves to an iSCSI target.
+    pub(crate) chap: Option<ChapSecret>,
+    /// What that target has to prove to the node.
+    pub(crate) mutual_chap: Option<ChapSecret>,
 }
 
 /// Where an origin's bytes stay.

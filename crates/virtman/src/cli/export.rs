@@ -1,5 +1,6 @@
 //! `export list|add|remove`, and who may open what.
 
+use std::fmt::Display;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -73,14 +74,22 @@ impl AccessArgs {
 
 /// Reads a file of one line `USER:SECRET`.
 pub(super) fn read_secret(file: &Path) -> Outcome<ChapSecret> {
-    let failed = |why: String| Failure::new(format!("no secret can be read from {}: {why}", file.display()));
-    let text = fs::read_to_string(file).map_err(|e| failed(e.to_string()))?;
+    read_line(file)?.parse().map_err(|e| unreadable(file, e))
+}
+
+fn unreadable(file: &Path, why: impl Display) -> Failure {
+    Failure::new(format!("no secret can be read from {}: {why}", file.display()))
+}
+
+/// Reads a file with a secret in it, and says so if others can, too.
+pub(super) fn read_line(file: &Path) -> Outcome<String> {
+    let text = fs::read_to_string(file).map_err(|e| unreadable(file, e))?;
     let shared = fs::metadata(file).is_ok_and(|file| file.permissions().mode() & SHARED_MODE != 0);
     if shared {
         let file = file.display();
         note(&format!("warning: others can read the secret in {file}: 'chmod 600 {file}' ends that"));
     }
-    text.parse().map_err(failed)
+    Ok(text)
 }
 
 pub(super) async fn run(context: &Context, command: &ExportCommand) -> Outcome {

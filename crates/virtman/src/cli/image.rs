@@ -1,29 +1,83 @@
 //! `image add|list|show|remove|verify|tune|attach|detach`; `image profile` is in [`profile`].
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use clap::Args;
 use futures_util::StreamExt;
+use iscsi::initiator::{Address, AddressError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use volt::Shaping;
 
 use super::ImageCommand;
 use super::context::{Context, Failure, Outcome};
+use super::export::{read_line, read_secret};
 use super::output::{Column, Table, bytes_bar, print_json, say};
 use super::profile;
 use crate::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
+use crate::api::export::ChapSecret;
 use crate::api::volt::{ImageRecord, TuneImage};
+use crate::compute::remote;
 use crate::coordinator::config::shaping;
 use crate::http::Client;
 use crate::units::ByteSize;
 
+/// The secrets of an iSCSI target. None is given on the command line, where everybody can read it.
+#[derive(Debug, Args)]
+pub(crate) struct SecretArgs {
+    /// File with the secret for an iSCSI target (CHAP), on one line: USER:SECRET, or SECRET if USER stands in the
+    /// address; the environment variable VIRTMAN_CHAP has the same form
+    #[arg(long, value_name = "FILE")]
+    chap_file: Option<PathBuf>,
+    /// File with what that target has to prove in turn: USER:SECRET
+    #[arg(long, value_name = "FILE")]
+    mutual_chap_file: Option<PathBuf>,
+}
+
+/// Environment variable with a secret for an iSCSI target.
+const CHAP_VARIABLE: &str = "VIRTMAN_CHAP";
+
+impl SecretArgs {
+    /// The address of a logical unit, and what opens it.
+    fn unit(&self, location: &str) -> Outcome<(PathBuf, Option<ChapSecret>)> {
+        let address: Address = location.parse().map_err(|e: AddressError| Failure::new(e.to_string()))?;
+        let text = match &self.chap_file {
+            Some(file) => Some((file.display().to_string(), read_line(file)?)),
+            None => std::env::var(CHAP_VARIABLE).ok().map(|text| (CHAP_VARIABLE.to_owned(), text)),
+        };
+        let secret = match (&address.user, text) {
+            (None, None) => None,
+            (Some(user), None) => {
+                return Err(Failure::new(format!(
+                    "there is no secret for '{user}': give it in a file with --chap-file, or in {CHAP_VARIABLE}"
+                )));
+            }
+            (Some(user), Some((_, text))) => {
+                let text = text.trim_end_matches(['\r', '\n']);
+                let secret = text.strip_prefix(&format!("{user}:")).unwrap_or(text).to_owned();
+                Some(ChapSecret { user: user.clone(), secret })
+            }
+            (None, Some((place, text))) => {
+                Some(text.parse().map_err(|e: String| Failure::new(format!("{place}: {e}")))?)
+            }
+        };
+        Ok((address.to_string().into(), secret))
+    }
+}
+
 pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
     match command {
-        ImageCommand::Add { name, file, format, allow, copy } => {
+        ImageCommand::Add { name, file, format, allow, copy, secrets } => {
             let node = context.node().await?;
+            let (file, chap) = match remote::location_of(file) {
+                Some(location) => secrets.unit(location)?,
+                None => (absolute(file)?, None),
+            };
             let body = AddImage {
-                file: absolute(file)?,
+                file: file.clone(),
+                chap,
+                mutual_chap: secrets.mutual_chap_file.as_deref().map(read_secret).transpose()?,
                 format: format.clone(),
                 allow: allow.iter().map(|dir| absolute(dir)).collect::<Outcome<_>>()?,
                 keep: if *copy { KeepImage::Copy } else { KeepImage::InPlace },
@@ -219,7 +273,7 @@ async fn follow<T: DeserializeOwned + Send + 'static>(
     Err(Failure::new("the node ended before it was done: see its log, then try again"))
 }
 
-fn absolute(path: &Path) -> Outcome<std::path::PathBuf> {
+fn absolute(path: &Path) -> Outcome<PathBuf> {
     fs::canonicalize(path).map_err(|e| Failure::new(format!("cannot open {}: {e}", path.display())))
 }
 

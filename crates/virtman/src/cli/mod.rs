@@ -171,7 +171,8 @@ pub(crate) enum ImageCommand {
     Add {
         /// Name with tag, such as debian:12
         name: ImageName,
-        /// The file or block device: raw, qcow2 (also compressed, also with backing files), vmdk, vhdx
+        /// The file or block device: raw, qcow2 (also compressed, also with backing files), vmdk, vhdx; or a logical
+        /// unit as iscsi://[USER@]HOST[:PORT]/TARGET/LUN
         file: PathBuf,
         /// Its format, if it should not be detected
         #[arg(long, value_parser = ["raw", "qcow2", "vmdk", "vhdx"])]
@@ -182,6 +183,8 @@ pub(crate) enum ImageCommand {
         /// Keep a sparse raw copy, so that FILE may be changed or deleted afterwards
         #[arg(long)]
         copy: bool,
+        #[command(flatten)]
+        secrets: image::SecretArgs,
     },
     /// List the cluster's images, or with --node those that the node has attached
     List,

@@ -9,6 +9,7 @@
 //! DIR/vms/NAME/vm.json    a VM; its private layer, seed and hypervisor's files lie beside it
 //! DIR/disks/NAME.sock     a VM's disk over NBD
 //! DIR/volumes/NAME.sock   an image, read-only, over NBD
+//! DIR/remotes/HASH.json   what opens the remote disk that an image lies on, by the hash of its address
 //! DIR/exports/NAME.json   a VM's disk or an image over iSCSI: who may open it, with which secrets
 //! ```
 //!
@@ -58,7 +59,7 @@ impl Layout {
                 SOCKET_PATH_BYTES_MAX - SOCKET_REST_BYTES - NAME_ROOM_BYTES_MIN
             ));
         }
-        for sub in ["identity", "images", "attached", "vms", "disks", "volumes", "exports"] {
+        for sub in ["identity", "images", "attached", "vms", "disks", "volumes", "exports", "remotes"] {
             fs::create_dir_all(layout.dir.join(sub)).map_err(failed)?;
         }
         set_private(&layout.dir).map_err(failed)?;
@@ -134,6 +135,10 @@ impl Layout {
 
     pub(crate) fn exports(&self) -> PathBuf {
         self.dir.join("exports")
+    }
+
+    pub(crate) fn remotes(&self) -> PathBuf {
+        self.dir.join("remotes")
     }
 }
 

@@ -12,10 +12,11 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, ImageName, NodeName, Priority};
-use image::{BootProfile, ImageVolume, OriginImage, RootPage};
+use image::{BootProfile, ImageVolume, OriginImage, Remotes, RootPage};
 use link::{Fetcher, Uplinks};
 use serde::{Deserialize, Serialize};
 use store::CacheGroup;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use volt::{Placement, Role};
@@ -24,6 +25,7 @@ use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::fill::Fill;
 use super::profile::{Profile, Way};
+use super::remote::RemoteDisks;
 use crate::api::compute::NodeImage;
 use crate::api::profile::ProfileOffer;
 use crate::api::volt::ImageRecord;
@@ -39,6 +41,8 @@ pub(crate) struct Images {
     layout: Layout,
     cache: Arc<CacheGroup>,
     uplinks: Arc<Uplinks>,
+    /// What opens the disks that images of this origin lie on.
+    pub(super) remotes: Arc<RemoteDisks>,
     attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
     /// Takes records of boots to Volt.
     records: mpsc::Sender<BootProfile>,
@@ -132,12 +136,14 @@ impl Images {
         layout: Layout,
         cache: Arc<CacheGroup>,
         uplinks: Arc<Uplinks>,
+        remotes: Arc<RemoteDisks>,
         records: mpsc::Sender<BootProfile>,
     ) -> Images {
         Images {
             layout,
             cache,
             uplinks,
+            remotes,
             records,
             attached: RwLock::default(),
             changed: Notify::new(),
@@ -154,7 +160,15 @@ impl Images {
                 tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
             }
         }
-        remove_unrecorded(&self.layout)
+        remove_unrecorded(&self.layout)?;
+        self.forget_unused_remotes()
+    }
+
+    /// Forgets what opens the remote disks that no image lies on.
+    pub(super) fn forget_unused_remotes(&self) -> std::io::Result<()> {
+        let origins: Vec<Arc<OriginImage>> = self.all().iter().filter_map(|image| image.origin()).collect();
+        let used: Vec<PathBuf> = origins.iter().map(|origin| origin.describe().path).collect();
+        self.remotes.retain(|location| used.iter().any(|path| path.as_os_str() == location))
     }
 
     fn restore_one(&self, file: &Path) -> Result<(), String> {
@@ -353,9 +367,9 @@ impl Images {
     fn upstream(&self, id: &ImageId, placement: &Placement) -> Result<Upstream, String> {
         let dir = self.origin_dir(id);
         if dir.exists() {
-            return Ok(Upstream::Origin(Arc::new(
-                tokio::task::block_in_place(|| OriginImage::open(&dir)).map_err(|e| e.to_string())?,
-            )));
+            let remotes = Remotes { opener: Arc::clone(&self.remotes) as _, runtime: Handle::current() };
+            let opened = tokio::task::block_in_place(|| OriginImage::open_with(&dir, remotes));
+            return Ok(Upstream::Origin(Arc::new(opened.map_err(|e| e.to_string())?)));
         }
         let fetcher = Arc::new(Fetcher::new(*id, Arc::clone(&self.uplinks)));
         fetcher.set_parents(&parents_of(placement));

@@ -16,6 +16,7 @@ mod images;
 mod iscsi;
 mod node;
 mod profile;
+pub(crate) mod remote;
 pub(crate) mod routes;
 mod vms;
 mod volt;
@@ -38,6 +39,7 @@ use self::files::Layout;
 use self::images::Images;
 use self::iscsi::{IscsiExports, Portals};
 use self::node::Node;
+use self::remote::RemoteDisks;
 use self::vms::Vms;
 use self::volt::{Introduction, VoltLink};
 use crate::coordinator::{listen, local_socket};
@@ -74,7 +76,9 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let (uplinks, reports) =
         Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), args.fetch_settings());
     let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
-    let images = Arc::new(Images::new(layout.clone(), Arc::clone(&cache), uplinks, records));
+    let remotes = Arc::new(RemoteDisks::new(layout.remotes()));
+    let images = Images::new(layout.clone(), Arc::clone(&cache), uplinks, Arc::clone(&remotes), records);
+    let images = Arc::new(images);
     let vms = Vms::new(name.clone(), layout.clone());
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
     images.restore().map_err(restored)?;

@@ -7,14 +7,16 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{ImageName, NodeName, VmName};
-use image::{ImportProgress, ImportRequest, Keep};
+use image::{ImportProgress, ImportRequest, Keep, RemoteRequest};
 use link::Stats;
 use store::CacheGroup;
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use volt::Role;
 
 use super::images::{Attached, Detached, Images};
 use super::iscsi::{Exported, IscsiExports};
+use super::remote;
 use super::routes::to_the_end;
 use super::vms::Vms;
 use super::volt::VoltLink;
@@ -86,12 +88,17 @@ impl Node {
         let format = request.format.as_deref().map(str::parse).transpose();
         let format = format
             .map_err(|e: image::ParseFormatError| ApiError::bad_request("bad_format", e.to_string()))?;
+        if let Some(location) = remote::location_of(&request.file) {
+            let key = remote::Key {
+                location: location.to_owned(),
+                chap: request.chap,
+                mutual_chap: request.mutual_chap,
+            };
+            return self.add_remote(name, key, format, keep_of(request.keep), progress).await;
+        }
         let mut allowed_dirs = request.allow;
         allowed_dirs.extend(request.file.parent().map(PathBuf::from));
-        let keep = match request.keep {
-            KeepImage::InPlace => Keep::InPlace,
-            KeepImage::Copy => Keep::Copy,
-        };
+        let keep = keep_of(request.keep);
         let import = ImportRequest { file: request.file, format, allowed_dirs, keep };
         let dir = self.images_dir.clone();
         let imported = tokio::task::spawn_blocking(move || image::import(&import, &dir, &progress));
@@ -100,6 +107,44 @@ impl Node {
 
         let (node, name) = (Arc::clone(self), name.clone());
         to_the_end(async move { node.publish(&name, &imported).await }).await
+    }
+
+    /// The same with an image on a remote disk.
+    async fn add_remote(
+        self: &Arc<Self>,
+        name: &ImageName,
+        key: remote::Key,
+        format: Option<image::Format>,
+        keep: Keep,
+        progress: Arc<ImportProgress>,
+    ) -> Result<NodeImage, ApiError> {
+        let refused = |why: String| ApiError::bad_request("bad_image", format!("{}: {why}", key.location));
+        let disk = key.open().await.map_err(|e| refused(e.to_string()))?;
+        let location = key.location.clone();
+        let import = RemoteRequest { location, disk, runtime: Handle::current(), format, keep };
+        let dir = self.images_dir.clone();
+        let imported = tokio::task::spawn_blocking(move || image::import_remote(&import, &dir, &progress));
+        let imported = imported.await.map_err(|e| ApiError::internal(format!("adding '{name}': {e}")))?;
+        let imported = imported.map_err(|e| refused(e.to_string()))?;
+
+        let (node, name) = (Arc::clone(self), name.clone());
+        to_the_end(async move {
+            if keep == Keep::InPlace {
+                node.images.remotes.remember(&key).map_err(ApiError::internal)?;
+            }
+            let published = node.publish(&name, &imported).await;
+            if published.is_err() {
+                node.forget_unused_remotes();
+            }
+            published
+        })
+        .await
+    }
+
+    fn forget_unused_remotes(&self) {
+        if let Err(error) = self.images.forget_unused_remotes() {
+            tracing::warn!(%error, "what opens a remote disk that is not used any more cannot be removed");
+        }
     }
 
     /// Serves an imported image under its name, or removes what was imported.
@@ -173,6 +218,7 @@ impl Node {
         if self.images.by_id(&attached.id).is_none() {
             image::remove(&self.images_dir, attached.id)
                 .map_err(|e| ApiError::internal(format!("cannot remove what was kept of '{name}': {e}")))?;
+            self.forget_unused_remotes();
         }
         Ok(())
     }
@@ -384,6 +430,13 @@ impl Node {
             }
         }
         Ok(())
+    }
+}
+
+fn keep_of(keep: KeepImage) -> Keep {
+    match keep {
+        KeepImage::InPlace => Keep::InPlace,
+        KeepImage::Copy => Keep::Copy,
     }
 }
 

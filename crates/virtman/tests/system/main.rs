@@ -14,6 +14,19 @@ mod iscsi;
 mod iscsi_guest;
 mod profiles;
 mod refusals;
+mod remote;
 mod shapes;
 mod storage;
 mod tools;
+
+/// `tgtd`, another iSCSI target, as the tests of the crate `iscsi` run it.
+#[path = "../../../iscsi/tests/tgt/mod.rs"]
+mod tgt;
+
+/// What [`tgt`] finds its programs with.
+mod common {
+    pub(crate) fn tool<'a>(program: &'a str, package: &str) -> &'a str {
+        assert!(!package.is_empty(), "{program} has a package");
+        program
+    }
+}

@@ -1,0 +1,144 @@
+//! Images on logical units of iSCSI targets: of another program, and of another node.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use crate::cluster::{Cluster, free_address};
+use crate::iscsi::{addresses, secret_file};
+use crate::tgt::{NAME, Tgt};
+use crate::tools::{assert_same, both, make_raw, wait_for};
+
+const USER: &str = "array";
+const SECRET: &str = "twelve-or-more-bytes";
+const MIB: usize = 24;
+
+/// A foreign target with a disk that asks for a secret.
+fn array() -> Tgt {
+    let mut tgt = Tgt::new((MIB as u64) << 20);
+    make_raw(&tgt.file(), MIB, 41);
+    tgt.start();
+    serve(&tgt);
+    tgt
+}
+
+fn serve(tgt: &Tgt) {
+    tgt.add_disk(&[], &[]);
+    tgt.add_account(USER, SECRET, &[]);
+}
+
+#[test]
+fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_nothing() {
+    let mut cluster = Cluster::with_nodes(&["o", "a", "b"]);
+    let mut tgt = array();
+    let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
+    let unit = format!("iscsi://{USER}@127.0.0.1:{}/{NAME}/1", tgt.port);
+    let added = cluster.ok(&["--node", "o", "image", "add", "disk:1", &unit, "--chap-file", &chap]);
+    let file = tgt.file();
+    let local = cluster.ok(&["--node", "a", "image", "add", "local:1", file.to_str().unwrap(), "--copy"]);
+    let id = |line: &str| line.split_whitespace().last().map(str::to_owned);
+    assert_eq!(id(&added), id(&local), "the same bytes are the same image");
+    cluster.ok(&["--node", "a", "image", "remove", "local:1"]);
+    cluster.ok(&["--node", "a", "image", "attach", "disk:1"]);
+    cluster.ok(&["--node", "b", "image", "attach", "disk:1"]);
+
+    // The target dies while the image is read through the last node, and comes back.
+    std::thread::scope(|scope| {
+        let volume = cluster.volume("b", "disk+1");
+        let reader = scope.spawn(move || assert_same(&volume, &file));
+        std::thread::sleep(Duration::from_millis(100));
+        tgt.kill();
+        std::thread::sleep(Duration::from_secs(1));
+        tgt.start_again();
+        serve(&tgt);
+        reader.join().unwrap();
+    });
+
+    // A node that starts while the target is away waits for it, and so does who reads there.
+    tgt.kill();
+    cluster.kill_node("o");
+    cluster.restart_node("o");
+    cluster.wait_up("o");
+    cluster.ok(&["--node", "o", "create", "vm", "--image", "disk:1"]);
+    std::thread::scope(|scope| {
+        let (disk, file) = (cluster.disk("o", "vm"), tgt.file());
+        let reader = scope.spawn(move || assert_same(&disk, &file));
+        wait_for("the origin looks for the target", Duration::from_secs(10), || {
+            cluster.log("o").contains("trying again").then_some(())
+        });
+        tgt.start_again();
+        serve(&tgt);
+        reader.join().unwrap();
+    });
+
+    let keys = cluster.node_dir("o").join("remotes");
+    let modes: Vec<u32> = fs::read_dir(&keys)
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().permissions().mode() & 0o077)
+        .collect();
+    assert_eq!(modes, [0], "one secret, for its owner alone");
+    assert!(!cluster.log("o").contains(SECRET), "the log has the secret");
+    cluster.ok(&["--node", "o", "destroy", "vm"]);
+    for node in ["a", "b"] {
+        cluster.ok(&["--node", node, "image", "detach", "disk:1"]);
+    }
+    cluster.ok(&["--node", "o", "image", "remove", "disk:1"]);
+    assert_eq!(fs::read_dir(&keys).unwrap().count(), 0, "the secret is forgotten with the image");
+}
+
+#[test]
+fn remote_units_that_cannot_be_used_are_refused_with_the_reason_and_the_remedy() {
+    let cluster = Cluster::with_nodes(&["o"]);
+    let tgt = array();
+    let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
+    let wrong = secret_file(&cluster, "wrong", &format!("{USER}:twelve-or-more-bytez\n"));
+    let at = format!("127.0.0.1:{}", tgt.port);
+    let closed = free_address();
+    let add = |address: &str, rest: &[&str]| {
+        let said = cluster.refused(&[&["--node", "o", "image", "add", "disk:1", address], rest].concat());
+        assert!(!said.contains(SECRET), "{said}");
+        said
+    };
+    let known = ["--chap-file", &chap[..]];
+    for (address, rest, expected) in [
+        (format!("iscsi://{USER}%{SECRET}@{at}/{NAME}/1"), &[][..], "leave only the name of the user"),
+        (format!("iscsi://{USER}@{at}/{NAME}/1"), &[], "VIRTMAN_CHAP"),
+        (format!("iscsi://{USER}@{at}/{NAME}/1"), &["--chap-file", &wrong], "check the name of the user"),
+        (format!("iscsi://{at}/{NAME}/1"), &[], "does not accept the credentials"),
+        (format!("iscsi://{at}/{NAME}2/1"), &known, "no such iSCSI target"),
+        (format!("iscsi://{at}/{NAME}/7"), &known, "no logical unit of this number"),
+        (format!("iscsi://{closed}/{NAME}/1"), &known, "cannot be reached"),
+        (format!("iscsi://{at}/{NAME}/1"), &["--chap-file", &chap, "--format", "qcow2"], "qcow2"),
+        ("iscsi://nowhere".to_owned(), &[], "iscsi://[USER@]HOST[:PORT]/TARGET/LUN"),
+    ] {
+        let said = add(&address, rest);
+        assert!(said.contains(expected), "{address} {rest:?}: {said}");
+    }
+    let images = cluster.node_dir("o").join("images");
+    assert_eq!(fs::read_dir(images).unwrap().count(), 0, "nothing is left behind");
+    assert_eq!(fs::read_dir(cluster.node_dir("o").join("remotes")).unwrap().count(), 0);
+}
+
+#[test]
+fn remote_an_image_that_a_node_exports_is_added_elsewhere_and_copied() {
+    let mut cluster = Cluster::start();
+    cluster.add_node("n", &["--iscsi-listen", "127.0.0.1:0"]);
+    cluster.add_node("m", &[]);
+    let source = cluster.path("source");
+    make_raw(&source, MIB, 43);
+    cluster.ok(&["--node", "n", "image", "add", "disk:1", source.to_str().unwrap()]);
+    let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
+    let back = secret_file(&cluster, "back", "node:another-long-secret\n");
+    let secrets = ["--chap-file", &chap, "--mutual-chap-file", &back];
+    cluster.ok(&[&["--node", "n", "export", "add", "disk:1"], &secrets[..]].concat());
+    let unit = addresses(&cluster, "disk:1").remove(0);
+    cluster.ok(&[&["--node", "m", "image", "add", "copy:1", &unit, "--copy"], &secrets[..]].concat());
+    // What was copied needs its source no more.
+    cluster.kill_node("n");
+    let id = |image: &str| cluster.json(&["image", "show", image])["id"].clone();
+    assert_eq!(id("copy:1"), id("disk:1"));
+    assert_same(&cluster.volume("m", "copy+1"), &source);
+    assert_eq!(fs::read_dir(cluster.node_dir("m").join("remotes")).unwrap().count(), 0);
+    let verified = cluster.run(&["--node", "m", "image", "verify", "copy:1"]);
+    assert!(verified.status.success(), "{}", both(&verified));
+}
