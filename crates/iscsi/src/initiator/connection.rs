@@ -92,8 +92,9 @@ pub(super) async fn run(connector: Connector, first: Wire, unit: Unit, mut jobs:
     let mut wire = first;
     let mut away = Away::default();
     loop {
+        let asked_before = wire.session.answered();
         let ended = wire.transmit(&mut jobs, &connector.options).await;
-        if wire.session.answered() > 0 {
+        if wire.session.answered() > asked_before {
             away = Away::default();
         }
         let Err(error) = ended else {

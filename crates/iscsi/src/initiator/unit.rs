@@ -4,7 +4,7 @@ use block::Access;
 use block::limits::DISK_BYTES_MAX;
 
 use super::ConnectError;
-use super::limits::{ATTENTIONS_MAX, CLEAR_BLOCKS_MAX, PIECE_BYTES_MAX};
+use super::limits::{ATTENTIONS_MAX, BACKOFF_FIRST, CLEAR_BLOCKS_MAX, PIECE_BYTES_MAX};
 use super::scsi::{self, Unmapping, Verdict, judge, number};
 use super::session::{Command, Reply};
 use super::wire::Wire;
@@ -108,7 +108,10 @@ async fn ask(wire: &mut Wire, command: &Command) -> Result<Told, ConnectError> {
             Verdict::Resized => "its size has changed".to_owned(),
             Verdict::Again(why) => why,
             Verdict::Gone => return Err(ConnectError::NoUnit),
-            Verdict::Later(why) => return Err(ConnectError::Unready(why)),
+            Verdict::Later(why) => {
+                tokio::time::sleep(BACKOFF_FIRST).await;
+                why
+            }
             Verdict::Failed(error) => return Err(ConnectError::Unready(error.to_string())),
         };
         attentions += 1;
