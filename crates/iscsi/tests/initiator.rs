@@ -249,6 +249,25 @@ async fn nothing_is_lost_when_the_target_restarts_in_the_middle_of_a_load() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_that_is_taken_away_and_put_back_loses_nothing() {
+    let memory = MemoryDisk::new(2 << 20, Pace::Later);
+    let serving = Serving::start(vec![target(NAME, &[Arc::clone(&memory)])]).await;
+    let disk = Arc::new(connect(serving.portals[0]).await);
+    let expected = load(&disk, 6, async |rounds_over| {
+        if rounds_over % 12 == 0 {
+            // It asks for a logout, and then there is no such target for a while.
+            assert!(serving.server.remove(&NAME.parse().unwrap()).await);
+            let address = address(serving.portals[0], NAME, 0);
+            let other = Initiator::connect(&address, Secrets::default(), Options::default()).await;
+            assert!(matches!(other, Err(ConnectError::NotFound)));
+            serving.server.add(target(NAME, &[Arc::clone(&memory)])).unwrap();
+        }
+    })
+    .await;
+    assert!(*memory.bytes.lock().unwrap() == expected);
+}
+
 /// Passes bytes on between the initiator and a target. Its first connection can be frozen: it stays open and says
 /// nothing more.
 struct Proxy {

@@ -13,7 +13,7 @@ use super::login::{ALGORITHMS, Agreed, Goal, Login, LoginFault, OLD_ALGORITHMS};
 use super::session::{Breach, Job, Session};
 use super::unit::{Unit, survey};
 use super::wire::{Door, Wire};
-use super::{ConnectError, Options, Retry};
+use super::{ConnectError, Options, Retry, shown};
 use crate::login::Challenge;
 use crate::pdu::login_status;
 
@@ -73,8 +73,7 @@ impl Connector {
 /// The portal that a redirection names.
 fn moved(portal: &str) -> Result<(String, u16), ConnectError> {
     portal_of(portal).map_err(|why| {
-        let shown: String = portal.chars().take(200).flat_map(char::escape_debug).collect();
-        ConnectError::Protocol(format!("it was redirected to '{shown}', which is no portal: {why}"))
+        ConnectError::Protocol(format!("it was redirected to '{}', which is no portal: {why}", shown(portal)))
     })
 }
 

@@ -1,5 +1,6 @@
 //! Asking a portal which targets it has (RFC 7143 Appendix C).
 
+use super::address::portal_of;
 use super::connection::Connector;
 use super::limits::{CONNECT_TIME_MAX, DISCOVERY_BYTES_MAX};
 use super::login::Agreed;
@@ -69,8 +70,12 @@ fn targets_of(answer: &[u8]) -> Option<Vec<Discovered>> {
         match key {
             "TargetName" => targets.push(Discovered { target: value.parse().ok()?, portals: Vec::new() }),
             "TargetAddress" => {
-                let portal = value.split(',').next().unwrap_or_default().to_owned();
-                targets.last_mut()?.portals.push(portal);
+                let portal = value.split(',').next().unwrap_or_default();
+                let target = targets.last_mut()?;
+                // What is no portal is of no use to anybody, and might not be fit to be shown.
+                if portal_of(portal).is_ok() {
+                    target.portals.push(portal.to_owned());
+                }
             }
             _ => {}
         }
@@ -92,6 +97,8 @@ mod tests {
         assert_eq!(targets_of(b"TargetAddress=10.0.0.1,1\0"), None);
         assert_eq!(targets_of(b"TargetName=disk\0"), None);
         assert_eq!(targets_of(b""), Some(Vec::new()));
+        let odd = targets_of(b"TargetName=iqn.a\0TargetAddress=\x1b[2J,1\0TargetAddress=host,1\0").unwrap();
+        assert_eq!(odd[0].portals, ["host"]);
     }
 
     proptest! {

@@ -160,9 +160,15 @@ impl ConnectError {
                 status => ConnectError::Protocol(format!("it refused the login with status {status:#06x}")),
             },
             LoginFault::Unproven => ConnectError::Unproven,
-            _ => ConnectError::Protocol(fault.to_string()),
+            _ => ConnectError::Protocol(shown(&fault.to_string())),
         }
     }
+}
+
+/// The beginning of a text that a target had a part in, as it may be shown on a terminal.
+fn shown(text: &str) -> String {
+    const SHOWN_CHARACTERS_MAX: usize = 200;
+    text.chars().take(SHOWN_CHARACTERS_MAX).map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// A logical unit as a disk.
@@ -173,8 +179,8 @@ pub struct Initiator {
 }
 
 impl Initiator {
-    /// Logs in to a target and opens one of its logical units. Tried once: retries begin after the first
-    /// success. [`Address::user`] is not looked at: who has a secret has put the name into `secrets`.
+    /// Logs in to a target and opens one of its logical units, on the runtime of the caller, which carries the
+    /// session. Tried once: retries begin after the first success. [`Address::user`] is not looked at: who has a secret has put the name into `secrets`.
     pub async fn connect(
         address: &Address,
         secrets: Secrets,

@@ -181,6 +181,17 @@ fn a_target_may_ask_too_and_leave_keys_as_they_are() {
 }
 
 #[test]
+fn what_a_target_says_is_fit_to_be_shown() {
+    let goal = goal(None, None);
+    let mut login = Login::begin(&goal, ALGORITHMS, challenge(2)).0;
+    say(&mut login, TO_OPERATIONAL, "AuthMethod=None\0").unwrap();
+    let odd = format!("InitialR2T=\x1b[2J{}\0", "x".repeat(1000));
+    let Err(fault) = say(&mut login, TO_FULL, &odd) else { panic!("that is no answer") };
+    let told = crate::initiator::ConnectError::of_login(&fault).to_string();
+    assert!(told.contains("?[2Jx") && told.len() < 300 && !told.contains('\x1b'), "{told}");
+}
+
+#[test]
 fn a_target_that_has_moved_says_where_to() {
     let goal = goal(None, None);
     let moved = LoginResponse { status: 0x0102, ..LoginResponse::default() };
