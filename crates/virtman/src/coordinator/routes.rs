@@ -302,7 +302,9 @@ async fn attach(
         (Ok(id), Err(CatalogError::NoImage(_))) => (id, None),
         (_, Err(error)) => return Err(error.into()),
     };
-    let is_origin = image.as_ref().is_some_and(|image| image.origins.contains(&node));
+    // It may have registered the same image under another name.
+    let is_origin =
+        volt.catalog.images()?.iter().any(|image| image.id == id && image.origins.contains(&node));
     if request.role == Role::Origin && image.is_some() && !is_origin {
         return Err(ApiError::forbidden(
             "not_its_origin",

@@ -5,7 +5,6 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -31,12 +30,13 @@ pub(crate) struct Agent {
 impl Agent {
     /// Connects to the agent of `vm` on `node` and waits until it answers.
     pub(crate) fn of(cluster: &Cluster, node: &str, vm: &str) -> Agent {
-        Agent::at(&cluster.node_dir(node).join("vms").join(vm).join("agent.sock"), vm)
+        let path = cluster.node_dir(node).join("vms").join(vm).join("agent.sock");
+        let stream = UnixStream::connect(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        Agent::over(stream, vm)
     }
 
-    /// Connects to the agent behind the socket at `path` and waits until it answers.
-    pub(crate) fn at(path: &Path, guest: &str) -> Agent {
-        let stream = UnixStream::connect(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    /// Takes a connection to the channel of `guest`'s agent, and waits until that answers.
+    pub(crate) fn over(stream: UnixStream, guest: &str) -> Agent {
         stream.set_read_timeout(Some(ASK_AGAIN)).unwrap();
         let mut agent = Agent { guest: guest.to_owned(), stream: BufReader::new(stream) };
         let mut asked = 0;

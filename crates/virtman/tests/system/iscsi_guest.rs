@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -153,7 +154,8 @@ fn iscsi_guest_linux_mounts_an_image_and_cannot_change_it() {
     assert!(refused.contains("non-retryable iSCSI login failure"), "it trusts any node: {refused}");
     guest.run(&log_in(&target, portal, &settings("battery-staple")));
     let disk = disk_at(portal, &target);
-    guest.run(&format!("udevadm settle; mount -t ext4 -o ro,noload {disk} /mnt"));
+    guest.wait_for_file(&disk);
+    guest.run(&format!("mount -t ext4 -o ro,noload {disk} /mnt"));
     let sum = guest.run("cd /mnt && sha256sum file");
     assert_eq!(
         sum.split(' ').next(),
@@ -287,11 +289,12 @@ impl Guest {
         qemu.args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
         qemu.args(["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]);
         let mut qemu = Background::start(qemu, &cluster.path("qemu"));
-        wait_for("QEMU runs", STEP_LIMIT, || {
+        // The socket is there a moment before QEMU listens on it.
+        let channel = wait_for("QEMU runs", STEP_LIMIT, || {
             qemu.assert_running();
-            socket.exists().then_some(())
+            UnixStream::connect(&socket).ok()
         });
-        Guest { agent: Agent::at(&socket, "a guest over iSCSI"), _qemu: qemu }
+        Guest { agent: Agent::over(channel, "a guest over iSCSI"), _qemu: qemu }
     }
 
     /// Runs a script in it, which must succeed, and returns what it prints.
@@ -301,7 +304,14 @@ impl Guest {
 
     /// Makes a file system on a disk of the guest, and mounts it at `/mnt`.
     fn mount_new(&mut self, disk: &str) {
-        self.run(&format!("udevadm settle; mkfs.ext4 -q -F {disk} && mount -t ext4 {disk} /mnt"));
+        self.wait_for_file(disk);
+        self.run(&format!("mkfs.ext4 -q -F {disk} && mount -t ext4 {disk} /mnt"));
+    }
+
+    /// Waits until a file, or a disk, is there.
+    fn wait_for_file(&mut self, path: &str) {
+        let look = format!("[ ! -e {path} ] || echo there");
+        wait_for(&format!("{path} is there"), STEP_LIMIT, || (!self.run(&look).is_empty()).then_some(()));
     }
 
     /// The number of files that [`WRITER`] has made durable.
@@ -332,10 +342,7 @@ impl Guest {
     /// Ends [`WRITER`], and checks that a file system that was mounted afresh is sound and has all its files.
     fn assert_files(&mut self, disk: &str) {
         self.run("touch /run/stop");
-        wait_for("the writer has ended", STEP_LIMIT, || {
-            let ended = self.run("ls /run");
-            ended.lines().any(|file| file == "stopped").then_some(())
-        });
+        self.wait_for_file("/run/stopped");
         let files = self.beat().min(64);
         self.run(&format!("umount /mnt && e2fsck -f -n {disk} && echo 3 >/proc/sys/vm/drop_caches"));
         self.run(&format!("mount -t ext4 {disk} /mnt"));

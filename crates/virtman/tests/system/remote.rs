@@ -7,16 +7,16 @@ use std::time::Duration;
 use crate::cluster::{Cluster, free_address};
 use crate::iscsi::{addresses, secret_file};
 use crate::tgt::{NAME, Tgt};
-use crate::tools::{assert_same, both, make_raw, wait_for};
+use crate::tools::{assert_same, both, make_raw, tool, wait_for};
 
 const USER: &str = "array";
 const SECRET: &str = "twelve-or-more-bytes";
 const MIB: usize = 24;
 
 /// A foreign target with a disk that asks for a secret.
-fn array() -> Tgt {
+fn array(seed: u64) -> Tgt {
     let mut tgt = Tgt::new((MIB as u64) << 20);
-    make_raw(&tgt.file(), MIB, 41);
+    make_raw(&tgt.file(), MIB, seed);
     tgt.start();
     serve(&tgt);
     tgt
@@ -30,36 +30,41 @@ fn serve(tgt: &Tgt) {
 #[test]
 fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_nothing() {
     let mut cluster = Cluster::with_nodes(&["o", "a", "b"]);
-    let mut tgt = array();
+    let mut tgt = array(41);
     let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
-    let unit = format!("iscsi://{USER}@127.0.0.1:{}/{NAME}/1", tgt.port);
-    let added = cluster.ok(&["--node", "o", "image", "add", "disk:1", &unit, "--chap-file", &chap]);
+    let unit = |tgt: &Tgt| format!("iscsi://{USER}@127.0.0.1:{}/{NAME}/1", tgt.port);
+    let added = cluster.ok(&["--node", "o", "image", "add", "disk:1", &unit(&tgt), "--chap-file", &chap]);
     let file = tgt.file();
     let local = cluster.ok(&["--node", "a", "image", "add", "local:1", file.to_str().unwrap(), "--copy"]);
     let id = |line: &str| line.split_whitespace().last().map(str::to_owned);
     assert_eq!(id(&added), id(&local), "the same bytes are the same image");
-    cluster.ok(&["--node", "a", "image", "remove", "local:1"]);
+    cluster.ok(&["--node", "a", "image", "remove", "local:1", "--force"]);
     cluster.ok(&["--node", "a", "image", "attach", "disk:1"]);
     cluster.ok(&["--node", "b", "image", "attach", "disk:1"]);
 
-    // The target dies while the image is read through the last node, and comes back.
+    // The target dies once the origin has read from it, and comes back while the image is read through the last node.
+    tool("qemu-utils", "qemu-io", &["-r", "-f", "raw", "-c", "read 0 64k", &cluster.volume("b", "disk+1")]);
+    tgt.kill();
     std::thread::scope(|scope| {
         let volume = cluster.volume("b", "disk+1");
         let reader = scope.spawn(move || assert_same(&volume, &file));
-        std::thread::sleep(Duration::from_millis(100));
-        tgt.kill();
-        std::thread::sleep(Duration::from_secs(1));
+        wait_for("the origin notices", Duration::from_secs(30), || {
+            cluster.log("o").contains("lost an iSCSI session").then_some(())
+        });
+        assert!(!reader.is_finished(), "it waits for the target");
         tgt.start_again();
         serve(&tgt);
         reader.join().unwrap();
     });
 
-    // A node that starts while the target is away waits for it, and so does who reads there.
+    // A node that starts while a target is away waits for it, and so does who reads there.
+    let mut tgt = array(42);
+    cluster.ok(&["--node", "o", "image", "add", "disk:2", &unit(&tgt), "--chap-file", &chap]);
     tgt.kill();
     cluster.kill_node("o");
     cluster.restart_node("o");
     cluster.wait_up("o");
-    cluster.ok(&["--node", "o", "create", "vm", "--image", "disk:1"]);
+    cluster.ok(&["--node", "o", "create", "vm", "--image", "disk:2"]);
     std::thread::scope(|scope| {
         let (disk, file) = (cluster.disk("o", "vm"), tgt.file());
         let reader = scope.spawn(move || assert_same(&disk, &file));
@@ -76,20 +81,22 @@ fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_not
         .unwrap()
         .map(|entry| entry.unwrap().metadata().unwrap().permissions().mode() & 0o077)
         .collect();
-    assert_eq!(modes, [0], "one secret, for its owner alone");
+    assert_eq!(modes, [0, 0], "two secrets, for their owner alone");
     assert!(!cluster.log("o").contains(SECRET), "the log has the secret");
     cluster.ok(&["--node", "o", "destroy", "vm"]);
     for node in ["a", "b"] {
         cluster.ok(&["--node", node, "image", "detach", "disk:1"]);
     }
-    cluster.ok(&["--node", "o", "image", "remove", "disk:1"]);
-    assert_eq!(fs::read_dir(&keys).unwrap().count(), 0, "the secret is forgotten with the image");
+    for image in ["disk:1", "disk:2"] {
+        cluster.ok(&["--node", "o", "image", "remove", image]);
+    }
+    assert_eq!(fs::read_dir(&keys).unwrap().count(), 0, "the secrets are forgotten with the images");
 }
 
 #[test]
 fn remote_units_that_cannot_be_used_are_refused_with_the_reason_and_the_remedy() {
     let cluster = Cluster::with_nodes(&["o"]);
-    let tgt = array();
+    let tgt = array(42);
     let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
     let wrong = secret_file(&cluster, "wrong", &format!("{USER}:twelve-or-more-bytez\n"));
     let at = format!("127.0.0.1:{}", tgt.port);
