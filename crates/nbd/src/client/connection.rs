@@ -288,7 +288,7 @@ impl<'a> Session<'a> {
                     }
                     None => return self.disconnect().await,
                 },
-                () = tokio::time::sleep_until(heard_at + options.silence_max), if waits => {
+                () = tokio::time::sleep(options.silence_max.saturating_sub(heard_at.elapsed())), if waits => {
                     return Err(std::io::ErrorKind::TimedOut.into());
                 }
             }
