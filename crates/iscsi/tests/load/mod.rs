@@ -4,10 +4,14 @@
 #![allow(unreachable_pub)] // It is a part of each test file.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::Disk;
 use iscsi::Initiator;
 use tokio::task::JoinSet;
+
+/// How long a round may take before the load counts as hanging.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Bytes that are different everywhere.
 pub fn pattern(seed: u32, len: usize) -> Vec<u8> {
@@ -43,7 +47,10 @@ pub async fn load(disk: &Arc<Initiator>, rounds: u32, mut between: impl AsyncFnM
     }
     drop(done);
     let mut rounds_over = 0;
-    while finished.recv().await.is_some() {
+    let next = async |finished: &mut tokio::sync::mpsc::Receiver<()>| {
+        tokio::time::timeout(PATIENCE, finished.recv()).await.expect("the load goes on")
+    };
+    while next(&mut finished).await.is_some() {
         rounds_over += 1;
         between(rounds_over).await;
     }

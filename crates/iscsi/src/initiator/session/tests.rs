@@ -197,6 +197,21 @@ fn commands_wait_until_the_window_opens() {
 }
 
 #[test]
+fn what_was_not_answered_is_sent_again_in_its_order() {
+    let mut first = session(small(), 9);
+    let mut answers: Vec<_> = (0..40).map(|block| add(&mut first, scsi::read(block, 1, 512))).collect();
+    sent(&mut first);
+    feed(&mut first, data_in(3, 0, 0, data_in::STATUS), &[1; 512]).unwrap();
+    assert!(answers.remove(3).try_recv().is_ok());
+    let mut next = session(small(), 100);
+    first.into_jobs().into_iter().for_each(|job| next.add(job, Instant::now()));
+    let pdus = sent(&mut next);
+    let blocks: Vec<u64> =
+        pdus.iter().map(|(header, _)| scsi::number(&ScsiCommand::parse(header).cdb[2..10])).collect();
+    assert_eq!(blocks, (0..40).filter(|block| *block != 3).collect::<Vec<_>>());
+}
+
+#[test]
 fn pings_are_answered_and_the_answers_bounded() {
     let mut session = session(small(), 9);
     let ping = NopIn { flags: FINAL, lun: 3, task_tag: NO_TAG, transfer_tag: 77, ..NopIn::default() };
