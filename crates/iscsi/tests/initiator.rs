@@ -314,11 +314,13 @@ async fn a_silent_target_is_left_and_logged_in_to_again() {
     let memory = MemoryDisk::new(1 << 20, Pace::Now);
     let serving = Serving::start(vec![target(NAME, &[Arc::clone(&memory)])]).await;
     let mut proxy = Proxy::start(serving.portals[0]).await;
-    let options = Options { silence_max: Duration::from_millis(200), ..Options::default() };
+    let answer_max = 10 * PATIENCE;
+    let options = Options { silence_max: Duration::from_millis(200), answer_max, ..Options::default() };
     let disk = connect_with(proxy.portal, options).await;
     disk.write(0, &[1; 4096]).await.unwrap();
     proxy.freeze.take().unwrap().send(()).unwrap();
-    disk.write(0, &[2; 4096]).await.unwrap();
+    let again = tokio::time::timeout(PATIENCE, disk.write(0, &[2; 4096])).await;
+    again.expect("it logs in again").unwrap();
     let mut read = [0; 4096];
     disk.read(0, &mut read).await.unwrap();
     assert_eq!(read, [2; 4096]);

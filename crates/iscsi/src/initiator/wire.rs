@@ -185,8 +185,7 @@ impl Wire {
     ) -> io::Result<()> {
         let mut ticks = tokio::time::interval(options.silence_max / 4);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heard_at = Instant::now();
-        let mut pinged = false;
+        let mut ear = Ear { heard_at: Instant::now(), has_pinged: false };
         loop {
             while self.session.has_room()
                 && let Ok(job) = jobs.try_recv()
@@ -198,27 +197,17 @@ impl Wire {
                 biased;
                 event = self.step() => {
                     if event? == Event::Heard {
-                        heard_at = Instant::now();
-                        pinged = false;
+                        ear = Ear { heard_at: Instant::now(), has_pinged: false };
                     }
                 }
                 job = jobs.recv(), if has_room => match job {
                     Some(job) => self.session.add(job, Instant::now()),
                     None => return Ok(()),
                 },
-                now = ticks.tick() => {
-                    let silence = now.saturating_duration_since(heard_at);
-                    if silence > options.silence_max {
-                        return Err(timed_out("the target is silent"));
-                    }
-                    let waits_since = self.session.waits_since();
-                    if waits_since.is_some_and(|since| now.duration_since(since) > options.answer_max) {
-                        return Err(timed_out("the target does not answer a command"));
-                    }
-                    if silence > options.silence_max / 2 && !pinged {
-                        self.session.ping();
-                        pinged = true;
-                    }
+                now = ticks.tick() => match ear.due(now, self.session.waits_since(), options) {
+                    Due::Nothing => {}
+                    Due::Ping => self.session.ping(),
+                    Due::Leave(why) => return Err(io::Error::new(io::ErrorKind::TimedOut, why)),
                 }
             }
         }
@@ -233,6 +222,63 @@ impl Wire {
     }
 }
 
-fn timed_out(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, why)
+/// What was last heard of the target.
+struct Ear {
+    heard_at: Instant,
+    /// Whether the target was pinged since.
+    has_pinged: bool,
+}
+
+/// What is to be done about a target.
+#[derive(Debug, PartialEq, Eq)]
+enum Due {
+    Nothing,
+    Ping,
+    /// The connection counts as lost.
+    Leave(&'static str),
+}
+
+impl Ear {
+    /// What is to be done now, where the oldest command waits since `waits_since`.
+    fn due(&mut self, now: Instant, waits_since: Option<Instant>, options: &Options) -> Due {
+        let silence = now.saturating_duration_since(self.heard_at);
+        if silence > options.silence_max {
+            return Due::Leave("the target is silent");
+        }
+        if waits_since.is_some_and(|since| now.saturating_duration_since(since) > options.answer_max) {
+            return Due::Leave("the target does not answer a command");
+        }
+        if silence > options.silence_max / 2 && !self.has_pinged {
+            self.has_pinged = true;
+            return Due::Ping;
+        }
+        Due::Nothing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_target_is_pinged_once_and_then_left() {
+        let start = Instant::now();
+        let options = Options { silence_max: Duration::from_secs(10), ..Options::default() };
+        let mut ear = Ear { heard_at: start, has_pinged: false };
+        let mut due = |seconds| ear.due(start + Duration::from_secs(seconds), None, &options);
+        assert_eq!([due(0), due(5), due(6), due(9)], [Due::Nothing, Due::Nothing, Due::Ping, Due::Nothing]);
+        assert!(matches!(due(11), Due::Leave(why) if why.contains("silent")));
+    }
+
+    #[test]
+    fn a_target_that_only_answers_pings_is_left() {
+        let start = Instant::now();
+        let options = Options { answer_max: Duration::from_secs(60), ..Options::default() };
+        let due = |seconds| {
+            let now = start + Duration::from_secs(seconds);
+            Ear { heard_at: now, has_pinged: false }.due(now, Some(start), &options)
+        };
+        assert_eq!(due(60), Due::Nothing);
+        assert!(matches!(due(61), Due::Leave(why) if why.contains("command")));
+    }
 }
