@@ -60,6 +60,11 @@ pub(crate) struct AccessArgs {
 }
 
 impl AccessArgs {
+    /// Whether nothing was said.
+    pub(super) fn is_empty(&self) -> bool {
+        self.initiator.is_empty() && self.chap_file.is_none() && !self.anyone
+    }
+
     /// What the node is told, secrets included.
     pub(super) fn access(&self) -> Outcome<IscsiAccess> {
         let secret = |file: &Option<PathBuf>| file.as_deref().map(read_secret).transpose();

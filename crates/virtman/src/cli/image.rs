@@ -72,6 +72,12 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
             let node = context.node().await?;
             let (file, chap) = match remote::location_of(file) {
                 Some(location) => secrets.unit(location)?,
+                None if secrets.chap_file.is_some() || secrets.mutual_chap_file.is_some() => {
+                    return Err(Failure::new(format!(
+                        "a secret was given, but '{}' is no iSCSI address: use iscsi://[USER@]HOST[:PORT]/TARGET/LUN",
+                        file.display()
+                    )));
+                }
                 None => (absolute(file)?, None),
             };
             let body = AddImage {

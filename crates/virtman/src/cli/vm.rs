@@ -15,6 +15,9 @@ use crate::vm::console;
 
 pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
     let node = context.node().await?;
+    if args.export.is_none() && !args.access.is_empty() {
+        return Err(Failure::new("who may open the disk over iSCSI was said, but not --export iscsi"));
+    }
     let iscsi = args.export.map(|Protocol::Iscsi| args.access.access()).transpose()?;
     let body = CreateVm { image: args.image.clone(), size_bytes: args.size.map(|size| size.0), iscsi };
     let vm: Vm = node.client.put(&format!("/v1/vms/{}", args.vm), &body).await?;

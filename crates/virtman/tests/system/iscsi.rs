@@ -139,6 +139,7 @@ fn iscsi_exports_that_make_no_sense_are_refused_and_leave_nothing_behind() {
     };
     for (rest, expected) in [
         (&["--export", "iscsi"][..], "--chap-file"),
+        (&["--chap-file", &chap], "--export iscsi"),
         (&["--export", "iscsi", "--chap-file", &short], "12"),
         (&["--export", "iscsi", "--chap-file", &none], "USER:SECRET"),
         (&["--export", "iscsi", "--chap-file", "/nowhere"], "/nowhere"),

@@ -116,6 +116,7 @@ fn remote_units_that_cannot_be_used_are_refused_with_the_reason_and_the_remedy()
         (format!("iscsi://{at}/{NAME}/7"), &known, "no logical unit of this number"),
         (format!("iscsi://{closed}/{NAME}/1"), &known, "cannot be reached"),
         (format!("iscsi://{at}/{NAME}/1"), &["--chap-file", &chap, "--format", "qcow2"], "qcow2"),
+        ("/dev/null".to_owned(), &known, "'/dev/null' is no iSCSI address"),
         ("iscsi://nowhere".to_owned(), &[], "iscsi://[USER@]HOST[:PORT]/TARGET/LUN"),
     ] {
         let said = add(&address, rest);
