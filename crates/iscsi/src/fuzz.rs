@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
 
 use crate::chap::Credentials;
 use crate::login::{Admission, Challenge, Directory, Login, Refusal, Step};
@@ -93,6 +93,16 @@ pub fn target(input: &[u8]) {
     crate::initiator::fuzz::target(input);
 }
 
+/// An initiator that sends any PDUs in the full feature phase, between which its disk answers and its replies are
+/// taken, or not. The first byte chooses whether the disk always has to wait.
+pub fn session(input: &[u8]) {
+    let Some((&mode, steps)) = input.split_first() else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("it needs no descriptors");
+    let disk: Arc<dyn Disk> =
+        if mode & 1 == 0 { Arc::new(SmallDisk) } else { Arc::new(QuickDisk(SmallDisk)) };
+    runtime.block_on(crate::target::fuzz::session(disk, steps));
+}
+
 struct Doors {
     asks: bool,
 }
@@ -154,6 +164,52 @@ impl Disk for SmallDisk {
     }
 }
 
+/// The same disk, which never has to wait for reads and writes.
+struct QuickDisk(SmallDisk);
+
+impl Disk for QuickDisk {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn access(&self) -> Access {
+        self.0.access()
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+        buf.fill(0);
+        self.0.check(offset, buf.len() as u64).map(|()| Now::Done)
+    }
+
+    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+        self.0.check(offset, data.len() as u64).map(|()| Now::Done)
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        self.0.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        self.0.write(offset, data)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.0.write_zeroes(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.0.discard(offset, len)
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.0.flush()
+    }
+
+    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
+        self.0.extents(offset, len)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,6 +251,13 @@ mod tests {
                 input.extend_from_slice(text);
             }
             login(&input);
+        }
+
+        #[test]
+        fn no_initiator_makes_a_session_panic_or_hold_more_than_it_may(
+            mode: u8, steps in prop::collection::vec(prop::collection::vec(small(), 10), 0..80),
+        ) {
+            session(&[&[mode][..], &steps.concat()].concat());
         }
 
         #[test]

@@ -66,8 +66,7 @@ pub enum Begin {
     Work(Work),
 }
 
-/// The operation codes that are known, for tests that want to get beyond them.
-#[cfg(test)]
+/// Operation codes that are known, for fuzzers and tests that want to get beyond them.
 pub(crate) const OPERATION_CODES: [u8; 16] =
     [0x00, 0x03, 0x12, 0x1a, 0x15, 0x28, 0x2f, 0x41, 0x42, 0x55, 0x5e, 0x5f, 0x89, 0x8b, 0x9e, 0xa3];
 

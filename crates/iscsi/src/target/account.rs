@@ -19,6 +19,13 @@ pub(super) struct Budget {
     used: AtomicUsize,
 }
 
+impl Budget {
+    /// What is taken.
+    pub(super) fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+}
+
 /// What one session holds. What it shares is given back when it is dropped.
 pub(super) struct Account {
     budget: Arc<Budget>,
@@ -69,8 +76,7 @@ impl Account {
     /// Whether it is below its bounds, and would still be with so much more to send.
     pub(super) fn has_room(&self, bytes: usize) -> bool {
         let (more, beyond) = self.needs(bytes);
-        self.is_below_max(bytes)
-            && (more == 0 || self.budget.used.load(Ordering::Relaxed) + more + beyond <= SHARED_BYTES_MAX)
+        self.is_below_max(bytes) && (more == 0 || self.budget.used() + more + beyond <= SHARED_BYTES_MAX)
     }
 
     fn is_below_max(&self, bytes: usize) -> bool {
@@ -195,7 +201,7 @@ mod tests {
         assert!(held <= CONNECTIONS_MAX * RESERVED_BYTES + SHARED_BYTES_MAX, "{held}");
         let budget = Arc::clone(&accounts[0].budget);
         drop(accounts);
-        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]

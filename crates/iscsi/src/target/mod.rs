@@ -14,6 +14,7 @@
 mod account;
 mod buffers;
 mod commands;
+pub(crate) mod fuzz;
 mod mailbox;
 mod manage;
 mod present;

@@ -11,7 +11,7 @@ use crate::limits::UNITS_MAX;
 use crate::login::{self, Authentication, Directory, Refusal};
 use crate::name::IscsiName;
 use crate::pdu::Isid;
-use crate::scsi::{Device, NexusId};
+use crate::scsi::{Device, Nexus, NexusId};
 
 /// Why a target was not added.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -153,6 +153,14 @@ impl Registry {
 }
 
 impl Membership {
+    /// Makes its nexus known to the units of its target, which abort its commands by mail.
+    pub(super) fn attach(&self, nexus: &Nexus) {
+        self.served.device.attach(nexus, |lun| {
+            let present = Arc::clone(&self.present);
+            Arc::new(move |era| present.mailbox.abort(lun, era))
+        });
+    }
+
     /// Ends all other sessions with the target, for a cold reset.
     pub(super) fn evict_others(&self) {
         let inner = self.registry.inner();

@@ -217,10 +217,7 @@ impl Server {
         let key = SessionKey { initiator: name, isid, target, group: ends.group };
         let membership = self.registry.join(key, ends.peer, agreed.authentication).await?;
         let nexus = Nexus { id: membership.nexus, initiator, target: Arc::new(port) };
-        membership.served.device.attach(&nexus, |lun| {
-            let present = Arc::clone(&membership.present);
-            Arc::new(move |era| present.mailbox.abort(lun, era))
-        });
+        membership.attach(&nexus);
         tracing::info!(initiator = %agreed.initiator, target = %nexus.target.name, "an initiator logged in");
         Some(self.session(agreed, Peer::Target(membership, nexus), ends))
     }

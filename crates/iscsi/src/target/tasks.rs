@@ -76,6 +76,11 @@ impl Task {
         matches!(self.phase, Phase::Solicited | Phase::Running(_))
     }
 
+    /// Whether its initiator has to send something before it goes on.
+    pub(super) fn waits_for_data(&self) -> bool {
+        matches!(self.phase, Phase::Unsolicited(_)) || !self.solicited.is_empty()
+    }
+
     /// Keeps a piece of data.
     pub(super) fn receive(&mut self, piece: &[u8]) {
         let wanted = (self.needed() as usize).saturating_sub(self.filled).min(piece.len());

@@ -6,7 +6,7 @@ use block::{Access, BoxFuture, Disk, DiskError, Extent};
 use tokio::sync::Semaphore;
 
 use super::account::Budget;
-use super::registry::{Membership, Registry, SessionKey};
+use super::registry::{Registry, SessionKey};
 use super::session::{Peer, Session};
 use super::{Admission, Target};
 use crate::login::{Agreed, Authentication};
@@ -107,7 +107,7 @@ impl Bench {
         let target = TargetPort { name: NAME.to_owned(), group: 1, groups: vec![1] };
         let initiator = InitiatorPort { name: initiator, isid };
         let nexus = Nexus { id: membership.nexus, initiator, target: Arc::new(target) };
-        attach(&membership, &nexus);
+        membership.attach(&nexus);
         let (registry, budget) = (Arc::clone(&self.registry), Arc::clone(&self.budget));
         let peer = Peer::Target(membership, nexus);
         let mut client =
@@ -116,13 +116,6 @@ impl Bench {
         assert_eq!(client.answer(), Some((ScsiResponse::OPCODE, told)));
         client
     }
-}
-
-fn attach(membership: &Membership, nexus: &Nexus) {
-    membership.served.device.attach(nexus, |lun| {
-        let present = Arc::clone(&membership.present);
-        Arc::new(move |era| present.mailbox.abort(lun, era))
-    });
 }
 
 /// A session, and the initiator's side of it.
