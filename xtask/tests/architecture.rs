@@ -19,7 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("volt", &["block"]),
     ("sim", &["block", "link", "volt"]),
     ("virtman", &["block", "image", "iscsi", "link", "nbd", "store", "volt"]),
-    ("xtask", &["block", "image", "link", "nbd", "sim", "volt"]),
+    ("xtask", &["block", "image", "iscsi", "link", "nbd", "sim", "volt"]),
 ];
 
 /// Foreign crates that a crate must not know, because of what they stand for.

@@ -23,6 +23,11 @@ pub(super) struct Cluster<'a> {
 
 impl<'a> Cluster<'a> {
     pub(super) fn start(bench: &'a Bench) -> Outcome<Cluster<'a>> {
+        Cluster::start_with(bench, &[])
+    }
+
+    /// The same, with further options of the node.
+    pub(super) fn start_with(bench: &'a Bench, options: &[&str]) -> Outcome<Cluster<'a>> {
         let home = tempfile::Builder::new().prefix("").rand_bytes(2).tempdir_in(bench.dir.path());
         let home = home.map_err(|e| format!("cannot make a directory for a cluster: {e}"))?;
         let address = free_address()?;
@@ -32,7 +37,7 @@ impl<'a> Cluster<'a> {
             spawn_until_ready(home.path(), quiet(virtman().args(["volt", "--listen", &address])))?;
         let token = output(virtman().args(["volt", "token"]))?;
         let mut cluster = Cluster { bench, node: None, _volt: volt, home };
-        cluster.start_node(&["--join", token.trim(), "--name", "origin"])?;
+        cluster.start_node(&[&["--join", token.trim(), "--name", "origin"], options].concat())?;
         Ok(cluster)
     }
 
@@ -96,7 +101,7 @@ fn in_home(bench: &Bench, home: &Path) -> Command {
 }
 
 /// An address on which nobody listens just now.
-fn free_address() -> Outcome<String> {
+pub(super) fn free_address() -> Outcome<String> {
     let listener = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
     listener.map(|address| address.to_string()).map_err(|e| format!("there is no free port: {e}"))
 }

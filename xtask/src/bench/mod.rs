@@ -11,6 +11,7 @@ mod data;
 mod fio;
 mod http;
 mod image_add;
+mod iscsi;
 mod link;
 mod machine;
 mod nbd;
@@ -59,6 +60,8 @@ pub(crate) struct BenchArgs {
 enum What {
     /// Local reads and writes through NBD, against qemu-storage-daemon
     Nbd,
+    /// Local reads and writes through iSCSI, against tgtd, and beside hostile initiators
+    Iscsi,
     /// Adding an image, against reading and hashing its file
     ImageAdd,
     /// Chunks over a link, against a bare TLS connection
@@ -102,6 +105,7 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
     let wanted = |what| args.what == What::All || args.what == what;
     tools::check(&[
         (wanted(What::Nbd), &[tools::FIO, tools::QEMU_STORAGE_DAEMON]),
+        (wanted(What::Iscsi), &[tools::ISCSI_PERF, tools::QEMU_IMG, tools::TGTD]),
         (wanted(What::ImageAdd), &[tools::B3SUM]),
         (wanted(What::Create), &[tools::QEMU_IMG]),
     ])?;
@@ -124,6 +128,9 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
     let mut report = Report::new(machine::describe(bench.dir.path()), args.rounds);
     if wanted(What::Nbd) {
         report.tables.extend(nbd::run(&bench)?);
+    }
+    if wanted(What::Iscsi) {
+        report.tables.extend(iscsi::run(&bench)?);
     }
     if wanted(What::ImageAdd) {
         report.tables.push(image_add::run(&bench)?);
