@@ -16,8 +16,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{CacheGroup, SlotId};
 
-/// Chunks of one class that wait for their medium: 8 MiB, some 100 ms of a slow disk.
-const STORES_MAX: u32 = 128;
+/// Chunks of one class that wait for their medium: 32 MiB, half a second of a slow disk or a pause of a busy one. What is
+/// not stored for want of room has to be fetched again.
+const STORES_MAX: u32 = 512;
 
 /// The right to have one more chunk waiting for its medium.
 pub(super) struct Admission {

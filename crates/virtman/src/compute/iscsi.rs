@@ -3,8 +3,8 @@
 //! Each is a target with one unit, behind every portal that the node was given. Who may open it, with which
 //! secrets, is a record of its own, so that a node that restarts serves what it served before.
 //!
-//! Consistency: what is exported and what the records say is changed together, one change at a time. Crash: a
-//! record whose disk is gone is left over from an unfinished removal, and is swept away at the next start.
+//! Consistency: what is exported and what the records say is changed together, one change at a time. Crash: the
+//! record of a VM that is gone is left over from an unfinished removal, and is swept away at the next start.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -33,6 +33,15 @@ pub(crate) struct Exported {
     pub(crate) disk: Arc<dyn Disk>,
     /// The same wherever and whenever the same disk is exported, and no other's.
     pub(crate) serial: String,
+}
+
+/// Where the disk of an export is looked for.
+pub(crate) trait FindExported {
+    /// The disk, if it is open.
+    fn find(&self, name: &ExportName) -> Option<Exported>;
+
+    /// Whether it is gone for good, and not just not open.
+    fn is_gone(&self, name: &ExportName) -> bool;
 }
 
 /// What is remembered of an export.
@@ -106,19 +115,21 @@ impl IscsiExports {
     }
 
     /// Exports again what was exported when the daemon ended. What cannot be is said and left out.
-    pub(crate) fn restore(&self, find: impl Fn(&ExportName) -> Option<Exported>) -> io::Result<()> {
+    pub(crate) fn restore(&self, disks: &impl FindExported) -> io::Result<()> {
         let files = files::sweep(&self.dir)?;
         if !files.is_empty() && self.portals.is_empty() {
             tracing::warn!(exports = files.len(), "iSCSI exports are not served: there is no --iscsi-listen");
         }
         for file in files {
-            let restored = files::read_record::<Record>(&file).and_then(|record| match find(&record.name) {
-                Some(exported) => self.serve(record, exported).map_err(|e| e.message),
-                None => {
-                    tracing::info!(export = %record.name, "removing an export whose disk is not here");
-                    fs::remove_file(&file).map_err(|e| e.to_string())
-                }
-            });
+            let restored =
+                files::read_record::<Record>(&file).and_then(|record| match disks.find(&record.name) {
+                    Some(exported) => self.serve(record, exported).map_err(|e| e.message),
+                    None if disks.is_gone(&record.name) => {
+                        tracing::info!(export = %record.name, "removing what an unfinished destroy left");
+                        fs::remove_file(&file).map_err(|e| e.to_string())
+                    }
+                    None => Err(format!("'{}' is not open", record.name)),
+                });
             if let Err(reason) = restored {
                 tracing::error!(file = %file.display(), reason, "a disk cannot be exported again");
             }

@@ -86,7 +86,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
 
     let portals = Portals::listen(&args.iscsi_listen).await?;
     let iscsi = IscsiExports::new(name.clone(), &layout, &portals)?;
-    iscsi.restore(|name| node::exported(&images, &vms, name)).map_err(restored)?;
+    iscsi.restore(&node::Disks { images: &images, vms: &vms }).map_err(restored)?;
 
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&layout.api_socket())?;

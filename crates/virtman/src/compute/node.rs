@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use volt::Role;
 
 use super::images::{Attached, Detached, Images};
-use super::iscsi::{Exported, IscsiExports};
+use super::iscsi::{Exported, FindExported, IscsiExports};
 use super::remote;
 use super::routes::to_the_end;
 use super::vms::Vms;
@@ -289,13 +289,11 @@ impl Node {
         access: IscsiAccess,
     ) -> Result<ExportView, ApiError> {
         self.iscsi.must_fit(name, &access)?;
-        let exported = match name {
-            ExportName::Vm(vm) => self.vms.get(vm).map(|_| self.vms.exported(vm))?,
-            ExportName::Image(image) => {
-                self.attach(image).await?;
-                exported(&self.images, &self.vms, name)
-            }
-        };
+        match name {
+            ExportName::Vm(vm) => drop(self.vms.get(vm)?),
+            ExportName::Image(image) => drop(self.attach(image).await?),
+        }
+        let exported = Disks { images: &self.images, vms: &self.vms }.find(name);
         let exported =
             exported.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
         self.iscsi.add(name, access, exported).await
@@ -440,15 +438,30 @@ fn keep_of(keep: KeepImage) -> Keep {
     }
 }
 
-/// The disk of this name, for an export of its own.
-pub(super) fn exported(images: &Images, vms: &Vms, name: &ExportName) -> Option<Exported> {
-    match name {
-        ExportName::Vm(name) => vms.exported(name),
-        ExportName::Image(name) => {
-            let attached = images.by_name(name)?;
-            // The same on every node: the nodes are so many paths to one disk.
-            let serial = attached.id.to_string();
-            Some(Exported { disk: Arc::clone(&attached.volume) as _, serial })
+/// The disks of a node, for exports of their own.
+pub(super) struct Disks<'a> {
+    pub(super) images: &'a Images,
+    pub(super) vms: &'a Vms,
+}
+
+impl FindExported for Disks<'_> {
+    fn find(&self, name: &ExportName) -> Option<Exported> {
+        match name {
+            ExportName::Vm(name) => self.vms.exported(name),
+            ExportName::Image(name) => {
+                let attached = self.images.by_name(name)?;
+                // The same on every node: the nodes are so many paths to one disk.
+                let serial = attached.id.to_string();
+                Some(Exported { disk: Arc::clone(&attached.volume) as _, serial })
+            }
+        }
+    }
+
+    fn is_gone(&self, name: &ExportName) -> bool {
+        match name {
+            ExportName::Vm(name) => !self.vms.has_files(name),
+            // An image is not detached while it is exported.
+            ExportName::Image(_) => false,
         }
     }
 }

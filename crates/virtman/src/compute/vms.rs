@@ -312,6 +312,11 @@ impl Vms {
         Some(Exported { disk: Arc::clone(&entry.disk) as _, serial })
     }
 
+    /// Whether there is a VM of this name, open or not.
+    pub(crate) fn has_files(&self, name: &VmName) -> bool {
+        self.dir(name).join(RECORD).exists()
+    }
+
     fn open(&self, record: Record, attached: &Attached) -> Result<Arc<Entry>, String> {
         let dir = self.dir(&record.name);
         let overlay = Overlay::open(&dir.join("overlay"), Arc::clone(&attached.volume) as _)

@@ -89,8 +89,12 @@ fn iscsi_a_vm_disk_is_one_disk_behind_all_portals_for_those_who_know_the_secret(
 
     // A node that was killed serves the same exports to the same people, at other ports here.
     cluster.kill_node("n");
+    let records = cluster.node_dir("n").join("exports");
+    let left_over = fs::read_to_string(records.join("vm.json")).unwrap().replace("\"vm\"", "\"ghost\"");
+    fs::write(records.join("ghost.json"), left_over).unwrap();
     cluster.restart_node("n");
     cluster.wait_up("n");
+    assert!(!records.join("ghost.json").exists(), "it is of a VM that is gone");
     let after = addresses(&cluster, "vm");
     let read = ["-f", "raw", "-c", "read -P 7 1M 64k", &with_secret(&after[1], SECRET)];
     tool("qemu-block-extra", "qemu-io", &read);
@@ -99,7 +103,6 @@ fn iscsi_a_vm_disk_is_one_disk_behind_all_portals_for_those_who_know_the_secret(
         "no secret was asked for"
     );
 
-    let records = cluster.node_dir("n").join("exports");
     assert_eq!(fs::metadata(records.join("vm.json")).unwrap().permissions().mode() & 0o077, 0);
     assert!(!cluster.log("n").contains(SECRET), "the log has the secret");
     cluster.ok(&["--node", "n", "destroy", "vm"]);
