@@ -46,7 +46,9 @@ pub(crate) async fn session(disk: Arc<dyn Disk>, input: &[u8]) {
         }
     }
     assert!(session.jobs.is_empty(), "every future has ended");
-    assert!(session.tasks.values().all(super::tasks::Task::waits_for_data), "every other command has ended");
+    // Others may wait for their turn behind one that waits for its data.
+    let waits = session.tasks.values().any(super::tasks::Task::waits_for_data);
+    assert!(session.tasks.is_empty() || waits, "a command waits for nothing");
     assert!(session.aborted.is_empty(), "nothing that was aborted is left");
     drop(session);
     assert_eq!(budget.used(), 0, "all memory is given back");
