@@ -126,6 +126,27 @@ pub(crate) struct ExportView {
     pub(crate) initiators: Vec<String>,
     /// `none`, `chap` or `mutual chap`; NBD sockets are for whoever may open the file.
     pub(crate) authentication: String,
+    /// Who has it open over iSCSI; NBD has no sessions.
+    pub(crate) sessions: Vec<IscsiSession>,
+}
+
+/// An initiator that has a disk open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct IscsiSession {
+    /// What it calls itself.
+    pub(crate) initiator: String,
+    /// Where it comes from.
+    pub(crate) from: String,
+    /// The portal through which it came: its place among the addresses, from 0.
+    pub(crate) portal: usize,
+    /// When it logged in.
+    pub(crate) since_unix_ms: u64,
+    /// SCSI commands that it sent.
+    pub(crate) commands: u64,
+    /// Bytes that it read.
+    pub(crate) read_bytes: u64,
+    /// Bytes that it wrote.
+    pub(crate) written_bytes: u64,
 }
 
 #[cfg(test)]

@@ -150,6 +150,7 @@ async fn list(context: &Context) -> Outcome {
         Column::Text("ACCESS"),
         Column::Text("INITIATORS"),
         Column::Text("SECRETS"),
+        Column::Number("SESSIONS"),
         Column::Text("ADDRESS"),
     ]);
     for export in exports {
@@ -158,13 +159,15 @@ async fn list(context: &Context) -> Outcome {
             ("iscsi", false) => export.initiators.join(", "),
             _ => "-".to_owned(),
         };
-        for address in &export.addresses {
+        for (portal, address) in export.addresses.iter().enumerate() {
+            let sessions = export.sessions.iter().filter(|session| session.portal == portal).count();
             table.row([
                 export.name.to_string(),
                 export.node.to_string(),
                 if export.read_only { "read-only" } else { "read-write" }.to_owned(),
                 initiators.clone(),
                 export.authentication.clone(),
+                if export.target.is_some() { sessions.to_string() } else { "-".to_owned() },
                 address.clone(),
             ]);
         }

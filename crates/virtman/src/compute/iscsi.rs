@@ -15,14 +15,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{Access, Disk, NodeName};
 use iscsi::scsi::{Identity, Unit};
-use iscsi::{Admission, Credentials, IscsiName, Portal, Server, ServerOptions, Target};
+use iscsi::{Admission, Credentials, IscsiName, Portal, Server, ServerOptions, SessionStatus, Target};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::files::{self, Layout};
-use crate::api::export::{ChapSecret, ExportName, ExportView, IscsiAccess};
+use crate::api::export::{ChapSecret, ExportName, ExportView, IscsiAccess, IscsiSession};
+use crate::api::unix_ms;
 use crate::http::ApiError;
 
 /// Begins the names of all our targets; a node's name and an export's follow.
@@ -270,6 +271,16 @@ impl IscsiExports {
 
     fn view(&self, record: &Record) -> ExportView {
         let target = format!("{TARGET_PREFIX}:{}:{}", self.node, record.name).to_ascii_lowercase();
+        let session = |session: SessionStatus| IscsiSession {
+            initiator: session.initiator.to_string(),
+            from: session.address.to_string(),
+            portal: usize::from(session.group).saturating_sub(1),
+            since_unix_ms: unix_ms(session.since),
+            commands: session.commands,
+            read_bytes: session.read_bytes,
+            written_bytes: session.written_bytes,
+        };
+        let sessions = target.parse().map(|name| self.server.sessions(&name)).unwrap_or_default();
         let access = &record.access;
         let authentication = match (&access.chap, &access.mutual_chap) {
             (None, _) => "none",
@@ -285,6 +296,7 @@ impl IscsiExports {
             target: Some(target),
             initiators: access.initiators.clone(),
             authentication: authentication.to_owned(),
+            sessions: sessions.into_iter().map(session).collect(),
         }
     }
 

@@ -310,6 +310,7 @@ impl Node {
             target: None,
             initiators: Vec::new(),
             authentication: "none".to_owned(),
+            sessions: Vec::new(),
         };
         let vms = self.vms.all().into_iter().map(|entry| self.vms.describe(&entry));
         let images = self.images.all().into_iter().flat_map(|attached| {

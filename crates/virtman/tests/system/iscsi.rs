@@ -3,11 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{both, make_raw, tool, tool_output};
+use crate::tools::{both, make_raw, tool, tool_output, wait_for};
 
 pub(crate) const USER: &str = "guest";
 pub(crate) const SECRET: &str = "correct-horse-battery";
@@ -75,6 +76,21 @@ fn iscsi_a_vm_disk_is_one_disk_behind_all_portals_for_those_who_know_the_secret(
         "{}",
         both(&refused)
     );
+
+    // Who has it open is listed.
+    std::thread::scope(|scope| {
+        let unit = with_secret(&portals[1], SECRET);
+        let load = scope.spawn(move || tool("libiscsi-bin", "iscsi-perf", &["-t", "2", &unit]));
+        wait_for("a session is listed", Duration::from_secs(10), || {
+            let exports = cluster.json(&["--node", "n", "export", "list"]);
+            let of_vm = |export: &&Value| export["target"].is_string() && export["name"] == "vm";
+            let export = exports.as_array()?.iter().find(of_vm)?.clone();
+            let session = export["sessions"].get(0)?;
+            let known = session["initiator"].as_str()?.contains("iscsi-perf") && session["portal"] == 1;
+            (known && session["read_bytes"].as_u64()? > 0).then_some(())
+        });
+        load.join().unwrap();
+    });
 
     // The image below is not what was written; it is exported read-only, and is on every node the same disk.
     cluster.ok(&["--node", "n", "export", "add", "disk:1", "--anyone"]);
