@@ -404,6 +404,10 @@ impl Session {
     /// Takes a task out of all lists, and gives back what it was booked with.
     pub(super) fn forget(&mut self, task_tag: u32) -> Option<Task> {
         let task = self.tasks.remove(&task_tag)?;
+        if matches!(task.phase, Phase::Queued) {
+            // Its tag may come again before its turn would have come.
+            self.queue.retain(|queued| *queued != task_tag);
+        }
         self.ordered -= usize::from(task.is_ordered());
         self.immediate -= usize::from(task.is_immediate);
         if task.has_begun() {

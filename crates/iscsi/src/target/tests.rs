@@ -141,6 +141,17 @@ impl Client {
         task_tag
     }
 
+    /// A read that keeps its place among all others.
+    fn ordered_read(&mut self, task_tag: u32) {
+        let flags = crate::pdu::FINAL | command::READ | command::ORDERED;
+        let mut cdb = [0; 16];
+        cdb[..READ.len()].copy_from_slice(&READ);
+        let cmd_sn = self.cmd_sn;
+        self.cmd_sn += 1;
+        let pdu = ScsiCommand { flags, task_tag, expected_bytes: 512, cmd_sn, cdb, ..ScsiCommand::default() };
+        self.take(pdu.header(), &[]);
+    }
+
     fn reset_unit(&mut self, task_tag: u32) {
         let function = crate::pdu::FINAL | function::LOGICAL_UNIT_RESET;
         self.take(TaskRequest { function, task_tag, ..TaskRequest::default() }.header().immediate(), &[]);
@@ -214,6 +225,26 @@ async fn two_sessions_that_reset_at_once_do_not_wait_for_each_other() {
     for (client, tag) in [(&mut one, 90), (&mut other, 91)] {
         client.step().await;
         assert_eq!(client.answer(), Some((TaskResponse::OPCODE, tag)));
+    }
+}
+
+#[tokio::test]
+async fn the_tag_of_a_command_that_was_aborted_in_line_can_be_used_again() {
+    let bench = Bench::new();
+    let mut one = bench.session(1).await;
+    one.ordered_read(10);
+    one.ordered_read(11);
+    one.ordered_read(12);
+    let function = crate::pdu::FINAL | function::ABORT_TASK;
+    let request = TaskRequest { function, task_tag: 90, referenced_task_tag: 12, ..TaskRequest::default() };
+    one.take(request.header().immediate(), &[]);
+    assert_eq!(one.answer(), Some((TaskResponse::OPCODE, 90)));
+    one.ordered_read(12);
+    assert_eq!(one.session.queue, [11, 12], "it is in line once");
+    bench.disk.0.add_permits(3);
+    for tag in [10, 11, 12] {
+        one.step().await;
+        assert_eq!(one.answer(), Some((crate::pdu::DataIn::OPCODE, tag)));
     }
 }
 
