@@ -172,7 +172,7 @@ pub(crate) enum ImageCommand {
         /// Name with tag, such as debian:12
         name: ImageName,
         /// The file or block device: raw, qcow2 (also compressed, also with backing files), vmdk, vhdx; or a logical
-        /// unit as iscsi://[USER@]HOST[:PORT]/TARGET/LUN
+        /// unit as iscsi://HOST/TARGET/LUN, with USER@ before HOST and :PORT behind it where they are needed
         file: PathBuf,
         /// Its format, if it should not be detected
         #[arg(long, value_parser = ["raw", "qcow2", "vmdk", "vhdx"])]
