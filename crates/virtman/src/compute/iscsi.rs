@@ -58,7 +58,8 @@ pub(crate) struct IscsiExports {
     node: NodeName,
     dir: PathBuf,
     server: Server,
-    portals: Vec<SocketAddr>,
+    /// Where initiators reach the portals.
+    portals: Vec<String>,
     records: Mutex<BTreeMap<ExportName, Record>>,
     /// Held while an export is added or removed.
     changing: tokio::sync::Mutex<()>,
@@ -100,8 +101,14 @@ impl Portals {
 }
 
 impl IscsiExports {
-    /// No export yet, behind these portals.
-    pub(crate) fn new(node: NodeName, layout: &Layout, portals: &Portals) -> Result<IscsiExports, String> {
+    /// No export yet, behind these portals. `address` is where the node is reached, as HOST:PORT: what people are
+    /// told of portals that listen on every address.
+    pub(crate) fn new(
+        node: NodeName,
+        address: &str,
+        layout: &Layout,
+        portals: &Portals,
+    ) -> Result<IscsiExports, String> {
         let portals = portals.addresses().map_err(|e| format!("the portals of iSCSI: {e}"))?;
         let numbered = portals.iter().zip(1..).map(|(&address, group)| Portal { address, group });
         let options = ServerOptions { portals: numbered.collect(), discovery: Admission::default() };
@@ -109,7 +116,7 @@ impl IscsiExports {
             node,
             dir: layout.exports(),
             server: Server::new(options),
-            portals,
+            portals: portals.iter().map(|portal| reached_at(portal, address)).collect(),
             records: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -150,7 +157,7 @@ impl IscsiExports {
         if !access.anyone && access.initiators.is_empty() && access.chap.is_none() {
             return Err(ApiError::bad_request(
                 "open_export",
-                format!("whoever reaches {} could open '{name}'", join(&self.portals)),
+                format!("whoever reaches {} could open '{name}'", self.portals.join(", ")),
             )
             .with_hint(
                 "set a secret with --chap-file, name the initiators with --initiator, or say --anyone",
@@ -316,6 +323,23 @@ fn credentials(chap: &ChapSecret) -> Result<Credentials, ApiError> {
     })
 }
 
-fn join(addresses: &[SocketAddr]) -> String {
-    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+/// Where a portal is reached on the node that is reached at `address`.
+fn reached_at(portal: &SocketAddr, address: &str) -> String {
+    match address.rsplit_once(':') {
+        Some((host, _)) if portal.ip().is_unspecified() => format!("{host}:{}", portal.port()),
+        _ => portal.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_portal_at_every_address_is_told_as_the_node_is_reached() {
+        let at = |portal: &str| reached_at(&portal.parse().unwrap(), "node1.example:7420");
+        assert_eq!(at("0.0.0.0:3260"), "node1.example:3260");
+        assert_eq!(at("[::]:3261"), "node1.example:3261");
+        assert_eq!(at("192.0.2.1:3260"), "192.0.2.1:3260");
+    }
 }

@@ -84,14 +84,13 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     images.restore().map_err(restored)?;
     vms.restore(|id| images.by_id(id)).map_err(restored)?;
 
-    let portals = Portals::listen(&args.iscsi_listen).await?;
-    let iscsi = IscsiExports::new(name.clone(), &layout, &portals)?;
-    iscsi.restore(&node::Disks { images: &images, vms: &vms }).map_err(restored)?;
-
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&layout.api_socket())?;
     let listening = tcp.local_addr().map_err(|e| e.to_string())?;
     let address = advertised(args, listening)?;
+    let portals = Portals::listen(&args.iscsi_listen).await?;
+    let iscsi = IscsiExports::new(name.clone(), &address, &layout, &portals)?;
+    iscsi.restore(&node::Disks { images: &images, vms: &vms }).map_err(restored)?;
     let volt = VoltLink::new(name.clone(), volt_address, Arc::clone(&credentials), Arc::clone(&removed));
     let accel = args.accel.parse()?;
     let node = Arc::new(Node {
