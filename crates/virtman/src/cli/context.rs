@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{NodeName, VmName};
+use serde::de::DeserializeOwned;
 
 use super::Global;
 use super::output::{note, print_json};
@@ -184,6 +185,30 @@ impl Context {
         }
         let status = self.cluster().await?;
         status.nodes.iter().filter(|n| n.state != NodeState::Down).map(|n| self.remote(n)).collect()
+    }
+
+    /// What all nodes that the command is about have at `path`, together. Nodes that do not answer are left out with
+    /// a word, unless none answers at all.
+    pub(super) async fn ask_all<T: DeserializeOwned>(&self, path: &str) -> Outcome<Vec<T>> {
+        let nodes = self.nodes().await?;
+        let mut all = Vec::new();
+        let mut silent = Vec::new();
+        for node in &nodes {
+            match node.client.get::<Vec<T>>(path).await {
+                Ok(mut some) => all.append(&mut some),
+                Err(error) => silent.push((&node.name, error)),
+            }
+        }
+        if silent.len() == nodes.len()
+            && let Some((_, error)) = silent.pop()
+        {
+            return Err(error.into());
+        }
+        for (name, error) in silent {
+            let name = name.as_ref().map_or("on this host", NodeName::as_str);
+            note(&format!("warning: node {name} does not answer: {error}"));
+        }
+        Ok(all)
     }
 
     /// Where a VM is. With the same name on several nodes, `--node` has to say which is meant.

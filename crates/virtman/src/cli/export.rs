@@ -5,7 +5,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use block::NodeName;
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use super::context::{Context, Failure, NodeClient, Outcome};
@@ -129,17 +128,7 @@ pub(super) async fn say_addresses(node: &NodeClient, name: &ExportName) -> Outco
 }
 
 async fn list(context: &Context) -> Outcome {
-    let mut exports: Vec<ExportView> = Vec::new();
-    for node in context.nodes().await? {
-        match node.client.get::<Vec<ExportView>>("/v1/exports").await {
-            Ok(mut some) => exports.append(&mut some),
-            Err(error) if context.named_node().is_empty() && node.name.is_some() => {
-                let name = node.name.as_ref().map_or("", NodeName::as_str);
-                note(&format!("warning: node {name} does not answer: {error}"));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let exports: Vec<ExportView> = context.ask_all("/v1/exports").await?;
     if context.json() {
         print_json(&exports);
         return Ok(());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use block::{NodeName, VmName};
+use block::VmName;
 
 use super::context::{Context, Failure, Outcome};
 use super::export::Protocol;
@@ -147,27 +147,9 @@ pub(super) async fn attach_console(context: &Context, name: &VmName) -> Outcome 
     }
 }
 
-/// The VMs of all nodes that the command is about. Nodes that do not answer are left out with a word, unless
-/// none answers at all.
+/// The VMs of all nodes that the command is about.
 pub(super) async fn all_vms(context: &Context) -> Outcome<Vec<Vm>> {
-    let nodes = context.nodes().await?;
-    let mut vms = Vec::new();
-    let mut silent = Vec::new();
-    for node in &nodes {
-        match node.client.get::<Vec<Vm>>("/v1/vms").await {
-            Ok(mut some) => vms.append(&mut some),
-            Err(error) => silent.push((&node.name, error)),
-        }
-    }
-    if silent.len() == nodes.len()
-        && let Some((_, error)) = silent.pop()
-    {
-        return Err(error.into());
-    }
-    for (name, error) in silent {
-        let name = name.as_ref().map_or("on this host", NodeName::as_str);
-        note(&format!("warning: node {name} does not answer: {error}"));
-    }
+    let mut vms: Vec<Vm> = context.ask_all("/v1/vms").await?;
     vms.sort_by(|a, b| (&a.name, &a.node).cmp(&(&b.name, &b.node)));
     Ok(vms)
 }

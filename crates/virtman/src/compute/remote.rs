@@ -13,7 +13,7 @@ use std::time::Duration;
 use block::Disk;
 use image::OpenRemote;
 use iscsi::Credentials;
-use iscsi::initiator::{Address, ConnectError, Initiator, Options, Secrets};
+use iscsi::initiator::{Address, AddressError, ConnectError, Initiator, Options, Secrets};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
@@ -77,7 +77,8 @@ impl RemoteDisks {
 impl Key {
     /// Opens the disk. Tried once.
     pub(crate) async fn open(&self) -> Result<Arc<dyn Disk>, OpenError> {
-        let address: Address = self.location.parse().map_err(|e| OpenError::Wrong(format!("{e}")))?;
+        let address: Address =
+            self.location.parse().map_err(|e: AddressError| OpenError::Wrong(e.to_string()))?;
         let credentials = |secret: &Option<ChapSecret>| {
             let made = secret.as_ref().map(|s| Credentials::new(&s.user, s.secret.as_bytes())).transpose();
             made.map_err(|e| OpenError::Wrong(e.to_string()))

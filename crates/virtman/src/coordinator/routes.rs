@@ -303,9 +303,10 @@ async fn attach(
         (_, Err(error)) => return Err(error.into()),
     };
     // It may have registered the same image under another name.
-    let is_origin =
-        volt.catalog.images()?.iter().any(|image| image.id == id && image.origins.contains(&node));
-    if request.role == Role::Origin && image.is_some() && !is_origin {
+    if request.role == Role::Origin
+        && image.is_some()
+        && !volt.catalog.images()?.iter().any(|image| image.id == id && image.origins.contains(&node))
+    {
         return Err(ApiError::forbidden(
             "not_its_origin",
             format!("node {node} is no origin of {}: it must register the image first", request.image),
