@@ -255,6 +255,8 @@ struct Peer {
     daemon: Daemon,
     url: String,
     file: PathBuf,
+    /// The number of its control socket.
+    control: String,
 }
 
 impl Peer {
@@ -270,14 +272,15 @@ impl Peer {
         let portal = format!("portal={address}");
         let daemon = Daemon::spawn(Command::new("tgtd").args(["-f", "-C", &control, "--iscsi", &portal]))?;
         wait_for("tgtd", START_TIME_MAX, || TcpStream::connect(&address).ok())?;
-        let peer = Peer { daemon, url: format!("iscsi://{address}/{PEER_TARGET}/1"), file: copy };
+        let url = format!("iscsi://{address}/{PEER_TARGET}/1");
+        let peer = Peer { daemon, url, file: copy, control };
         let copy = peer.file.to_string_lossy().into_owned();
         for args in [
             ["--op", "new", "--mode", "target", "--tid", "1", "-T", PEER_TARGET].as_slice(),
             &["--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", &copy],
             &["--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL"],
         ] {
-            output(Command::new("tgtadm").args(["-C", &control, "--lld", "iscsi"]).args(args))?;
+            output(Command::new("tgtadm").args(["-C", &peer.control, "--lld", "iscsi"]).args(args))?;
         }
         Ok(peer)
     }
@@ -291,6 +294,10 @@ impl Drop for Peer {
     fn drop(&mut self) {
         // Its room is wanted for the next; whatever is left goes with the directory.
         let _ = fs::remove_file(&self.file);
+        // It leaves these when it is ended by a signal.
+        for left in ["", ".lock"] {
+            let _ = fs::remove_file(format!("/var/run/tgtd/socket.{}{left}", self.control));
+        }
     }
 }
 
