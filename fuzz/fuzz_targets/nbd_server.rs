@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock};
 use block::{Disk, Now};
 use fuzz::{Input, NoBase};
 use nbd::{Export, Exports, Listing, ServeError, Server};
-use store::{MemoryMedia, Overlay};
+use store::{BootId, MemoryMedia, Overlay, OverlayMedia};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
 use tokio::runtime::{Builder, Runtime};
 
@@ -113,8 +113,9 @@ async fn serve(disk: &Arc<Overlay>, script: &[u8]) {
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let script = client(&mut Input::new(bytes));
-    let media = || Arc::new(MemoryMedia::new(0));
-    let disk = Overlay::create_on(media(), media(), DISK_BYTES, Arc::new(NoBase)).expect("memory takes all");
+    let memory = || Arc::new(MemoryMedia::new(0));
+    let media = OverlayMedia { data: memory(), map: memory(), live: memory(), boot: BootId([0; 16]) };
+    let disk = Overlay::create_on(media, DISK_BYTES, Arc::new(NoBase)).expect("memory takes all");
     let disk = Arc::new(disk);
     RUNTIME.block_on(serve(&disk, &script));
     let mut all = vec![0; DISK_BYTES as usize];

@@ -1,4 +1,4 @@
-//! The map of an overlay, damaged in any way that checksums do not tell.
+//! The map and the live file of an overlay, damaged in any way that checksums do not tell.
 //!
 //! Checked: it is refused or opened, and an overlay that was opened keeps what is written to it from then on
 //! and can be opened again.
@@ -10,7 +10,7 @@ use std::sync::{Arc, LazyLock};
 use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
 use block::{Disk, Now};
 use fuzz::{Input, NoBase};
-use store::{Media, MemoryMedia, Overlay};
+use store::{BootId, Media, MemoryMedia, Overlay, OverlayMedia};
 use tokio::runtime::{Builder, Runtime};
 
 static RUNTIME: LazyLock<Runtime> =
@@ -69,10 +69,29 @@ fn map(input: &mut Input<'_>) -> Arc<MemoryMedia> {
     map
 }
 
+const BOOT: BootId = BootId([1; 16]);
+
+/// A live file of this run of the machine, or of another, with a few words.
+fn live(input: &mut Input<'_>) -> Arc<MemoryMedia> {
+    let live = Arc::new(MemoryMedia::new(0));
+    let write = |offset, bytes: &[u8]| live.write_at(offset, bytes).expect("memory takes all");
+    let mut header = [&b"VMOVLIVE"[..], &[1, 0, 0, 0], &[input.pick(&[1, 1, 1, 2]); 16]].concat();
+    header.extend(crc32c::crc32c(&header).to_le_bytes());
+    write(0, &header);
+    for _ in 0..input.u8() % 3 {
+        let any = u64::from(input.u8());
+        let index = input.pick(&[0, 3, 255, 1 << 20, any]);
+        write(4096 + index * 8, &input.u64().to_le_bytes());
+    }
+    live
+}
+
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    let map = map(&mut Input::new(bytes));
+    let mut input = Input::new(bytes);
+    let (live, map) = (live(&mut input), map(&mut input));
     let data = Arc::new(MemoryMedia::new(DISK_BYTES_MAX));
-    let open = || Overlay::open_on(data.clone(), map.clone(), Arc::new(NoBase));
+    let media = OverlayMedia { data, map, live, boot: BOOT };
+    let open = || Overlay::open_on(media.clone(), Arc::new(NoBase));
     let Ok(overlay) = open() else { return };
     let size_bytes = overlay.size_bytes();
     assert!((1..=DISK_BYTES_MAX).contains(&size_bytes));

@@ -4,7 +4,8 @@
 //!   tests and simulation, [`faulty::FaultyMedia`] loses, tears and refuses what is written to it.
 //! - [`CacheGroup`]: a node's chunk cache over several media, a [`ChunkSource`](block::ChunkSource) over
 //!   any other.
-//! - [`Overlay`]: one VM's private, durable, writable [`Disk`](block::Disk) over a read-only one.
+//! - [`Overlay`]: a private, durable, writable [`Disk`](block::Disk) over a read-only one: a layer.
+//! - [`Chain`]: a VM's layers as the one disk that it sees, while layers are frozen and put on top.
 //!
 //! Invariants:
 //! - No protocol is known here: nobody in this crate opens a socket or knows what a VM is.
@@ -13,10 +14,12 @@
 
 mod asyncio;
 mod cache;
+mod chain;
 pub mod faulty;
 mod media;
 mod overlay;
 
 pub use cache::{CacheError, CacheGroup, CacheStats, MediaSpec};
+pub use chain::{Chain, Frozen};
 pub use media::{FileMedia, Media, MemoryMedia};
-pub use overlay::{Overlay, OverlayError, OverlayStats};
+pub use overlay::{BootId, Freezing, Overlay, OverlayError, OverlayMedia, OverlayStats};

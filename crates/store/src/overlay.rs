@@ -10,19 +10,28 @@
 //! Durability: [`flush`]. Nothing else syncs.
 //! Cancellation: what runs on the blocking pool owns its buffers and its claim, so a dropped future has
 //! either not begun a step or the step runs to its end before anybody else may change these blocks.
-//! Crash: the map never names a block whose bytes are not durable, and [`log`] finds its own torn tail.
+//! Crash: the map never names a block whose bytes are not durable, and [`log`] finds its own torn tail. A killed
+//! process loses nothing that it answered, flushed or not: its guests go on; see [`live`].
+//! Layers: an overlay may be the base of others. It is [frozen](Overlay::freeze) first; from then on what it reads
+//! as never changes. What it lacks can still be [pulled](Overlay::pull) from its base, so that the base can be
+//! [replaced](Overlay::set_base) by one further below.
 //! Retries: none. [`DiskError::NoSpace`] leaves everything as it was, and the guest may try again.
 
 mod claims;
 mod cut;
 mod files;
 mod flush;
+mod live;
 mod log;
 mod map;
+mod pull;
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use block::limits::BLOCK_BYTES;
 use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, Now};
@@ -31,9 +40,12 @@ use futures_util::FutureExt;
 use self::claims::{Claim, Claims};
 use self::cut::{Cut, Edge, touched};
 use self::flush::Flusher;
+use self::live::LiveMap;
 use self::log::{LogError, MapLog};
 use self::map::{BlockMap, Place};
 use crate::{Media, asyncio};
+
+pub use self::live::BootId;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -94,14 +106,31 @@ pub struct OverlayStats {
     pub compactions: u64,
 }
 
+/// What an overlay is kept on.
+#[derive(Clone)]
+pub struct OverlayMedia {
+    /// The blocks.
+    pub data: Arc<dyn Media>,
+    /// Which of them count.
+    pub map: Arc<dyn Media>,
+    /// Which do so since the machine started.
+    pub live: Arc<dyn Media>,
+    /// The present run of the machine.
+    pub boot: BootId,
+}
+
 /// A VM's writable disk over a read-only base.
 ///
-/// Dropping it flushes nothing: what was not flushed is lost or kept, as in a crash.
+/// Dropping it flushes nothing: what was not flushed is kept if the process ends, and lost or kept if the machine
+/// does.
 pub struct Overlay {
     geometry: Geometry,
-    base: Arc<dyn Disk>,
+    /// Replaced by one that reads the same, and only then.
+    base: RwLock<Arc<dyn Disk>>,
     data: Arc<dyn Media>,
     map: Arc<BlockMap>,
+    live: Arc<LiveMap>,
+    frozen: AtomicBool,
     claims: Arc<Claims>,
     flusher: Arc<Flusher>,
 }
@@ -130,74 +159,120 @@ impl Overlay {
         files::remove(dir)
     }
 
-    /// Creates an empty overlay of `size_bytes` on two empty media.
+    /// Creates an empty overlay of `size_bytes` on empty media.
     pub fn create_on(
-        data: Arc<dyn Media>,
-        map: Arc<dyn Media>,
+        media: OverlayMedia,
         size_bytes: u64,
         base: Arc<dyn Disk>,
     ) -> Result<Overlay, OverlayError> {
+        Overlay::create_named(media, size_bytes, base, Path::new(""))
+    }
+
+    /// Opens the overlay on its media.
+    pub fn open_on(media: OverlayMedia, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
+        Overlay::open_named(media, base, Path::new(""))
+    }
+
+    /// The caller has made the data as long as the disk is, if its media have names.
+    fn create_named(
+        media: OverlayMedia,
+        size_bytes: u64,
+        base: Arc<dyn Disk>,
+        dir: &Path,
+    ) -> Result<Overlay, OverlayError> {
         check_size(size_bytes)?;
-        let named = |name: &str| {
-            let path = PathBuf::from(name);
+        let io = |name: &str| {
+            let path = dir.join(name);
             move |source| OverlayError::Io { path, source }
         };
-        data.set_len(size_bytes.next_multiple_of(BLOCK)).map_err(named("data"))?;
-        let log = MapLog::create(map, size_bytes).map_err(named("map"))?;
-        Ok(Overlay::new(data, log, Overlay::empty_map(size_bytes), base))
+        let OverlayMedia { data, map, live, boot } = media;
+        data.set_len(size_bytes.next_multiple_of(BLOCK)).map_err(io(files::DATA))?;
+        let live = LiveMap::create(live, boot).map_err(io(files::LIVE))?;
+        let log = MapLog::create(map, size_bytes).map_err(io(files::MAP))?;
+        Ok(Overlay::new(data, log, live, Overlay::empty_map(size_bytes), base))
     }
 
-    /// Opens the overlay on two media.
-    pub fn open_on(
-        data: Arc<dyn Media>,
-        map: Arc<dyn Media>,
-        base: Arc<dyn Disk>,
-    ) -> Result<Overlay, OverlayError> {
-        Overlay::open_named(data, Path::new("data"), map, Path::new("map"), base)
-    }
-
-    fn open_named(
-        data: Arc<dyn Media>,
-        data_path: &Path,
-        map: Arc<dyn Media>,
-        map_path: &Path,
-        base: Arc<dyn Disk>,
-    ) -> Result<Overlay, OverlayError> {
-        let damaged = |path: &Path, what| OverlayError::Damaged { path: path.to_owned(), what };
-        let io = |path: &Path, source| OverlayError::Io { path: path.to_owned(), source };
+    fn open_named(media: OverlayMedia, base: Arc<dyn Disk>, dir: &Path) -> Result<Overlay, OverlayError> {
+        let damaged = |name: &str, what| OverlayError::Damaged { path: dir.join(name), what };
+        let io = |name: &str| {
+            let path = dir.join(name);
+            move |source| OverlayError::Io { path, source }
+        };
+        let OverlayMedia { data, map, live, boot } = media;
         let mut blocks = None;
         let log = MapLog::open(map, |log, word| {
             blocks.get_or_insert_with(|| Overlay::empty_map(log.size_bytes())).restore(word)
         })
         .map_err(|error| match error {
-            LogError::Damaged(what) => damaged(map_path, what),
-            LogError::Io(error) => io(map_path, error),
+            LogError::Damaged(what) => damaged(files::MAP, what),
+            LogError::Io(error) => io(files::MAP)(error),
         })?;
         let size_bytes = log.size_bytes();
         let blocks = blocks.unwrap_or_else(|| Overlay::empty_map(size_bytes));
+        let live = LiveMap::open(live, boot, |word| blocks.restore_live(word)).map_err(io(files::LIVE))?;
+        let live = live.map_err(|word| {
+            damaged(files::LIVE, format!("it allocates blocks beyond the disk (word {})", word.index))
+        })?;
         let whole_len = size_bytes.next_multiple_of(BLOCK);
-        let len = data.len_bytes().map_err(|error| io(data_path, error))?;
+        let len = data.len_bytes().map_err(io(files::DATA))?;
         if len < whole_len {
             // A crash before the first flush may have lost the length that `create` set. Later the first
             // flush made it durable, so that blocks beyond the end were lost by something else.
             if blocks.run(len / BLOCK..whole_len / BLOCK) != (Place::Base, whole_len / BLOCK - len / BLOCK) {
-                return Err(damaged(data_path, format!("it has {len} bytes, its disk has {size_bytes}")));
+                return Err(damaged(files::DATA, format!("it has {len} bytes, its disk has {size_bytes}")));
             }
-            data.set_len(whole_len).map_err(|error| io(data_path, error))?;
+            data.set_len(whole_len).map_err(io(files::DATA))?;
         }
-        Ok(Overlay::new(data, log, blocks, base))
+        Ok(Overlay::new(data, log, live, blocks, base))
     }
 
     fn empty_map(size_bytes: u64) -> BlockMap {
         BlockMap::new(size_bytes.div_ceil(BLOCK))
     }
 
-    fn new(data: Arc<dyn Media>, log: MapLog, map: BlockMap, base: Arc<dyn Disk>) -> Overlay {
+    fn new(data: Arc<dyn Media>, log: MapLog, live: LiveMap, map: BlockMap, base: Arc<dyn Disk>) -> Overlay {
         let geometry =
             Geometry::new(log.size_bytes()).expect("a log of another size is neither made nor opened");
         let map = Arc::new(map);
         let flusher = Arc::new(Flusher::new(Arc::clone(&data), Arc::clone(&map), log));
-        Overlay { geometry, base, data, map, claims: Arc::default(), flusher }
+        let (base, live, frozen) = (RwLock::new(base), Arc::new(live), AtomicBool::new(false));
+        Overlay { geometry, base, data, map, live, frozen, claims: Arc::default(), flusher }
+    }
+
+    /// Takes no change any more: waits for those that run, makes all durable, and refuses what comes later with
+    /// [`DiskError::ReadOnly`]. Changes that come while this waits wait too, until the answer is dropped.
+    pub async fn freeze(&self) -> Result<Freezing<'_>, DiskError> {
+        // Most of what there is to be made durable is made so while changes go on.
+        self.flusher.flush().await?;
+        let began = Instant::now();
+        let claim = self.claims.claim(0..u64::MAX).await;
+        self.flusher.flush().await?;
+        Ok(Freezing { overlay: self, _claim: claim, began })
+    }
+
+    /// Whether it takes no change any more.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.load(Ordering::Acquire)
+    }
+
+    /// Takes no change from now on: to be called when an overlay that others build upon was opened.
+    pub fn set_frozen(&self) {
+        self.frozen.store(true, Ordering::Release);
+    }
+
+    /// Reads what it does not hold itself from `base` from now on. That must read the same in all blocks that the
+    /// overlay does not hold.
+    pub fn set_base(&self, base: Arc<dyn Disk>) {
+        *self.base.write().unwrap_or_else(PoisonError::into_inner) = base;
+    }
+
+    fn base(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.base.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether a change may begin: asked with a claim in hand, which orders it with freezing.
+    fn must_take_changes(&self) -> Result<(), DiskError> {
+        if self.is_frozen() { Err(DiskError::ReadOnly) } else { Ok(()) }
     }
 
     /// What it holds and did.
@@ -232,18 +307,15 @@ impl Overlay {
         (place, len.min(end - offset))
     }
 
-    /// How many of `len` bytes from `offset` lie on the base.
-    fn base_bytes(&self, offset: u64, len: usize) -> usize {
-        (len as u64).min(self.base.size_bytes().saturating_sub(offset)) as usize
-    }
-
     fn read_run_now(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
         match place {
             Place::Own => Ok(self.data.read_at_now(offset, buf)?),
             Place::Base => {
-                let (below, beyond) = buf.split_at_mut(self.base_bytes(offset, buf.len()));
+                // Held while the base is read: that does not wait, and costs less than counting a reference.
+                let base = self.base.read().unwrap_or_else(PoisonError::into_inner);
+                let (below, beyond) = buf.split_at_mut(bytes_on(&**base, offset, buf.len()));
                 beyond.fill(0);
-                if below.is_empty() { Ok(Now::Done) } else { self.base.read_now(offset, below) }
+                if below.is_empty() { Ok(Now::Done) } else { base.read_now(offset, below) }
             }
         }
     }
@@ -252,12 +324,13 @@ impl Overlay {
         match place {
             Place::Own => Ok(asyncio::read(&self.data, offset, buf).await?),
             Place::Base => {
-                let (below, beyond) = buf.split_at_mut(self.base_bytes(offset, buf.len()));
+                let base = self.base();
+                let (below, beyond) = buf.split_at_mut(bytes_on(&*base, offset, buf.len()));
                 beyond.fill(0);
-                if below.is_empty() || self.base.read_now(offset, below)? == Now::Done {
+                if below.is_empty() || base.read_now(offset, below)? == Now::Done {
                     return Ok(());
                 }
-                self.base.read(offset, below).await
+                base.read(offset, below).await
             }
         }
     }
@@ -288,7 +361,7 @@ impl Overlay {
     /// Writes whole blocks from block `first`. Needs the claim on them. Never waits for another task.
     fn put(&self, _claim: &Claim, first: u64, data: &[u8]) -> Result<(), DiskError> {
         self.data.write_at(first * BLOCK, data)?;
-        self.map.allocate(first..first + (data.len() as u64).div_ceil(BLOCK));
+        self.map.allocate(&self.live, first..first + (data.len() as u64).div_ceil(BLOCK))?;
         self.flusher.mark_dirty();
         Ok(())
     }
@@ -299,6 +372,7 @@ impl Overlay {
             return Ok(());
         }
         let claim = self.claims.claim(touched(offset, data.len() as u64)).await;
+        self.must_take_changes()?;
         let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
         for edge in cut.edges.iter().flatten() {
             let mut block = self.edge_block(edge).await?;
@@ -320,16 +394,21 @@ impl Overlay {
 
     /// Punches holes for whole blocks and makes them the overlay's own, as far as the base reaches:
     /// beyond it, a block that nobody wrote is zero anyway.
-    async fn punch(&self, claim: Claim, whole: std::ops::Range<u64>) -> Result<(), DiskError> {
+    async fn punch(&self, claim: Claim, whole: Range<u64>) -> Result<(), DiskError> {
+        let base_blocks = self.base().size_bytes().div_ceil(BLOCK);
+        self.punch_own(Arc::new(claim), whole, base_blocks).await
+    }
+
+    /// Punches holes for whole blocks and makes those before block `own_end` the overlay's own.
+    async fn punch_own(&self, claim: Arc<Claim>, whole: Range<u64>, own_end: u64) -> Result<(), DiskError> {
         if whole.is_empty() {
             return Ok(());
         }
-        let (data, map) = (Arc::clone(&self.data), Arc::clone(&self.map));
+        let (data, map, live) = (Arc::clone(&self.data), Arc::clone(&self.map), Arc::clone(&self.live));
         let flusher = Arc::clone(&self.flusher);
-        let base_blocks = self.base.size_bytes().div_ceil(BLOCK);
         asyncio::blocking(move || {
             data.punch_hole(whole.start * BLOCK, (whole.end - whole.start) * BLOCK)?;
-            map.allocate(whole.start..whole.end.min(base_blocks));
+            map.allocate(&live, whole.start..whole.end.min(own_end))?;
             flusher.mark_dirty();
             drop(claim);
             Ok(())
@@ -344,6 +423,7 @@ impl Overlay {
             return Ok(());
         }
         let claim = self.claims.claim(touched(offset, len)).await;
+        self.must_take_changes()?;
         let cut = Cut::new(offset, len, self.geometry.size_bytes());
         for edge in cut.edges.iter().flatten() {
             let mut block = self.edge_block(edge).await?;
@@ -360,6 +440,7 @@ impl Overlay {
         }
         let whole = Cut::new(offset, len, self.geometry.size_bytes()).whole;
         let claim = self.claims.claim(whole.clone()).await;
+        self.must_take_changes()?;
         self.punch(claim, whole).await
     }
 
@@ -385,7 +466,8 @@ impl Overlay {
     /// The extents at `offset`: at least one, none beyond `len` bytes.
     async fn run_extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, DiskError> {
         let (place, len) = self.run(offset, len);
-        let below = len.min(self.base.size_bytes().saturating_sub(offset));
+        let base = self.base();
+        let below = len.min(base.size_bytes().saturating_sub(offset));
         match place {
             Place::Own => {
                 let data = Arc::clone(&self.data);
@@ -393,13 +475,39 @@ impl Overlay {
                 Ok(vec![Extent { len, kind }])
             }
             Place::Base if below == 0 => Ok(vec![Extent { len, kind: ExtentKind::Hole }]),
-            Place::Base => match self.base.extents(offset, below).await? {
+            Place::Base => match base.extents(offset, below).await? {
                 // A base that knows nothing has data there, as far as is known.
                 none if none.is_empty() => Ok(vec![Extent { len: below, kind: ExtentKind::Data }]),
                 some => Ok(some),
             },
         }
     }
+}
+
+/// An overlay that takes no changes at present, and none ever again if that is [meant](Freezing::keep).
+///
+/// Dropping it lets changes go on; those that waited are refused if the overlay is frozen then.
+pub struct Freezing<'a> {
+    overlay: &'a Overlay,
+    _claim: Claim,
+    began: Instant,
+}
+
+impl Freezing<'_> {
+    /// Freezes the overlay for good.
+    pub fn keep(&self) {
+        self.overlay.set_frozen();
+    }
+
+    /// How long changes have been waiting.
+    pub fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+}
+
+/// How many of `len` bytes from `offset` lie on `disk`.
+fn bytes_on(disk: &dyn Disk, offset: u64, len: usize) -> usize {
+    (len as u64).min(disk.size_bytes().saturating_sub(offset)) as usize
 }
 
 /// The part of a write that covers whole blocks.
@@ -418,7 +526,7 @@ impl Disk for Overlay {
     }
 
     fn access(&self) -> Access {
-        Access::ReadWrite
+        if self.is_frozen() { Access::ReadOnly } else { Access::ReadWrite }
     }
 
     fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
@@ -446,6 +554,7 @@ impl Disk for Overlay {
         let Some(claim) = self.claims.try_claim(touched(offset, data.len() as u64)) else {
             return Ok(Now::Wait);
         };
+        self.must_take_changes()?;
         let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
         // Both edges are read before anything is written: waiting must leave everything as it was.
         let mut blocks = [[0; BLOCK_BYTES]; 2];
@@ -494,4 +603,4 @@ impl Disk for Overlay {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,4 +1,4 @@
-//! An overlay as a directory: `data` and `map`.
+//! An overlay as a directory: `data`, `map` and `live`.
 //!
 //! An overlay exists once `map` has its name, which it gets by a rename after everything in it is
 //! durable; it is gone once `map` is. What a crash leaves before or after is only rubbish that the next
@@ -11,23 +11,34 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::Disk;
-use block::limits::BLOCK_BYTES;
 
-use super::{MapLog, Overlay, OverlayError, check_size};
+use super::{BootId, Overlay, OverlayError, OverlayMedia, check_size};
 use crate::Media;
 use crate::media::{FileMedia, InUse};
 
+pub(super) const DATA: &str = "data";
+pub(super) const MAP: &str = "map";
+pub(super) const LIVE: &str = "live";
+
 fn data_path(dir: &Path) -> PathBuf {
-    dir.join("data")
+    dir.join(DATA)
 }
 
 fn map_path(dir: &Path) -> PathBuf {
-    dir.join("map")
+    dir.join(MAP)
 }
 
 /// The map before it is complete.
 fn new_map_path(dir: &Path) -> PathBuf {
     dir.join("map.new")
+}
+
+/// The media of the overlay in `dir`.
+fn media(dir: &Path, data: FileMedia, map: FileMedia) -> Result<OverlayMedia, OverlayError> {
+    let path = dir.join(LIVE);
+    let live = FileMedia::open_or_create(&path).map_err(io_error(&path))?;
+    let boot = BootId::current().map_err(io_error(Path::new("/proc/sys/kernel/random/boot_id")))?;
+    Ok(OverlayMedia { data: Arc::new(data), map: Arc::new(map), live: Arc::new(live), boot })
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
@@ -76,16 +87,15 @@ pub(super) fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result
     if map_path(dir).try_exists().map_err(io_error(dir))? {
         return Err(OverlayError::Exists(dir.to_owned()));
     }
-    let len = size_bytes.next_multiple_of(BLOCK_BYTES as u64);
-    data.set_len(0).and_then(|()| data.set_len(len)).map_err(io_error(&path))?;
+    data.set_len(0).map_err(io_error(&path))?;
 
     let new_map = new_map_path(dir);
     remove_if_there(&new_map)?;
     let map = FileMedia::open_or_create(&new_map).map_err(io_error(&new_map))?;
-    let log = MapLog::create(Arc::new(map), size_bytes).map_err(io_error(&new_map))?;
+    let overlay = Overlay::create_named(media(dir, data, map)?, size_bytes, base, dir)?;
     fs::rename(&new_map, map_path(dir)).map_err(io_error(&new_map))?;
     sync_dir(dir)?;
-    Ok(Overlay::new(Arc::new(data), log, Overlay::empty_map(size_bytes), base))
+    Ok(overlay)
 }
 
 pub(super) fn open(dir: &Path, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
@@ -98,7 +108,7 @@ pub(super) fn open(dir: &Path, base: Arc<dyn Disk>) -> Result<Overlay, OverlayEr
         }
         Err(error) => return Err(io_error(&path)(error)),
     };
-    Overlay::open_named(Arc::new(data), &data_path(dir), Arc::new(map), &path, base)
+    Overlay::open_named(media(dir, data, map)?, base, dir)
 }
 
 pub(super) fn remove(dir: &Path) -> Result<(), OverlayError> {
@@ -107,6 +117,7 @@ pub(super) fn remove(dir: &Path) -> Result<(), OverlayError> {
     remove_if_there(&map_path(dir))?;
     sync_dir(dir)?;
     remove_if_there(&new_map_path(dir))?;
+    remove_if_there(&dir.join(LIVE))?;
     remove_if_there(&data_path(dir))?;
     fs::remove_dir(dir).map_err(io_error(dir))
 }

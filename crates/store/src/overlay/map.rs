@@ -3,19 +3,26 @@
 //! One bit per block, in pages that exist only where a block was ever allocated, so that a huge and
 //! mostly untouched disk costs next to nothing. Bits only ever go from 0 to 1 and reading takes no lock.
 //!
-//! Consistency: a bit is set after the block's bytes are in the data file, and together with the note
-//! that it is not durable yet. So whoever sees a bit set and flushes also makes that bit durable.
+//! Consistency: a bit is set after the block's bytes are in the data file and the bit in the [live](super::live)
+//! file, and together with the note that it is not durable yet. So whoever sees a bit set and flushes also makes
+//! that bit durable.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use super::live::LiveMap;
 
 /// Words in one page: 4 KiB of memory for 128 MiB of disk, and 16 bytes while nothing there is allocated.
 const PAGE_WORDS: u64 = 512;
 
 /// Blocks in one word.
 pub(super) const WORD_BLOCKS: u64 = 64;
+
+/// Blocks in one page.
+const PAGE_BLOCKS: u64 = PAGE_WORDS * WORD_BLOCKS;
 
 type Page = Box<[AtomicU64; PAGE_WORDS as usize]>;
 
@@ -49,7 +56,7 @@ pub(super) struct BlockMap {
 impl BlockMap {
     /// A map of `blocks` blocks that are all in the base.
     pub(super) fn new(blocks: u64) -> BlockMap {
-        let pages = blocks.div_ceil(WORD_BLOCKS * PAGE_WORDS);
+        let pages = blocks.div_ceil(PAGE_BLOCKS);
         BlockMap {
             blocks,
             pages: (0..pages).map(|_| OnceLock::new()).collect(),
@@ -80,20 +87,54 @@ impl BlockMap {
         self.word(block / WORD_BLOCKS) >> (block % WORD_BLOCKS) & 1 == 1
     }
 
-    /// Marks blocks as the overlay's own. Their bytes are in the data file.
-    pub(super) fn allocate(&self, range: Range<u64>) {
+    /// Marks blocks as the overlay's own, here and in `live`. Their bytes are in the data file. After an error
+    /// some of them are.
+    pub(super) fn allocate(&self, live: &LiveMap, range: Range<u64>) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
-            let index = at / WORD_BLOCKS;
-            let end = range.end.min((index + 1) * WORD_BLOCKS);
-            let bits = mask(at % WORD_BLOCKS, end - at);
-            if self.word(index) & bits != bits {
-                let mut pending = self.pending();
-                self.set(Word { index, bits });
-                pending.insert(index);
+            let end = range.end.min((at / PAGE_BLOCKS + 1) * PAGE_BLOCKS);
+            if self.run(at..end) != (Place::Own, end - at) {
+                self.allocate_in_page(live, at..end)?;
             }
             at = end;
         }
+        Ok(())
+    }
+
+    fn allocate_in_page(&self, live: &LiveMap, range: Range<u64>) -> io::Result<()> {
+        let words = range.start / WORD_BLOCKS..range.end.div_ceil(WORD_BLOCKS);
+        let added = |index: u64| {
+            let (start, end) =
+                (range.start.max(index * WORD_BLOCKS), range.end.min((index + 1) * WORD_BLOCKS));
+            mask(start % WORD_BLOCKS, end - start)
+        };
+        let mut pending = self.pending();
+        let mut bytes = [[0; 8]; PAGE_WORDS as usize];
+        for (index, bytes) in words.clone().zip(&mut bytes) {
+            *bytes = (self.word(index) | added(index)).to_le_bytes();
+        }
+        let count = (words.end - words.start) as usize;
+        live.write(words.start, bytes[..count].as_flattened())?;
+        for index in words {
+            let bits = added(index);
+            if self.word(index) & bits != bits {
+                self.set(Word { index, bits });
+                pending.insert(index);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over a word that a killed process left; it is not durable yet. `false` if it does not lie on the
+    /// disk.
+    pub(super) fn restore_live(&self, word: Word) -> bool {
+        let mut pending = self.pending();
+        let is_new = self.word(word.index) & word.bits != word.bits;
+        let fits = self.restore(word);
+        if fits && is_new {
+            pending.insert(word.index);
+        }
+        fits
     }
 
     /// Takes over a durable word; `false` if it does not lie on the disk.
@@ -173,19 +214,28 @@ fn mask(first: u64, len: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::MemoryMedia;
+    use crate::overlay::BootId;
     use proptest::prelude::*;
 
-    const BLOCKS: u64 = 5_000;
+    const BOOT: BootId = BootId([1; 16]);
+
+    /// More than a page.
+    const BLOCKS: u64 = 40_000;
 
     proptest! {
         #[test]
-        fn runs_and_counts_agree_with_a_plain_set(ranges in prop::collection::vec((0..BLOCKS, 1u64..300), 0..20)) {
+        fn runs_and_counts_agree_with_a_plain_set(ranges in prop::collection::vec((0..BLOCKS, 1u64..3000), 0..20)) {
             let map = BlockMap::new(BLOCKS);
+            let media = Arc::new(MemoryMedia::default());
+            let live = LiveMap::create(Arc::clone(&media) as _, BOOT).unwrap();
             let mut plain = BTreeSet::new();
             for (first, len) in ranges {
                 let end = (first + len).min(BLOCKS);
-                map.allocate(first..end);
+                map.allocate(&live, first..end).unwrap();
                 plain.extend(first..end);
             }
             let mut at = 0;
@@ -204,6 +254,10 @@ mod tests {
             let again = BlockMap::new(BLOCKS);
             prop_assert!(pending.into_iter().all(|word| again.restore(word)));
             prop_assert_eq!(again.all(), map.all());
+            let killed = BlockMap::new(BLOCKS);
+            let opened = LiveMap::open(media, BOOT, |word| killed.restore_live(word)).unwrap();
+            prop_assert!(opened.is_ok());
+            prop_assert_eq!(killed.take_pending(), map.all());
         }
     }
 

@@ -1,7 +1,8 @@
 //! The overlay's own promises; those over faulty media are in `model`, those of its files in `files`.
 
 mod files;
-mod model;
+pub(crate) mod model;
+mod pull;
 
 use std::sync::Mutex;
 use std::sync::mpsc;
@@ -13,13 +14,13 @@ use crate::MemoryMedia;
 use crate::faulty::{FaultyMedia, TearUnit};
 
 /// A read-only disk that answers every other read only after a turn of the scheduler.
-pub(super) struct Base {
+pub(crate) struct Base {
     bytes: Vec<u8>,
     reads: Mutex<u64>,
 }
 
 impl Base {
-    pub(super) fn new(bytes: Vec<u8>) -> Arc<Base> {
+    pub(crate) fn new(bytes: Vec<u8>) -> Arc<Base> {
         Arc::new(Base { bytes, reads: Mutex::default() })
     }
 
@@ -77,34 +78,54 @@ impl Disk for Base {
     }
 }
 
-pub(super) struct Pair {
+/// An overlay's media, all of which fail as the seed says.
+pub(crate) struct Trio {
     pub(super) data: FaultyMedia,
     pub(super) map: FaultyMedia,
+    pub(super) live: FaultyMedia,
+    boot: u8,
 }
 
-impl Pair {
-    pub(super) fn new(seed: u64) -> Pair {
-        Pair {
+impl Trio {
+    pub(crate) fn new(seed: u64) -> Trio {
+        Trio {
             data: FaultyMedia::new(seed, TearUnit::Page),
             map: FaultyMedia::new(seed + 1, TearUnit::Sector),
+            live: FaultyMedia::new(seed + 2, TearUnit::Sector),
+            boot: 0,
         }
     }
 
-    fn create(&self, size_bytes: u64, base: Arc<dyn Disk>) -> Overlay {
-        let (data, map) = (Arc::new(self.data.clone()), Arc::new(self.map.clone()));
-        Overlay::create_on(data, map, size_bytes, base).unwrap()
+    fn media(&self) -> OverlayMedia {
+        OverlayMedia {
+            data: Arc::new(self.data.clone()),
+            map: Arc::new(self.map.clone()),
+            live: Arc::new(self.live.clone()),
+            boot: BootId([self.boot; 16]),
+        }
     }
 
-    pub(super) fn open(&self, base: Arc<dyn Disk>) -> Overlay {
-        Overlay::open_on(Arc::new(self.data.clone()), Arc::new(self.map.clone()), base).unwrap()
+    pub(crate) fn create(&self, size_bytes: u64, base: Arc<dyn Disk>) -> Overlay {
+        Overlay::create_on(self.media(), size_bytes, base).unwrap()
     }
 
-    fn power_cut(&self) -> Pair {
-        Pair { data: self.data.power_cut(), map: self.map.power_cut() }
+    pub(crate) fn open(&self, base: Arc<dyn Disk>) -> Overlay {
+        Overlay::open_on(self.media(), base).unwrap()
+    }
+
+    /// The machine ends and starts again.
+    pub(crate) fn power_cut(&self) -> Trio {
+        let boot = self.boot.wrapping_add(1);
+        Trio { data: self.data.power_cut(), map: self.map.power_cut(), live: self.live.power_cut(), boot }
+    }
+
+    /// The process ends and starts again.
+    pub(crate) fn kill(&self) -> Trio {
+        Trio { data: self.data.kill(), map: self.map.kill(), live: self.live.kill(), boot: self.boot }
     }
 }
 
-pub(super) async fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
+pub(crate) async fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
     let mut buf = vec![0xee; len];
     disk.read(offset, &mut buf).await.unwrap();
     buf
@@ -112,7 +133,7 @@ pub(super) async fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
 
 #[tokio::test]
 async fn concurrent_writes_to_parts_of_one_block_lose_nothing() {
-    let pair = Pair::new(1);
+    let pair = Trio::new(1);
     let disk = pair.create(3 * BLOCK, Base::new(vec![9; 2 * BLOCK_BYTES]));
     let pieces: Vec<Vec<u8>> = (0..30).map(|n| vec![n; 300]).collect();
     let writes = pieces.iter().zip(0..).map(|(piece, n)| disk.write(1000 + n * 300, piece));
@@ -123,7 +144,7 @@ async fn concurrent_writes_to_parts_of_one_block_lose_nothing() {
 
 #[tokio::test]
 async fn beyond_the_end_of_a_shorter_base_the_disk_is_zero_and_takes_no_space() {
-    let pair = Pair::new(1);
+    let pair = Trio::new(1);
     let disk = pair.create(100 * BLOCK, Base::new(vec![9; 5000]));
     assert_eq!(read(&disk, 4990, 20).await, [[9; 10], [0; 10]].concat());
     disk.write_zeroes(0, 100 * BLOCK).await.unwrap();
@@ -136,7 +157,7 @@ async fn beyond_the_end_of_a_shorter_base_the_disk_is_zero_and_takes_no_space() 
 
 #[tokio::test]
 async fn ranges_off_the_disk_are_refused() {
-    let disk = Pair::new(1).create(10_000, Base::new(vec![]));
+    let disk = Trio::new(1).create(10_000, Base::new(vec![]));
     let is_refused = |result| matches!(result, Err(DiskError::OutOfRange { size_bytes: 10_000, .. }));
     assert!(is_refused(disk.write(9_999, &[1; 2]).await));
     assert!(is_refused(disk.write_now(9_999, &[1; 2]).map(drop)));
@@ -150,7 +171,7 @@ async fn ranges_off_the_disk_are_refused() {
 
 #[tokio::test]
 async fn concurrent_flushes_share_their_syncs() {
-    let pair = Pair::new(1);
+    let pair = Trio::new(1);
     let disk = pair.create(1 << 20, Base::new(vec![]));
     disk.write(0, &[1; 100]).await.unwrap();
     let before = pair.data.sync_count();
@@ -165,7 +186,7 @@ async fn concurrent_flushes_share_their_syncs() {
 
 #[tokio::test]
 async fn after_a_failed_sync_no_flush_succeeds_until_the_overlay_is_opened_again() {
-    let pair = Pair::new(1);
+    let pair = Trio::new(1);
     let base = Base::new(vec![]);
     let disk = pair.create(1 << 20, base.clone());
     disk.write(0, &[1; 100]).await.unwrap();
@@ -182,7 +203,7 @@ async fn after_a_failed_sync_no_flush_succeeds_until_the_overlay_is_opened_again
 
 #[tokio::test]
 async fn a_full_medium_refuses_writes_and_flushes_until_there_is_room() {
-    let pair = Pair::new(1);
+    let pair = Trio::new(1);
     let base = Base::new(vec![7; 1 << 20]);
     let disk = pair.create(1 << 20, base.clone());
     pair.data.set_room_bytes(Some(0));
@@ -200,7 +221,7 @@ async fn a_full_medium_refuses_writes_and_flushes_until_there_is_room() {
 
 #[tokio::test]
 async fn the_map_is_compacted_and_says_the_same_afterwards() {
-    let pair = Pair::new(1);
+    let pair = Trio::new(1);
     let base = Base::new(vec![]);
     let disk = pair.create(4000 * BLOCK, base.clone());
     for block in 0..3500 {
@@ -264,7 +285,9 @@ async fn a_discard_whose_future_was_dropped_cannot_destroy_a_later_write() {
     let (begun, has_begun) = mpsc::sync_channel(1);
     let (go, may_go) = mpsc::sync_channel(1);
     let data = Arc::new(SlowHoles { memory: MemoryMedia::new(0), begun, go: Mutex::new(may_go) });
-    let disk = Overlay::create_on(data, Arc::new(MemoryMedia::new(0)), 1 << 20, Base::new(vec![])).unwrap();
+    let [map, live] = [(); 2].map(|()| Arc::new(MemoryMedia::new(0)));
+    let media = OverlayMedia { data, map, live, boot: BootId([0; 16]) };
+    let disk = Overlay::create_on(media, 1 << 20, Base::new(vec![])).unwrap();
     let mut discard = disk.discard(0, 1 << 20);
     assert!((&mut discard).now_or_never().is_none());
     has_begun.recv().unwrap();

@@ -6,21 +6,22 @@ use rand::{Rng, SeedableRng};
 use super::*;
 
 /// Neither size is a multiple of anything, and the base ends before the disk does.
-const SIZE: u64 = 120 * BLOCK + 1000;
-const BASE_SIZE: usize = 70 * BLOCK_BYTES + 700;
+pub(crate) const SIZE: u64 = 120 * BLOCK + 1000;
+pub(crate) const BASE_SIZE: usize = 70 * BLOCK_BYTES + 700;
 
 /// What each block may hold after a crash: its value at the last flush and all since; the last is current.
-struct Model(Vec<Vec<Vec<u8>>>);
+#[derive(Clone)]
+pub(crate) struct Model(Vec<Vec<Vec<u8>>>);
 
 #[derive(Debug)]
-enum Change {
+pub(crate) enum Change {
     Write { offset: u64, data: Vec<u8> },
     Zeroes { offset: u64, len: u64 },
     Discard { offset: u64, len: u64 },
 }
 
 impl Change {
-    fn random(random: &mut StdRng) -> Change {
+    pub(crate) fn random(random: &mut StdRng) -> Change {
         // Few long ones, and every second one aligned.
         let len_max = [600, 9_000, 300_000][random.random_range(0..3)];
         let mut len: u64 = random.random_range(1..=len_max);
@@ -41,14 +42,14 @@ impl Change {
         }
     }
 
-    fn range(&self) -> (u64, u64) {
+    pub(crate) fn range(&self) -> (u64, u64) {
         match self {
             Change::Write { offset, data } => (*offset, data.len() as u64),
             Change::Zeroes { offset, len } | Change::Discard { offset, len } => (*offset, *len),
         }
     }
 
-    async fn run(&self, disk: &Overlay) -> Result<(), DiskError> {
+    pub(crate) async fn run(&self, disk: &dyn Disk) -> Result<(), DiskError> {
         match self {
             Change::Write { offset, data } => match disk.write_now(*offset, data)? {
                 Now::Done => Ok(()),
@@ -81,13 +82,13 @@ impl Change {
 }
 
 impl Model {
-    fn new(base: &[u8]) -> Model {
+    pub(crate) fn new(base: &[u8]) -> Model {
         let mut all = vec![0; SIZE as usize];
         all[..base.len()].copy_from_slice(base);
         Model(all.chunks(BLOCK_BYTES).map(|block| vec![block.to_vec()]).collect())
     }
 
-    fn current(&self, offset: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn current(&self, offset: u64, len: usize) -> Vec<u8> {
         let blocks = touched(offset, len as u64);
         let bytes: Vec<u8> =
             blocks.clone().flat_map(|block| self.0[block as usize].last().unwrap().clone()).collect();
@@ -95,7 +96,7 @@ impl Model {
         bytes[from..from + len].to_vec()
     }
 
-    fn done(&mut self, change: &Change) {
+    pub(crate) fn done(&mut self, change: &Change) {
         let (offset, len) = change.range();
         for block in touched(offset, len) {
             let versions = &mut self.0[block as usize];
@@ -104,17 +105,15 @@ impl Model {
         }
     }
 
-    fn flushed(&mut self) {
+    pub(crate) fn flushed(&mut self) {
         for versions in &mut self.0 {
             versions.drain(..versions.len() - 1);
         }
     }
 
     /// The change may have reached any of its blocks: finds out which, and that each is old or new.
-    async fn done_in_part(&mut self, change: &Change, disk: &Overlay, what: &str) {
+    pub(crate) async fn done_in_part(&mut self, change: &Change, disk: &dyn Disk, what: &str) {
         let (offset, len) = change.range();
-        // Whatever still runs on the blocking pool has its claim until it is done.
-        drop(disk.claims.claim(touched(offset, len)).await);
         for block in touched(offset, len) {
             let versions = &mut self.0[block as usize];
             let old = versions.last().unwrap();
@@ -126,7 +125,7 @@ impl Model {
     }
 
     /// Every block must hold something that it may hold; from here on it does.
-    async fn crashed(&mut self, in_flight: &Change, disk: &Overlay, what: &str) {
+    pub(crate) async fn crashed(&mut self, in_flight: &Change, disk: &dyn Disk, what: &str) {
         let (offset, len) = in_flight.range();
         for (block, versions) in (0..).zip(&mut self.0) {
             if touched(offset, len).contains(&block) {
@@ -145,7 +144,7 @@ impl Model {
 }
 
 /// Polls a future a few times and drops it, done or not.
-async fn poll_some(random: &mut StdRng, future: impl Future<Output = Result<(), DiskError>>) {
+pub(crate) async fn poll_some(random: &mut StdRng, future: impl Future<Output = Result<(), DiskError>>) {
     let mut future = std::pin::pin!(future);
     for _ in 0..random.random_range(0..4) {
         if future.as_mut().now_or_never().is_some() {
@@ -161,12 +160,12 @@ async fn run(seed: u64) {
     random.fill(&mut bytes[..]);
     let base = Base::new(bytes.clone());
     let mut model = Model::new(&bytes);
-    let mut pair = Pair::new(seed);
+    let mut pair = Trio::new(seed);
     let mut disk = pair.create(SIZE, base.clone());
-    for step in 0..120 {
+    for step in 0..140 {
         let what = format!("seed {seed}, step {step}");
         let change = Change::random(&mut random);
-        match random.random_range(0..20) {
+        match random.random_range(0..23) {
             0..9 => {
                 change.run(&disk).await.unwrap();
                 model.done(&change);
@@ -188,6 +187,9 @@ async fn run(seed: u64) {
             }
             16 => {
                 poll_some(&mut random, change.run(&disk)).await;
+                let (offset, len) = change.range();
+                // Whatever still runs on the blocking pool has its claim until it is done.
+                drop(disk.claims.claim(touched(offset, len)).await);
                 model.done_in_part(&change, &disk, &what).await;
             }
             17 => {
@@ -196,6 +198,20 @@ async fn run(seed: u64) {
                 assert!(matches!(result, Ok(()) | Err(DiskError::NoSpace)), "{what}: {result:?}");
                 pair.data.set_room_bytes(None);
                 model.done_in_part(&change, &disk, &what).await;
+            }
+            18 => {
+                poll_some(&mut random, change.run(&disk)).await;
+                pair = pair.kill();
+                disk = pair.open(base.clone());
+                model.done_in_part(&change, &disk, &what).await;
+                assert!(
+                    read(&disk, 0, SIZE as usize).await == model.current(0, SIZE as usize),
+                    "{what}: killed"
+                );
+            }
+            19 => {
+                let (offset, len) = change.range();
+                poll_some(&mut random, async { disk.pull(offset..offset + len).await.map(drop) }).await;
             }
             _ => {
                 if random.random() {
@@ -214,7 +230,7 @@ async fn run(seed: u64) {
 }
 
 #[tokio::test]
-async fn random_operations_and_power_cuts_agree_with_the_model() {
+async fn random_operations_kills_and_power_cuts_agree_with_the_model() {
     for seed in 0..60 {
         run(seed).await;
     }

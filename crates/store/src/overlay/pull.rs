@@ -1,0 +1,89 @@
+//! Taking over what an overlay so far reads from its base, so that it needs that base no longer.
+//!
+//! Nobody sees a difference: a block reads the same before and after. So this may go on under a guest, may be
+//! given up anywhere, and concerns frozen overlays as well.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use block::DiskError;
+
+use super::map::Place;
+use super::{BLOCK, Claim, Overlay, touched};
+
+/// Bytes that are taken over at a time: long enough for a disk, and for so short a time a guest's write to them
+/// waits.
+const PIECE_BYTES: u64 = 256 * 1024;
+
+impl Overlay {
+    /// The ranges of bytes that the overlay holds itself, in order and apart from each other.
+    pub fn own_ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for word in self.map.all() {
+            let first = word.index * u64::BITS as u64;
+            for bit in (0..u64::BITS as u64).filter(|bit| word.bits >> bit & 1 == 1) {
+                let start = (first + bit) * BLOCK;
+                let end = (start + BLOCK).min(self.geometry.size_bytes());
+                match ranges.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => ranges.push(start..end),
+                }
+            }
+        }
+        ranges
+    }
+
+    /// Makes all blocks that `range` touches the overlay's own, as they read now. Says how many bytes it took over.
+    /// They are durable after a flush.
+    pub async fn pull(&self, range: Range<u64>) -> Result<u64, DiskError> {
+        self.check(range.start, range.end - range.start)?;
+        let mut pulled = 0;
+        let mut at = range.start / BLOCK * BLOCK;
+        while at < range.end {
+            let end = self.geometry.size_bytes().min(range.end.next_multiple_of(BLOCK)).min(at + PIECE_BYTES);
+            let (place, len) = self.run(at, end - at);
+            if place == Place::Base {
+                pulled += self.pull_piece(at..at + len).await?;
+            }
+            at += len;
+        }
+        Ok(pulled)
+    }
+
+    /// The same for whole blocks, of which a guest may have written some meanwhile.
+    async fn pull_piece(&self, piece: Range<u64>) -> Result<u64, DiskError> {
+        let claim = Arc::new(self.claims.claim(touched(piece.start, piece.end - piece.start)).await);
+        let mut pulled = 0;
+        let mut at = piece.start;
+        while at < piece.end {
+            let (place, len) = self.run(at, piece.end - at);
+            if place == Place::Base {
+                let mut bytes = vec![0; len as usize];
+                self.read_run(Place::Base, at, &mut bytes).await?;
+                self.keep(&claim, at / BLOCK, &bytes).await?;
+                pulled += len;
+            }
+            at += len;
+        }
+        Ok(pulled)
+    }
+
+    /// Writes blocks from `first` on, those of zeroes as holes.
+    async fn keep(&self, claim: &Arc<Claim>, first: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        let is_zero = |block: &&[u8]| block.iter().all(|&byte| byte == 0);
+        let blocks: Vec<&[u8]> = bytes.chunks(BLOCK as usize).collect();
+        let mut at = 0;
+        for alike in blocks.chunk_by(|a, b| is_zero(&a) == is_zero(&b)) {
+            let blocks = first + at..first + at + alike.len() as u64;
+            if is_zero(&alike[0]) {
+                self.punch_own(Arc::clone(claim), blocks.clone(), blocks.end).await?;
+            } else {
+                let from = (at * BLOCK) as usize;
+                let to = bytes.len().min(from + alike.len() * BLOCK as usize);
+                self.put(claim, blocks.start, &bytes[from..to])?;
+            }
+            at += alike.len() as u64;
+        }
+        Ok(())
+    }
+}
