@@ -1,7 +1,7 @@
 //! The nouns of VirtMan and the two seams that everything else meets at.
 //!
 //! - [`ChunkHash`], [`Chunk`], [`ImageId`], [`ChunkIndex`], [`Geometry`]: what an image is made of.
-//! - [`NodeName`], [`VmName`], [`ImageName`]: names that came from outside and passed the allow-list.
+//! - [`NodeName`], [`VmName`], [`SnapshotName`], [`ImageName`]: names that came from outside and passed the allow-list.
 //! - [`ChunkSource`]: verified, immutable chunks. [`Disk`]: a byte-addressed virtual disk.
 //! - [`limits`]: every bound that more than one crate must agree on.
 //!
@@ -20,5 +20,5 @@ pub use chunk::{Chunk, ChunkHash, ImageId, ParseHashError, WrongChunk};
 pub use disk::{Access, Disk, DiskError, Extent, ExtentKind, Now};
 pub use futures_util::future::BoxFuture;
 pub use geometry::{ChunkIndex, Geometry};
-pub use name::{ImageName, NameError, NodeName, VmName};
+pub use name::{ImageName, NameError, NodeName, SnapshotName, VmName};
 pub use source::{ChunkSource, FetchError, Priority, SlotHint};

@@ -97,6 +97,10 @@ name_type!(
     VmName, "VM name", "", plain
 );
 name_type!(
+    /// The name of a snapshot, unique for its VM.
+    SnapshotName, "snapshot name", "", plain
+);
+name_type!(
     /// The human name of an image with its tag, such as `debian:12`; `debian` means `debian:latest`.
     ImageName, "image name", ", with an optional ':tag' of the same characters", tagged
 );

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use block::DiskError;
 
-use super::map::Place;
+use super::map::{Place, WORD_BLOCKS};
 use super::{BLOCK, Claim, Overlay, touched};
 
 /// Bytes that are taken over at a time: long enough for a disk, and for so short a time a guest's write to them
@@ -20,8 +20,8 @@ impl Overlay {
     pub fn own_ranges(&self) -> Vec<Range<u64>> {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for word in self.map.all() {
-            let first = word.index * u64::BITS as u64;
-            for bit in (0..u64::BITS as u64).filter(|bit| word.bits >> bit & 1 == 1) {
+            let first = word.index * WORD_BLOCKS;
+            for bit in (0..WORD_BLOCKS).filter(|bit| word.bits >> bit & 1 == 1) {
                 let start = (first + bit) * BLOCK;
                 let end = (start + BLOCK).min(self.geometry.size_bytes());
                 match ranges.last_mut() {
@@ -73,7 +73,7 @@ impl Overlay {
         let is_zero = |block: &&[u8]| block.iter().all(|&byte| byte == 0);
         let blocks: Vec<&[u8]> = bytes.chunks(BLOCK as usize).collect();
         let mut at = 0;
-        for alike in blocks.chunk_by(|a, b| is_zero(&a) == is_zero(&b)) {
+        for alike in blocks.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
             let blocks = first + at..first + at + alike.len() as u64;
             if is_zero(&alike[0]) {
                 self.punch_own(Arc::clone(claim), blocks.clone(), blocks.end).await?;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use block::{ImageId, ImageName, NodeName, VmName};
+use block::{ImageId, ImageName, NodeName, SnapshotName, VmName};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -151,8 +151,13 @@ pub(crate) struct Vm {
     pub(crate) image_id: ImageId,
     /// Size of its disk.
     pub(crate) size_bytes: u64,
-    /// Bytes that its private layer holds.
+    /// Bytes that its private layers hold, those that it shares with clones included.
     pub(crate) private_bytes: u64,
+    /// Private layers of its disk, which reads look through.
+    pub(crate) layers: usize,
+    /// Its snapshots, from old to new.
+    #[schema(value_type = Vec<String>)]
+    pub(crate) snapshots: Vec<SnapshotName>,
     /// NBD URI of its disk.
     pub(crate) disk: String,
     /// `disk` (no guest was started), `running` or `stopped`.
@@ -329,4 +334,39 @@ pub(crate) struct LinkStatus {
     pub(crate) throttled: u64,
     /// Wrong chunks that parents sent.
     pub(crate) lies: u64,
+}
+
+/// Takes a snapshot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct TakeSnapshot {
+    /// Whether the guest's agent freezes its file systems meanwhile.
+    #[serde(default)]
+    pub(crate) quiesce: bool,
+}
+
+/// A snapshot of a VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SnapshotView {
+    /// The VM.
+    #[schema(value_type = String)]
+    pub(crate) vm: VmName,
+    /// Its name.
+    #[schema(value_type = String)]
+    pub(crate) name: SnapshotName,
+    /// When it was taken.
+    pub(crate) created_unix_ms: u64,
+    /// Whether the guest had its file systems frozen.
+    pub(crate) quiesced: bool,
+    /// Bytes that were written between the snapshot before and this one.
+    pub(crate) private_bytes: u64,
+}
+
+/// A snapshot was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SnapshotTaken {
+    /// The snapshot.
+    #[serde(flatten)]
+    pub(crate) snapshot: SnapshotView,
+    /// For how long the guest's writes had to wait, in microseconds.
+    pub(crate) pause_us: u64,
 }

@@ -8,6 +8,7 @@ mod output;
 mod profile;
 mod run;
 mod show;
+mod snapshot;
 mod vm;
 
 use std::path::PathBuf;
@@ -99,6 +100,8 @@ pub(crate) enum Command {
     },
     /// List VMs
     List,
+    /// Take snapshots of VMs' disks, go back to them, and give them up
+    Snapshot(snapshot::SnapshotArgs),
     /// List the ways to disks and images, and export them over iSCSI
     #[command(subcommand)]
     Export(export::ExportCommand),

@@ -152,7 +152,7 @@ fn what_next(recording: Recording) -> &'static str {
 }
 
 /// How long ago, in the largest unit of which there is one whole.
-fn age(ms: u64) -> String {
+pub(super) fn age(ms: u64) -> String {
     let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s")];
     units
         .into_iter()

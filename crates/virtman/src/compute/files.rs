@@ -6,7 +6,8 @@
 //! DIR/cache/              chunks, if no other media were named
 //! DIR/images/ID/          images whose origin this node is
 //! DIR/attached/ID.json    images that this node serves, and from whom it fetches them
-//! DIR/vms/NAME/vm.json    a VM; its private layer, seed and hypervisor's files lie beside it
+//! DIR/vms/NAME/vm.json    a VM; its seed and its hypervisor's files lie beside it
+//! DIR/layers/ID/          a layer of VMs' disks
 //! DIR/disks/NAME.sock     a VM's disk over NBD
 //! DIR/volumes/NAME.sock   an image, read-only, over NBD
 //! DIR/remotes/HASH.json   what opens the remote disk that an image lies on, by the hash of its address
@@ -59,7 +60,9 @@ impl Layout {
                 SOCKET_PATH_BYTES_MAX - SOCKET_REST_BYTES - NAME_ROOM_BYTES_MIN
             ));
         }
-        for sub in ["identity", "images", "attached", "vms", "disks", "volumes", "exports", "remotes"] {
+        for sub in
+            ["identity", "images", "attached", "vms", "layers", "disks", "volumes", "exports", "remotes"]
+        {
             fs::create_dir_all(layout.dir.join(sub)).map_err(failed)?;
         }
         set_private(&layout.dir).map_err(failed)?;
@@ -123,6 +126,10 @@ impl Layout {
 
     pub(crate) fn vms(&self) -> PathBuf {
         self.dir.join("vms")
+    }
+
+    pub(crate) fn layers(&self) -> PathBuf {
+        self.dir.join("layers")
     }
 
     pub(crate) fn disks(&self) -> PathBuf {

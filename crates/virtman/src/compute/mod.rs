@@ -2,11 +2,12 @@
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
 //! that is wanted ([`fill`]), gives VMs disks
-//! and runs guests ([`vms`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
+//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`merge`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
 //! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
 //! same images, disks and exports under the same names, and its guests never noticed more than latency.
 
 pub(crate) mod config;
+mod entry;
 mod exports;
 #[cfg(feature = "faults")]
 pub(crate) mod fault;
@@ -14,10 +15,13 @@ mod files;
 mod fill;
 mod images;
 mod iscsi;
+mod layers;
+mod merge;
 mod node;
 mod profile;
 pub(crate) mod remote;
 pub(crate) mod routes;
+mod snapshots;
 mod vms;
 mod volt;
 
@@ -38,6 +42,7 @@ use self::exports::TcpExports;
 use self::files::Layout;
 use self::images::Images;
 use self::iscsi::{IscsiExports, Portals};
+use self::layers::Layers;
 use self::node::Node;
 use self::remote::RemoteDisks;
 use self::vms::Vms;
@@ -79,10 +84,12 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let remotes = Arc::new(RemoteDisks::new(layout.remotes()));
     let images = Images::new(layout.clone(), Arc::clone(&cache), uplinks, Arc::clone(&remotes), records);
     let images = Arc::new(images);
-    let vms = Vms::new(name.clone(), layout.clone());
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
     images.restore().map_err(restored)?;
-    vms.restore(|id| images.by_id(id)).map_err(restored)?;
+    let layers = Arc::new(Layers::open(layout.layers(), Arc::clone(&images)).map_err(restored)?);
+    let vms = Vms::new(name.clone(), layout.clone(), Arc::clone(&layers));
+    let complete = vms.restore().map_err(restored)?;
+    layers.sweep(complete);
 
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&layout.api_socket())?;
@@ -135,6 +142,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
             node.volt.report(reports),
             node.volt.hand_in(recorded),
             node.volt.renew(&credentials, &identity_dir),
+            merge::run(&layers),
         );
     };
     tokio::join!(

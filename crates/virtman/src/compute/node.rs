@@ -402,8 +402,8 @@ impl Node {
     }
 
     fn must_be_unused(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
-        let vms = self.vms.count_on(&attached.id);
-        if vms > 0 && attached.names().len() == 1 {
+        if self.vms.layers.need(&attached.id) && attached.names().len() == 1 {
+            let vms = self.vms.count_on(&attached.id);
             return Err(ApiError::conflict(
                 "image_in_use",
                 format!("{vms} VM disks on node {} stand on '{name}'", self.name),

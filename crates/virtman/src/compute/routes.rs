@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use block::{ImageName, VmName};
+use block::{ImageName, SnapshotName, VmName};
 use futures_util::{Stream, stream};
 use image::ImportProgress;
 use serde::{Deserialize, Serialize};
@@ -18,9 +18,10 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::node::{Force, Node};
+use super::snapshots::Quiesce;
 use crate::api::compute::{
-    AddImage, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, StartVm, StopVm, Vm, VmReady,
-    VmStarted, WaitReady,
+    AddImage, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, SnapshotTaken, SnapshotView, StartVm,
+    StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
 };
 use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
@@ -44,6 +45,9 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(start_vm))
         .routes(routes!(wait_vm))
         .routes(routes!(stop_vm))
+        .routes(routes!(snapshots))
+        .routes(routes!(take_snapshot, delete_snapshot))
+        .routes(routes!(revert_vm))
         .routes(routes!(exports))
         .routes(routes!(add_export, remove_export))
 }
@@ -242,6 +246,55 @@ async fn stop_vm(
     peer.must_be_admin()?;
     let grace = Duration::from_millis(request.grace_ms);
     to_the_end(async move { node.vms.stop(&name, grace).await.map(Json) }).await
+}
+
+/// The snapshots of a VM's disk, from old to new.
+#[utoipa::path(get, path = "/v1/vms/{vm}/snapshots", params(("vm" = String, Path,)),
+    responses((status = 200, body = Vec<SnapshotView>), (status = 404)))]
+async fn snapshots(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vec<SnapshotView>> {
+    peer.must_be_admin()?;
+    tokio::task::block_in_place(|| node.vms.snapshots(&name)).map(Json)
+}
+
+/// Takes a snapshot of a VM's disk, while its guest runs or not.
+#[utoipa::path(put, path = "/v1/vms/{vm}/snapshots/{snapshot}",
+    params(("vm" = String, Path,), ("snapshot" = String, Path,)), request_body = TakeSnapshot,
+    responses((status = 200, body = SnapshotTaken), (status = 404), (status = 409)))]
+async fn take_snapshot(
+    State(node): Shared,
+    peer: Peer,
+    Path((name, snapshot)): Path<(VmName, SnapshotName)>,
+    Json(request): Json<TakeSnapshot>,
+) -> Answer<SnapshotTaken> {
+    peer.must_be_admin()?;
+    let quiesce = if request.quiesce { Quiesce::Yes } else { Quiesce::No };
+    to_the_end(async move { node.vms.snapshot(&name, &snapshot, quiesce).await.map(Json) }).await
+}
+
+/// Gives a snapshot up.
+#[utoipa::path(delete, path = "/v1/vms/{vm}/snapshots/{snapshot}",
+    params(("vm" = String, Path,), ("snapshot" = String, Path,)), responses((status = 204), (status = 404)))]
+async fn delete_snapshot(
+    State(node): Shared,
+    peer: Peer,
+    Path((name, snapshot)): Path<(VmName, SnapshotName)>,
+) -> Result<StatusCode, ApiError> {
+    peer.must_be_admin()?;
+    to_the_end(async move { node.vms.delete_snapshot(&name, &snapshot).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Sets a VM's disk back to a snapshot. Its guest must not run; whoever has the disk open is disconnected.
+#[utoipa::path(post, path = "/v1/vms/{vm}/snapshots/{snapshot}/revert",
+    params(("vm" = String, Path,), ("snapshot" = String, Path,)),
+    responses((status = 200, body = Vm), (status = 404), (status = 409)))]
+async fn revert_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path((name, snapshot)): Path<(VmName, SnapshotName)>,
+) -> Answer<Vm> {
+    peer.must_be_admin()?;
+    to_the_end(async move { node.vms.revert(&name, &snapshot).await.map(Json) }).await
 }
 
 /// All ways to the disks and images of the node.

@@ -2,26 +2,27 @@
 //!
 //! A VM is a directory. It exists once its `vm.json` is there, which is written last, and is gone once
 //! `vm.json` is removed, which is done first; what lies around without one is swept away at the next
-//! start. Operations on one VM are serialized by a lock that is picked by its name; others go on.
+//! start. Its disk's [layers](super::layers) lie elsewhere, since VMs share them. Operations on one VM are
+//! serialized by a lock that is picked by its name; others go on.
 //!
-//! Crash: overlays are durable by themselves; exports are opened again under the same paths and guests
+//! Crash: layers are durable by themselves; exports are opened again under the same paths and guests
 //! that outlived the daemon are adopted, so that their hypervisors reconnect and go on.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use block::{Disk, ImageId, ImageName, NodeName, VmName};
-use serde::{Deserialize, Serialize};
-use store::Overlay;
 
-use super::exports::{ExportSocket, WatchedDisk};
+use super::entry::{Entry, Guest, Record, watch};
+use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::images::Attached;
 use super::iscsi::Exported;
+use super::layers::{Below, Layer, Layers};
 use super::profile::BootTap;
 use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
@@ -36,77 +37,59 @@ const RECORD: &str = "vm.json";
 
 /// All VMs of a node.
 pub(crate) struct Vms {
-    node: NodeName,
+    pub(super) node: NodeName,
     layout: Layout,
+    pub(super) layers: Arc<Layers>,
     vms: RwLock<BTreeMap<VmName, Arc<Entry>>>,
     locks: [tokio::sync::Mutex<()>; LOCKS],
 }
 
-/// One VM with its disk open and exported.
-pub(crate) struct Entry {
-    record: Record,
-    disk: Arc<WatchedDisk<Overlay>>,
-    guest: Mutex<Guest>,
-    _export: ExportSocket,
-}
-
-/// What became of a VM's guest since it was started.
-enum Guest {
-    /// It was never started by this daemon, nor found running.
-    None,
-    /// It runs.
-    Running(Arc<Qemu>),
-    /// Its hypervisor ended.
-    Ended,
-}
-
-/// What is remembered of a VM.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
-    name: VmName,
-    image: ImageName,
-    image_id: ImageId,
-    size_bytes: u64,
-    disk_ms: u64,
-    created_unix_ms: u64,
-}
-
 impl Vms {
-    pub(crate) fn new(node: NodeName, layout: Layout) -> Vms {
+    pub(crate) fn new(node: NodeName, layout: Layout, layers: Arc<Layers>) -> Vms {
         Vms {
             node,
             layout,
+            layers,
             vms: RwLock::default(),
             locks: std::array::from_fn(|_| tokio::sync::Mutex::default()),
         }
     }
 
     /// Opens the disks that were there when the daemon ended, and finds the guests that still run. What
-    /// cannot be opened is said and left as it is. Blocks.
-    pub(crate) fn restore(
-        &self,
-        attached: impl Fn(&ImageId) -> Option<Arc<Attached>>,
-    ) -> std::io::Result<()> {
+    /// cannot be opened is said and left as it is. Says whether all records could be read: if so, the VMs hold all
+    /// layers that they need. Blocks.
+    pub(crate) fn restore(&self) -> std::io::Result<bool> {
+        let mut records = Vec::new();
+        let mut complete = true;
         for dir in files::sweep(&self.layout.vms())? {
             if !dir.join(RECORD).exists() {
                 tracing::info!(dir = %dir.display(), "removing what an unfinished create or destroy left");
                 fs::remove_dir_all(&dir)?;
                 continue;
             }
-            let restored = files::read_record::<Record>(&dir.join(RECORD)).and_then(|record| {
-                let id = record.image_id;
-                let attached =
-                    attached(&id).ok_or_else(|| format!("its image {} is not attached", id.short()))?;
-                self.open(record, &attached)
-            });
-            match restored {
-                Ok(entry) => self.insert(entry),
+            match files::read_record::<Record>(&dir.join(RECORD)) {
+                Ok(record) => {
+                    for layer in record.holds() {
+                        self.layers.hold(layer);
+                    }
+                    records.push(record);
+                }
                 Err(reason) => {
-                    tracing::error!(dir = %dir.display(), reason, "a VM's disk cannot be opened; its files are left as they are");
+                    complete = false;
+                    tracing::error!(dir = %dir.display(), reason, "a VM cannot be opened; its files are left as they are");
                 }
             }
         }
-        Ok(())
+        for record in records {
+            let name = record.name.clone();
+            match self.open(record) {
+                Ok(entry) => self.insert(entry),
+                Err(reason) => {
+                    tracing::error!(vm = %name, reason, "a VM's disk cannot be opened; its files are left as they are");
+                }
+            }
+        }
+        Ok(complete)
     }
 
     /// All VMs, by name.
@@ -127,7 +110,7 @@ impl Vms {
 
     /// How many VM disks stand on an image.
     pub(crate) fn count_on(&self, id: &ImageId) -> usize {
-        self.all().iter().filter(|entry| entry.record.image_id == *id).count()
+        self.all().iter().filter(|entry| entry.top().chain().1.id == *id).count()
     }
 
     /// Creates a VM's disk on an attached image. Creating it again changes nothing.
@@ -155,27 +138,42 @@ impl Vms {
                 ),
             ));
         }
-        let record = Record {
-            name: name.clone(),
-            image: image.clone(),
-            image_id: attached.id,
-            size_bytes,
-            disk_ms: 0,
-            created_unix_ms: now_unix_ms(),
-        };
-        let dir = self.dir(name);
-        let made = tokio::task::spawn_blocking(move || make(&dir, record, &attached, asked));
-        let (record, overlay) = made
+        let new = NewVm { name: name.clone(), image: image.clone(), image_id: attached.id, size_bytes };
+        // Only a new disk on an image shows a first boot.
+        let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
+        let layers = Arc::clone(&self.layers);
+        let below = Below::Image(attached);
+        let make = move || layers.make_over(below, size_bytes, Arc::new(base), None);
+        let entry = self.add(new, asked, make).await?;
+        Ok(self.describe(&entry))
+    }
+
+    /// Makes a VM with what `make` makes as the top of its disk. The caller has the lock of its name and knows that
+    /// it is free.
+    pub(super) async fn add(
+        &self,
+        new: NewVm,
+        asked: Instant,
+        make: impl FnOnce() -> Result<Arc<Layer>, String> + Send + 'static,
+    ) -> Result<Arc<Entry>, ApiError> {
+        let name = new.name.clone();
+        let (dir, socket) = (self.dir(&name), self.disk_socket(&name));
+        let (node, layers) = (self.node.clone(), Arc::clone(&self.layers));
+        let made = tokio::task::spawn_blocking(move || {
+            let top = make()?;
+            let id = top.id();
+            let added = add_files(&dir, new.record(&node, &top, asked), top, socket);
+            if added.is_err() {
+                layers.release(id);
+            }
+            added
+        });
+        let entry = made
             .await
             .map_err(|e| ApiError::internal(format!("creating '{name}' was interrupted: {e}")))?
             .map_err(|reason| ApiError::internal(format!("cannot create the disk of '{name}': {reason}")))?;
-        let entry = self.export(record, overlay).map_err(|reason| {
-            remove_unfinished(&self.dir(name));
-            ApiError::internal(reason)
-        })?;
-        let vm = self.describe(&entry);
-        self.insert(entry);
-        Ok(vm)
+        self.insert(Arc::clone(&entry));
+        Ok(entry)
     }
 
     /// Removes a VM with its disk. A running guest is ended.
@@ -189,9 +187,13 @@ impl Vms {
                 .map_err(|e| ApiError::internal(format!("cannot end the guest of '{name}': {e}")))?;
         }
         let dir = self.dir(name);
+        let (layers, record) = (Arc::clone(&self.layers), entry.record());
         let removed = tokio::task::spawn_blocking(move || {
             fs::remove_file(dir.join(RECORD))?;
             files::sync_dir(&dir)?;
+            for layer in record.holds() {
+                layers.release(layer);
+            }
             fs::remove_dir_all(&dir)
         });
         let removed = removed.await.map_err(|e| ApiError::internal(format!("destroying '{name}': {e}")))?;
@@ -213,7 +215,7 @@ impl Vms {
             return Ok(VmStarted { vm: self.describe(&entry), accelerator });
         }
         let dir = self.dir(name);
-        let seed = write_seed(&dir.join("seed.img"), &entry.record, request)?;
+        let seed = write_seed(&dir.join("seed.img"), &entry.record(), request)?;
         let spec = VmSpec {
             name: name.clone(),
             disk: VmDisk { socket: self.disk_socket(name), export: name.to_string() },
@@ -274,7 +276,8 @@ impl Vms {
 
     /// A VM as the API shows it.
     pub(crate) fn describe(&self, entry: &Entry) -> Vm {
-        let record = &entry.record;
+        let record = entry.record();
+        let (layers, _) = entry.top().chain();
         let running = entry.running();
         let state = match *entry.guest() {
             Guest::None => VmState::Disk,
@@ -284,10 +287,12 @@ impl Vms {
         Vm {
             name: record.name.clone(),
             node: self.node.clone(),
-            image: record.image.clone(),
+            image: record.image,
             image_id: record.image_id,
             size_bytes: record.size_bytes,
-            private_bytes: entry.disk.inner().allocated_bytes(),
+            private_bytes: layers.iter().map(|layer| layer.overlay().allocated_bytes()).sum(),
+            layers: layers.len(),
+            snapshots: record.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),
             disk: ExportSocket::uri(&self.disk_socket(&record.name), record.name.as_str()),
             state,
             pid: running.as_ref().map(|guest| guest.pid()),
@@ -305,11 +310,7 @@ impl Vms {
     /// The disk behind a VM's name with its serial number, for exports that carry one each.
     pub(crate) fn exported(&self, name: &VmName) -> Option<Exported> {
         let entry = self.get(name).ok()?;
-        let Record { image_id, created_unix_ms, .. } = &entry.record;
-        // A VM that is destroyed and created anew has another disk.
-        let identity = format!("{}/{name}/{image_id}/{created_unix_ms}", self.node);
-        let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
-        Some(Exported { disk: Arc::clone(&entry.disk) as _, serial })
+        Some(Exported { disk: Arc::clone(&entry.disk) as _, serial: entry.record().serial })
     }
 
     /// Whether there is a VM of this name, open or not.
@@ -317,110 +318,45 @@ impl Vms {
         self.dir(name).join(RECORD).exists()
     }
 
-    fn open(&self, record: Record, attached: &Attached) -> Result<Arc<Entry>, String> {
+    fn open(&self, record: Record) -> Result<Arc<Entry>, String> {
         let dir = self.dir(&record.name);
-        let overlay = Overlay::open(&dir.join("overlay"), Arc::clone(&attached.volume) as _)
-            .map_err(|e| e.to_string())?;
-        let entry = self.export(record, overlay)?;
+        let socket = self.disk_socket(&record.name);
+        let top = self.layers.open_top(record.top)?;
+        let entry = Entry::open(record, top, socket)?;
         if let Some(guest) = Qemu::adopt(&dir) {
-            tracing::info!(vm = %entry.record.name, pid = guest.pid(), "guest still runs");
+            tracing::info!(vm = %entry.name(), pid = guest.pid(), "guest still runs");
             watch(&entry, guest);
         }
         Ok(entry)
     }
 
-    fn export(&self, record: Record, overlay: Overlay) -> Result<Arc<Entry>, String> {
-        let disk = Arc::new(WatchedDisk::new(overlay));
-        let socket = self.disk_socket(&record.name);
-        let export = ExportSocket::open(socket.clone(), record.name.to_string(), Arc::clone(&disk) as _)
-            .map_err(|e| format!("cannot open the socket {}: {e}", socket.display()))?;
-        Ok(Arc::new(Entry { record, disk, guest: Mutex::new(Guest::None), _export: export }))
+    /// Writes what is to be remembered of a VM.
+    pub(super) async fn save(&self, record: &Record) -> Result<(), ApiError> {
+        let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
+        let saved = tokio::task::spawn_blocking(move || {
+            files::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
+        });
+        saved.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
     }
 
     fn insert(&self, entry: Arc<Entry>) {
-        let name = entry.record.name.clone();
+        let name = entry.name().clone();
         self.vms.write().unwrap_or_else(PoisonError::into_inner).insert(name, entry);
     }
 
-    fn dir(&self, name: &VmName) -> PathBuf {
+    pub(super) fn dir(&self, name: &VmName) -> PathBuf {
         self.layout.vms().join(name.as_str())
     }
 
-    fn disk_socket(&self, name: &VmName) -> PathBuf {
+    pub(super) fn disk_socket(&self, name: &VmName) -> PathBuf {
         self.layout.disks().join(format!("{name}.sock"))
     }
 
-    fn lock(&self, name: &VmName) -> &tokio::sync::Mutex<()> {
+    pub(super) fn lock(&self, name: &VmName) -> &tokio::sync::Mutex<()> {
         let mut hasher = DefaultHasher::new();
         name.hash(&mut hasher);
         &self.locks[(hasher.finish() % LOCKS as u64) as usize]
     }
-}
-
-impl Entry {
-    /// The VM's name.
-    pub(crate) fn name(&self) -> &VmName {
-        &self.record.name
-    }
-
-    /// The guest, if it runs.
-    pub(crate) fn running(&self) -> Option<Arc<Qemu>> {
-        match &*self.guest() {
-            Guest::Running(guest) => Some(Arc::clone(guest)),
-            Guest::None | Guest::Ended => None,
-        }
-    }
-
-    /// Notes that this guest has ended, unless another took its place.
-    fn ended(&self, which: &Arc<Qemu>) {
-        let mut guest = self.guest();
-        if matches!(&*guest, Guest::Running(running) if Arc::ptr_eq(running, which)) {
-            *guest = Guest::Ended;
-        }
-    }
-
-    fn guest(&self) -> MutexGuard<'_, Guest> {
-        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn must_be(&self, image: ImageId, size_bytes: Option<u64>) -> Result<(), ApiError> {
-        let Record { name, image: own, size_bytes: own_bytes, .. } = &self.record;
-        if self.record.image_id != image {
-            return Err(ApiError::conflict(
-                "vm_exists",
-                format!(
-                    "there is a VM '{name}' already, on image '{own}'; choose another name or destroy it first"
-                ),
-            ));
-        }
-        match size_bytes {
-            Some(wanted) if wanted != *own_bytes => Err(ApiError::conflict(
-                "vm_exists",
-                format!(
-                    "there is a VM '{name}' already, with a disk of {own_bytes} bytes instead of {wanted}"
-                ),
-            )),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Notes that an entry's guest runs, and when it ends.
-fn watch(entry: &Arc<Entry>, guest: Qemu) {
-    let guest = Arc::new(guest);
-    *entry.guest() = Guest::Running(Arc::clone(&guest));
-    let entry = Arc::downgrade(entry);
-    // The task ends with the guest's process, or with the daemon.
-    tokio::spawn(async move {
-        if let Err(error) = guest.exited().await {
-            tracing::warn!(vm = %guest.name(), %error, "cannot watch a guest's process");
-            return;
-        }
-        tracing::info!(vm = %guest.name(), "guest ended");
-        if let Some(entry) = entry.upgrade() {
-            entry.ended(&guest);
-        }
-    });
 }
 
 /// Writes the NoCloud seed disk from which the guest learns who it is.
@@ -442,42 +378,44 @@ fn write_seed(file: &Path, record: &Record, request: &StartVm) -> Result<PathBuf
     Ok(file.to_owned())
 }
 
-/// Makes a VM's directory with its overlay, the record last. Leaves nothing behind if it fails.
-fn make(
-    dir: &Path,
-    record: Record,
-    attached: &Attached,
-    asked: Instant,
-) -> Result<(Record, Overlay), String> {
+/// What a VM is made from.
+pub(super) struct NewVm {
+    pub(super) name: VmName,
+    pub(super) image: ImageName,
+    pub(super) image_id: ImageId,
+    pub(super) size_bytes: u64,
+}
+
+impl NewVm {
+    fn record(self, node: &NodeName, top: &Layer, asked: Instant) -> Record {
+        let NewVm { name, image, image_id, size_bytes } = self;
+        let created_unix_ms = now_unix_ms();
+        // A VM that is destroyed and created anew has another disk.
+        let identity = format!("{node}/{name}/{image_id}/{created_unix_ms}");
+        let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
+        let disk_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let (top, snapshots) = (top.id(), Vec::new());
+        Record { name, image, image_id, size_bytes, disk_ms, created_unix_ms, serial, top, snapshots }
+    }
+}
+
+/// Makes a VM's directory with its record, and opens its export. Leaves nothing behind if it fails.
+fn add_files(dir: &Path, record: Record, top: Arc<Layer>, socket: PathBuf) -> Result<Arc<Entry>, String> {
     // A directory that is there belongs to a VM that could not be opened: it is not ours to touch.
     fs::create_dir(dir).map_err(|e| format!("{}: {e}; see the node's log", dir.display()))?;
-    let filled = fill(dir, record, attached, asked);
-    if filled.is_err() {
-        remove_unfinished(dir);
-    }
-    filled
-}
-
-fn remove_unfinished(dir: &Path) {
-    if let Err(error) = fs::remove_dir_all(dir) {
+    let add = || {
+        let entry = Entry::open(record.clone(), top, socket)?;
+        let file = dir.join(RECORD);
+        files::write_record(&file, &record).map_err(|e| format!("{}: {e}", file.display()))?;
+        let parent = dir.parent().unwrap_or(dir);
+        files::sync_dir(parent).map_err(|e| format!("{}: {e}", parent.display()))?;
+        Ok(entry)
+    };
+    let added = add();
+    if added.is_err()
+        && let Err(error) = fs::remove_dir_all(dir)
+    {
         tracing::warn!(dir = %dir.display(), %error, "cannot remove an unfinished VM");
     }
-}
-
-fn fill(
-    dir: &Path,
-    mut record: Record,
-    attached: &Attached,
-    asked: Instant,
-) -> Result<(Record, Overlay), String> {
-    // Only a new disk shows a first boot.
-    let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
-    let overlay = Overlay::create(&dir.join("overlay"), record.size_bytes, Arc::new(base))
-        .map_err(|e| e.to_string())?;
-    record.disk_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let file = dir.join(RECORD);
-    files::write_record(&file, &record).map_err(|e| format!("{}: {e}", file.display()))?;
-    let parent = dir.parent().unwrap_or(dir);
-    files::sync_dir(parent).map_err(|e| format!("{}: {e}", parent.display()))?;
-    Ok((record, overlay))
+    added
 }

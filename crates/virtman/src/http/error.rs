@@ -5,6 +5,7 @@ use std::fmt;
 
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use block::DiskError;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -96,6 +97,16 @@ impl ApiError {
                 let quoted = text.chars().take(QUOTED_CHARS_MAX).flat_map(char::escape_debug);
                 Self::new(status, "unknown", format!("{status}: {}", quoted.collect::<String>()))
             }
+        }
+    }
+}
+
+impl From<DiskError> for ApiError {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::NoSpace => Self::conflict("disk_full", error.to_string())
+                .with_hint("make room on the file system of the node's directory, then try again"),
+            other => Self::internal(other.to_string()),
         }
     }
 }

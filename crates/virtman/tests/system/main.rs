@@ -16,6 +16,7 @@ mod profiles;
 mod refusals;
 mod remote;
 mod shapes;
+mod snapshots;
 mod storage;
 mod tools;
 

@@ -1,0 +1,188 @@
+//! One VM of a node: its record, its disk and its guest.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block::{ImageId, ImageName, SnapshotName, VmName};
+use serde::{Deserialize, Serialize};
+use store::Chain;
+
+use super::exports::{ExportSocket, WatchedDisk};
+use super::layers::{Layer, LayerId};
+use crate::http::ApiError;
+use crate::vm::Qemu;
+
+/// What is remembered of a VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) name: VmName,
+    pub(super) image: ImageName,
+    pub(super) image_id: ImageId,
+    pub(super) size_bytes: u64,
+    pub(super) disk_ms: u64,
+    pub(super) created_unix_ms: u64,
+    /// The disk's serial number, which stays with it wherever it goes.
+    pub(super) serial: String,
+    /// The layer that takes the guest's changes.
+    pub(super) top: LayerId,
+    /// From old to new.
+    #[serde(default)]
+    pub(super) snapshots: Vec<Snapshot>,
+}
+
+/// What is remembered of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Snapshot {
+    pub(super) name: SnapshotName,
+    pub(super) layer: LayerId,
+    pub(super) created_unix_ms: u64,
+    /// Whether the guest had its file systems frozen.
+    pub(super) quiesced: bool,
+}
+
+impl Record {
+    /// All layers that the record names.
+    pub(super) fn holds(&self) -> impl Iterator<Item = LayerId> {
+        self.snapshots.iter().map(|snapshot| snapshot.layer).chain([self.top])
+    }
+}
+
+/// One VM with its disk open and exported.
+pub(crate) struct Entry {
+    name: VmName,
+    state: Mutex<State>,
+    pub(super) disk: Arc<WatchedDisk<Chain>>,
+    guest: Mutex<Guest>,
+    export: Mutex<Option<ExportSocket>>,
+}
+
+struct State {
+    record: Record,
+    top: Arc<Layer>,
+}
+
+/// What became of a VM's guest since it was started.
+pub(super) enum Guest {
+    /// It was never started by this daemon, nor found running.
+    None,
+    /// It runs.
+    Running(Arc<Qemu>),
+    /// Its hypervisor ended.
+    Ended,
+}
+
+impl Entry {
+    /// The VM of this record, whose disk has `top` as its topmost layer. It is exported at `socket`.
+    pub(super) fn open(record: Record, top: Arc<Layer>, socket: PathBuf) -> Result<Arc<Entry>, String> {
+        let disk = Arc::new(WatchedDisk::new(Chain::new(Arc::clone(top.overlay()))));
+        let entry = Entry {
+            name: record.name.clone(),
+            state: Mutex::new(State { record, top }),
+            disk,
+            guest: Mutex::new(Guest::None),
+            export: Mutex::new(None),
+        };
+        entry.export_at(socket)?;
+        Ok(Arc::new(entry))
+    }
+
+    /// Exports the disk, if it is not.
+    pub(super) fn export_at(&self, socket: PathBuf) -> Result<(), String> {
+        let mut export = self.export.lock().unwrap_or_else(PoisonError::into_inner);
+        if export.is_none() {
+            let opened =
+                ExportSocket::open(socket.clone(), self.name.to_string(), Arc::clone(&self.disk) as _);
+            let opened = opened.map_err(|e| format!("cannot open the socket {}: {e}", socket.display()))?;
+            *export = Some(opened);
+        }
+        Ok(())
+    }
+
+    /// Ends all connections to the export.
+    pub(super) fn close_export(&self) {
+        self.export.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// The VM's name.
+    pub(crate) fn name(&self) -> &VmName {
+        &self.name
+    }
+
+    /// What is remembered of it at present.
+    pub(super) fn record(&self) -> Record {
+        self.state().record.clone()
+    }
+
+    /// The layer that takes the changes at present.
+    pub(super) fn top(&self) -> Arc<Layer> {
+        Arc::clone(&self.state().top)
+    }
+
+    /// Remembers what is on disk already.
+    pub(super) fn become_known(&self, record: Record, top: Arc<Layer>) {
+        *self.state() = State { record, top };
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest, if it runs.
+    pub(crate) fn running(&self) -> Option<Arc<Qemu>> {
+        match &*self.guest() {
+            Guest::Running(guest) => Some(Arc::clone(guest)),
+            Guest::None | Guest::Ended => None,
+        }
+    }
+
+    /// Notes that this guest has ended, unless another took its place.
+    pub(super) fn ended(&self, which: &Arc<Qemu>) {
+        let mut guest = self.guest();
+        if matches!(&*guest, Guest::Running(running) if Arc::ptr_eq(running, which)) {
+            *guest = Guest::Ended;
+        }
+    }
+
+    pub(super) fn guest(&self) -> MutexGuard<'_, Guest> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn must_be(&self, image: ImageId, size_bytes: Option<u64>) -> Result<(), ApiError> {
+        let Record { name, image: own, image_id, size_bytes: own_bytes, .. } = self.record();
+        if image_id != image {
+            return Err(ApiError::conflict(
+                "vm_exists",
+                format!(
+                    "there is a VM '{name}' already, on image '{own}'; choose another name or destroy it first"
+                ),
+            ));
+        }
+        match size_bytes {
+            Some(wanted) if wanted != own_bytes => Err(ApiError::conflict(
+                "vm_exists",
+                format!(
+                    "there is a VM '{name}' already, with a disk of {own_bytes} bytes instead of {wanted}"
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Notes that an entry's guest runs, and when it ends.
+pub(super) fn watch(entry: &Arc<Entry>, guest: Qemu) {
+    let guest = Arc::new(guest);
+    *entry.guest() = Guest::Running(Arc::clone(&guest));
+    let entry = Arc::downgrade(entry);
+    // The task ends with the guest's process, or with the daemon.
+    tokio::spawn(async move {
+        if let Err(error) = guest.exited().await {
+            tracing::warn!(vm = %guest.name(), %error, "cannot watch a guest's process");
+            return;
+        }
+        tracing::info!(vm = %guest.name(), "guest ended");
+        if let Some(entry) = entry.upgrade() {
+            entry.ended(&guest);
+        }
+    });
+}

@@ -1,0 +1,545 @@
+//! The layers of a node's disks: a forest whose roots stand on images.
+//!
+//! A layer is a directory with an overlay and a record of what it stands on. VMs, snapshots and derived images
+//! *hold* layers; a layer that nobody holds and on which none stands is removed. VMs share what is frozen, so a
+//! clone on the same node is a new layer on an old one and costs nothing.
+//!
+//! Consistency: the forest is in memory under one lock, with the number of those who hold each layer. Whoever makes a
+//! layer holds it until a record that names it is written, and whoever gives one up has written its record before.
+//! Crash: what no record names is swept away at the next start, unless a record cannot be read: then nothing is.
+//! Retries: none. Opening, making and removing block the thread.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use block::{Disk, ImageId};
+use serde::{Deserialize, Serialize};
+use store::Overlay;
+use tokio::sync::Notify;
+
+use super::files;
+use super::images::{Attached, Images};
+use crate::api::now_unix_ms;
+
+/// Most layers of one disk. A read looks through all of them, some 50 ns each.
+pub(crate) const DEPTH_MAX: usize = 64;
+
+const RECORD: &str = "layer.json";
+
+/// Names a layer on its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct LayerId(u64);
+
+impl fmt::Display for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl From<LayerId> for String {
+    fn from(id: LayerId) -> String {
+        id.to_string()
+    }
+}
+
+impl FromStr for LayerId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<LayerId, String> {
+        let is_plain = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = u64::from_str_radix(text, 16).ok().filter(|_| is_plain);
+        number.map(LayerId).ok_or_else(|| format!("'{}' names no layer", text.escape_debug()))
+    }
+}
+
+impl TryFrom<String> for LayerId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<LayerId, String> {
+        text.parse()
+    }
+}
+
+/// What a layer stands on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Parent {
+    /// Another layer, which is frozen.
+    Layer(LayerId),
+    /// An image.
+    Image(ImageId),
+}
+
+/// What is remembered of a layer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    parent: Parent,
+    /// An image on which it is to stand once it holds all in which its parent differs from that.
+    #[serde(default)]
+    settle_on: Option<ImageId>,
+    made_unix_ms: u64,
+}
+
+/// An open layer.
+pub(crate) struct Layer {
+    id: LayerId,
+    overlay: Arc<Overlay>,
+    below: Mutex<Below>,
+}
+
+/// What an open layer stands on, kept open by it.
+#[derive(Clone)]
+pub(crate) enum Below {
+    /// Another layer.
+    Layer(Arc<Layer>),
+    /// An image.
+    Image(Arc<Attached>),
+}
+
+impl Below {
+    /// As a disk.
+    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
+        match self {
+            Below::Layer(layer) => Arc::clone(&layer.overlay) as _,
+            Below::Image(image) => Arc::clone(&image.volume) as _,
+        }
+    }
+
+    fn parent(&self) -> Parent {
+        match self {
+            Below::Layer(layer) => Parent::Layer(layer.id),
+            Below::Image(image) => Parent::Image(image.id),
+        }
+    }
+}
+
+impl Layer {
+    pub(crate) fn id(&self) -> LayerId {
+        self.id
+    }
+
+    pub(crate) fn overlay(&self) -> &Arc<Overlay> {
+        &self.overlay
+    }
+
+    /// What it stands on.
+    pub(crate) fn below(&self) -> Below {
+        self.below.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The layers of the disk whose top it is, and the image below them all.
+    pub(crate) fn chain(self: &Arc<Layer>) -> (Vec<Arc<Layer>>, Arc<Attached>) {
+        let mut layers = vec![Arc::clone(self)];
+        loop {
+            let below = layers.last().expect("it begins with this layer").below();
+            match below {
+                Below::Layer(layer) => layers.push(layer),
+                Below::Image(image) => return (layers, image),
+            }
+        }
+    }
+}
+
+/// All layers of a node.
+pub(crate) struct Layers {
+    dir: PathBuf,
+    images: Arc<Images>,
+    forest: Mutex<Forest>,
+    /// Held while layers are opened, so that each is opened once.
+    opening: Mutex<()>,
+    /// Told when a layer may have become fit for merging or settling.
+    pub(super) changed: Notify,
+}
+
+#[derive(Default)]
+struct Forest {
+    layers: BTreeMap<LayerId, Known>,
+    /// Layers whose records cannot be read.
+    damaged: usize,
+}
+
+struct Known {
+    record: Record,
+    /// How many VMs, snapshots and derived images name it.
+    holders: usize,
+    children: BTreeSet<LayerId>,
+    open: Weak<Layer>,
+}
+
+impl Forest {
+    fn insert(&mut self, id: LayerId, record: Record, holders: usize) {
+        if let Parent::Layer(parent) = record.parent
+            && let Some(parent) = self.layers.get_mut(&parent)
+        {
+            parent.children.insert(id);
+        }
+        self.layers.insert(id, Known { record, holders, children: BTreeSet::new(), open: Weak::new() });
+    }
+
+    /// Takes out a layer that nobody needs, and those below it that nobody needs without it.
+    fn take_unneeded(&mut self, from: LayerId) -> Vec<LayerId> {
+        let mut unneeded = Vec::new();
+        let mut at = Some(from);
+        while let Some(id) = at.take() {
+            let is_unneeded = |known: &Known| known.holders == 0 && known.children.is_empty();
+            if !self.layers.get(&id).is_some_and(is_unneeded) {
+                break;
+            }
+            let known = self.layers.remove(&id).expect("it was just looked at");
+            unneeded.push(id);
+            if let Parent::Layer(parent) = known.record.parent {
+                if let Some(parent) = self.layers.get_mut(&parent) {
+                    parent.children.remove(&id);
+                }
+                at = Some(parent);
+            }
+        }
+        unneeded
+    }
+}
+
+/// A layer that is to be merged into the only one that stands on it.
+pub(super) struct Merge {
+    pub(super) lower: Arc<Layer>,
+    pub(super) upper: Arc<Layer>,
+}
+
+/// A layer that is to stand on another image.
+pub(super) struct Settle {
+    pub(super) layer: Arc<Layer>,
+    pub(super) from: Arc<Attached>,
+    pub(super) to: ImageId,
+}
+
+impl Layers {
+    /// Reads which layers there are. What cannot be read is said.
+    pub(crate) fn open(dir: PathBuf, images: Arc<Images>) -> std::io::Result<Layers> {
+        let mut forest = Forest::default();
+        let mut records = Vec::new();
+        for dir in files::sweep(&dir)? {
+            let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let record =
+                name.parse::<LayerId>().and_then(|id| Ok((id, files::read_record(&dir.join(RECORD))?)));
+            match record {
+                Ok(record) => records.push(record),
+                Err(_) if !dir.join(RECORD).exists() => fs::remove_dir_all(&dir)?,
+                Err(reason) => {
+                    tracing::error!(dir = %dir.display(), reason, "a layer cannot be used; no layer is removed until it is mended or moved away");
+                    forest.damaged += 1;
+                }
+            }
+        }
+        // Twice, since a child may come before its parent.
+        for (id, record) in &records {
+            forest.insert(*id, Record::clone(record), 0);
+        }
+        for (id, record) in &records {
+            if let Parent::Layer(parent) = record.parent
+                && let Some(parent) = forest.layers.get_mut(&parent)
+            {
+                parent.children.insert(*id);
+            }
+        }
+        let (forest, opening) = (Mutex::new(forest), Mutex::new(()));
+        Ok(Layers { dir, images, forest, opening, changed: Notify::new() })
+    }
+
+    /// Removes what nobody holds. To be called once all who hold layers have said so; `certain` says whether all
+    /// of them could be asked.
+    pub(crate) fn sweep(&self, certain: bool) {
+        let mut forest = self.forest();
+        if !certain || forest.damaged > 0 {
+            tracing::warn!("layers that nobody seems to need are kept: some records cannot be read");
+            return;
+        }
+        let all: Vec<LayerId> = forest.layers.keys().copied().collect();
+        let unneeded: Vec<LayerId> = all.into_iter().flat_map(|id| forest.take_unneeded(id)).collect();
+        drop(forest);
+        self.remove(&unneeded);
+        self.changed.notify_one();
+    }
+
+    /// Opens the layer that a VM writes to.
+    pub(crate) fn open_top(&self, id: LayerId) -> Result<Arc<Layer>, String> {
+        self.open_chain(id)
+    }
+
+    /// Opens a layer that takes no changes.
+    pub(crate) fn open_frozen(&self, id: LayerId) -> Result<Arc<Layer>, String> {
+        let layer = self.open_chain(id)?;
+        layer.overlay.set_frozen();
+        Ok(layer)
+    }
+
+    fn open_chain(&self, id: LayerId) -> Result<Arc<Layer>, String> {
+        let _one_at_a_time = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let (closed, mut below) = self.first_open(id)?;
+        for id in closed.into_iter().rev() {
+            if let Below::Layer(parent) = &below {
+                parent.overlay.set_frozen();
+            }
+            let overlay = Overlay::open(&self.layer_dir(id), below.disk()).map_err(|e| e.to_string())?;
+            below = Below::Layer(self.enter(id, overlay, below));
+        }
+        match below {
+            Below::Layer(layer) => Ok(layer),
+            Below::Image(_) => Err(format!("layer {id} is not there")),
+        }
+    }
+
+    /// The layers from `id` downwards that are not open, and what lies below them.
+    fn first_open(&self, id: LayerId) -> Result<(Vec<LayerId>, Below), String> {
+        let forest = self.forest();
+        let mut closed = Vec::new();
+        let mut at = id;
+        loop {
+            let known = forest.layers.get(&at).ok_or_else(|| format!("there is no layer {at}"))?;
+            if let Some(layer) = known.open.upgrade() {
+                return Ok((closed, Below::Layer(layer)));
+            }
+            if closed.len() >= forest.layers.len() {
+                return Err(format!("layer {at} stands on itself"));
+            }
+            closed.push(at);
+            match known.record.parent {
+                Parent::Layer(parent) => at = parent,
+                Parent::Image(id) => {
+                    let image = self.images.by_id(&id);
+                    let image = image.ok_or_else(|| format!("its image {} is not attached", id.short()))?;
+                    return Ok((closed, Below::Image(image)));
+                }
+            }
+        }
+    }
+
+    fn enter(&self, id: LayerId, overlay: Overlay, below: Below) -> Arc<Layer> {
+        let layer = Arc::new(Layer { id, overlay: Arc::new(overlay), below: Mutex::new(below) });
+        if let Some(known) = self.forest().layers.get_mut(&id) {
+            known.open = Arc::downgrade(&layer);
+        }
+        layer
+    }
+
+    /// Makes an empty layer, which the caller holds.
+    pub(crate) fn make(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, String> {
+        let base = below.disk();
+        self.make_over(below, size_bytes, base, None)
+    }
+
+    /// The same; what it does not hold is read through `base`, which reads as what is below.
+    pub(crate) fn make_over(
+        &self,
+        below: Below,
+        size_bytes: u64,
+        base: Arc<dyn Disk>,
+        settle_on: Option<ImageId>,
+    ) -> Result<Arc<Layer>, String> {
+        let id = LayerId(rand::random());
+        let record = Record { parent: below.parent(), settle_on, made_unix_ms: now_unix_ms() };
+        self.forest().insert(id, record.clone(), 1);
+        let made = self.write(id, &record, size_bytes, base);
+        match made {
+            Ok(overlay) => Ok(self.enter(id, overlay, below)),
+            Err(reason) => {
+                self.release(id);
+                Err(reason)
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        id: LayerId,
+        record: &Record,
+        size_bytes: u64,
+        base: Arc<dyn Disk>,
+    ) -> Result<Overlay, String> {
+        let dir = self.layer_dir(id);
+        let failed = |e: std::io::Error| format!("{}: {e}", dir.display());
+        fs::create_dir(&dir).map_err(failed)?;
+        files::write_record(&dir.join(RECORD), record).map_err(failed)?;
+        let overlay = Overlay::create(&dir, size_bytes, base).map_err(|e| e.to_string())?;
+        files::sync_dir(&self.dir).map_err(failed)?;
+        Ok(overlay)
+    }
+
+    /// Notes that somebody names the layer. `false` if it is not there.
+    pub(crate) fn hold(&self, id: LayerId) -> bool {
+        let mut forest = self.forest();
+        let known = forest.layers.get_mut(&id);
+        known.map(|known| known.holders += 1).is_some()
+    }
+
+    /// Notes that somebody names the layer no longer. What nobody needs then is removed.
+    pub(crate) fn release(&self, id: LayerId) {
+        let unneeded = {
+            let mut forest = self.forest();
+            if let Some(known) = forest.layers.get_mut(&id) {
+                known.holders = known.holders.saturating_sub(1);
+            }
+            forest.take_unneeded(id)
+        };
+        self.remove(&unneeded);
+        self.changed.notify_one();
+    }
+
+    /// How many layers the disk with this top has.
+    pub(crate) fn depth(&self, top: LayerId) -> usize {
+        let forest = self.forest();
+        let up = |id: &LayerId| match forest.layers.get(id)?.record.parent {
+            Parent::Layer(parent) => Some(parent),
+            Parent::Image(_) => None,
+        };
+        std::iter::successors(Some(top), up).take(forest.layers.len()).count()
+    }
+
+    /// Whether layers stand on the image, or are to.
+    pub(crate) fn need(&self, image: &ImageId) -> bool {
+        let needs = |record: &Record| {
+            record.parent == Parent::Image(*image) || record.settle_on.is_some_and(|id| id == *image)
+        };
+        self.forest().layers.values().any(|known| needs(&known.record))
+    }
+
+    /// A layer that can be merged, if both it and the one above it are open.
+    pub(super) fn next_merge(&self) -> Option<Merge> {
+        let forest = self.forest();
+        forest.layers.values().find_map(|known| {
+            let mut children = known.children.iter();
+            let (Some(upper), None, 0) = (children.next(), children.next(), known.holders) else {
+                return None;
+            };
+            // One that is to settle does that first.
+            if known.record.settle_on.is_some() {
+                return None;
+            }
+            let upper = forest.layers.get(upper)?.open.upgrade()?;
+            Some(Merge { lower: known.open.upgrade()?, upper })
+        })
+    }
+
+    /// A layer that is to stand on another image.
+    pub(super) fn next_settle(&self) -> Option<Settle> {
+        let forest = self.forest();
+        forest.layers.values().find_map(|known| {
+            let to = known.record.settle_on?;
+            let layer = known.open.upgrade()?;
+            let Below::Image(from) = layer.below() else { return None };
+            Some(Settle { layer, from, to })
+        })
+    }
+
+    /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed.
+    pub(super) fn merged(&self, Merge { lower, upper }: &Merge) -> Result<(), String> {
+        {
+            let mut forest = self.forest();
+            let below = lower.below();
+            self.stand(&mut forest, upper, below, None)?;
+            if let Some(known) = forest.layers.get_mut(&lower.id) {
+                known.children.remove(&upper.id);
+            }
+        }
+        // Nobody holds it: counting down from nothing leaves nothing.
+        self.release(lower.id);
+        Ok(())
+    }
+
+    /// Lets a layer that holds all in which its image differs from `to` stand on that.
+    pub(super) fn settled(&self, layer: &Arc<Layer>, to: Arc<Attached>) -> Result<(), String> {
+        self.stand(&mut self.forest(), layer, Below::Image(to), None)
+    }
+
+    /// Changes what a layer stands on: on disk first. Under the lock, so that nobody removes the layer meanwhile.
+    fn stand(
+        &self,
+        forest: &mut Forest,
+        layer: &Arc<Layer>,
+        below: Below,
+        settle_on: Option<ImageId>,
+    ) -> Result<(), String> {
+        let parent = below.parent();
+        let known = forest.layers.get_mut(&layer.id).ok_or("the layer was removed meanwhile")?;
+        let record = Record { parent, settle_on, made_unix_ms: known.record.made_unix_ms };
+        let file = self.layer_dir(layer.id).join(RECORD);
+        tokio::task::block_in_place(|| files::write_record(&file, &record))
+            .map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+        known.record = record;
+        if let Parent::Layer(parent) = parent
+            && let Some(parent) = forest.layers.get_mut(&parent)
+        {
+            parent.children.insert(layer.id);
+        }
+        layer.overlay.set_base(below.disk());
+        *layer.below.lock().unwrap_or_else(PoisonError::into_inner) = below;
+        Ok(())
+    }
+
+    fn remove(&self, layers: &[LayerId]) {
+        for id in layers {
+            let dir = self.layer_dir(*id);
+            let removed = match fs::remove_file(dir.join(RECORD)) {
+                // What has no record is swept away at the next start, whatever else is left of it.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => fs::remove_dir_all(&dir),
+            };
+            if let Err(error) = removed
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(dir = %dir.display(), %error, "a layer cannot be removed");
+            }
+        }
+    }
+
+    fn layer_dir(&self, id: LayerId) -> PathBuf {
+        self.dir.join(id.to_string())
+    }
+
+    fn forest(&self) -> MutexGuard<'_, Forest> {
+        self.forest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(parent: Parent) -> Record {
+        Record { parent, settle_on: None, made_unix_ms: 0 }
+    }
+
+    fn image() -> Parent {
+        Parent::Image(ImageId::of_root_page(b"image"))
+    }
+
+    #[test]
+    fn what_nobody_needs_is_taken_out_down_to_what_somebody_does() {
+        let mut forest = Forest::default();
+        let ids: Vec<LayerId> = (0..5).map(LayerId).collect();
+        forest.insert(ids[0], record(image()), 0);
+        forest.insert(ids[1], record(Parent::Layer(ids[0])), 1);
+        forest.insert(ids[2], record(Parent::Layer(ids[1])), 0);
+        forest.insert(ids[3], record(Parent::Layer(ids[2])), 1);
+        forest.insert(ids[4], record(Parent::Layer(ids[0])), 1);
+        assert!(forest.take_unneeded(ids[3]).is_empty(), "it is held");
+        forest.layers.get_mut(&ids[3]).unwrap().holders = 0;
+        assert_eq!(forest.take_unneeded(ids[3]), [ids[3], ids[2]]);
+        forest.layers.get_mut(&ids[1]).unwrap().holders = 0;
+        assert_eq!(forest.take_unneeded(ids[1]), [ids[1]]);
+        assert_eq!(forest.layers.keys().copied().collect::<Vec<_>>(), [ids[0], ids[4]]);
+    }
+
+    #[test]
+    fn a_layer_name_is_sixteen_digits_and_nothing_else() {
+        let id = LayerId(0xab);
+        assert_eq!(id.to_string(), "00000000000000ab");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        for bad in ["", "ab", "../../etc/passwd", "00000000000000ag", "+0000000000000ab"] {
+            assert!(bad.parse::<LayerId>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Keeps chains of layers short, in the background.
+//!
+//! A frozen layer that no snapshot names and on which only one other stands is merged into that: the upper takes
+//! over what it lacks of the lower, and then stands on what the lower stood on. Guests notice nothing.
+//!
+//! Consistency: what the disks read never changes; see [`store::Overlay::pull`]. Retries: for ever, with a pause.
+//! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: a merge that was not finished begins
+//! anew, and passes over what was taken over and flushed.
+
+use std::time::Duration;
+
+use block::Disk;
+
+use super::layers::{Layers, Merge};
+
+/// Pause after a merge failed: somebody has to make room, most likely.
+const RETRY_PAUSE: Duration = Duration::from_secs(10);
+
+/// Merges what can be merged until dropped.
+pub(super) async fn run(layers: &Layers) {
+    loop {
+        let changed = layers.changed.notified();
+        let Some(merge) = layers.next_merge() else {
+            changed.await;
+            continue;
+        };
+        match merge_one(layers, &merge).await {
+            Ok(bytes) => {
+                tracing::info!(lower = %merge.lower.id(), upper = %merge.upper.id(), bytes, "layers merged")
+            }
+            Err(reason) => {
+                tracing::warn!(lower = %merge.lower.id(), upper = %merge.upper.id(), reason, "layers cannot be merged yet");
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Merges one layer into the one above it; says how many bytes that took.
+async fn merge_one(layers: &Layers, merge: &Merge) -> Result<u64, String> {
+    let (lower, upper) = (merge.lower.overlay(), merge.upper.overlay());
+    let mut bytes = 0;
+    for range in lower.own_ranges() {
+        bytes += upper.pull(range).await.map_err(|e| e.to_string())?;
+    }
+    upper.flush().await.map_err(|e| e.to_string())?;
+    layers.merged(merge)?;
+    Ok(bytes)
+}

@@ -1,0 +1,219 @@
+//! Snapshots of VMs' disks: taken of running guests, gone back to, and given up.
+//!
+//! A snapshot is a frozen layer with a name. Taking one holds up the guest's changes for as long as it takes to make
+//! what was written meanwhile durable and to write the VM's record anew; reads go on.
+//!
+//! Consistency: a snapshot holds all changes that were answered before it was taken, as after a power cut at that
+//! moment; quiesced, the guest has written out its file systems before. Crash: the VM's record says what is true.
+//! Cancellation: the caller runs these to their end. Retries: none.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{SnapshotName, VmName};
+
+use super::entry::{Entry, Record, Snapshot};
+use super::layers::{Below, DEPTH_MAX, Layer};
+use super::vms::Vms;
+use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
+use crate::api::now_unix_ms;
+use crate::http::ApiError;
+
+/// A layer that was frozen, and is held by whoever asked for it.
+pub(super) struct FrozenLayer {
+    pub(super) layer: Arc<Layer>,
+    /// How long the guest's changes waited.
+    pub(super) pause: Duration,
+}
+
+/// Whether the guest writes out its file systems before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Quiesce {
+    /// It does.
+    Yes,
+    /// It does not.
+    No,
+}
+
+impl Vms {
+    /// Takes a snapshot of a VM's disk.
+    pub(crate) async fn snapshot(
+        &self,
+        name: &VmName,
+        snapshot: &SnapshotName,
+        quiesce: Quiesce,
+    ) -> Result<SnapshotTaken, ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        let entry = self.get(name)?;
+        if entry.record().snapshots.iter().any(|known| known.name == *snapshot) {
+            return Err(ApiError::conflict(
+                "snapshot_exists",
+                format!("'{name}' has a snapshot '{snapshot}' already"),
+            )
+            .with_hint(format!(
+                "choose another name, or 'virtman snapshot delete {name} {snapshot}' first"
+            )));
+        }
+        let frozen = self.freeze(&entry, quiesce, Some(snapshot)).await?;
+        let view = self.view(&entry, snapshot)?;
+        tracing::info!(vm = %name, %snapshot, pause = ?frozen.pause, "snapshot taken");
+        Ok(SnapshotTaken {
+            snapshot: view,
+            pause_us: u64::try_from(frozen.pause.as_micros()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Freezes the top of a VM's disk and puts a new one above. The frozen layer is held by the snapshot if it gets a
+    /// name, else by the caller. The caller has the VM's lock.
+    pub(super) async fn freeze(
+        &self,
+        entry: &Entry,
+        quiesce: Quiesce,
+        snapshot: Option<&SnapshotName>,
+    ) -> Result<FrozenLayer, ApiError> {
+        let (record, top) = (entry.record(), entry.top());
+        let name = &record.name;
+        if self.layers.depth(top.id()) >= DEPTH_MAX {
+            return Err(ApiError::conflict(
+                "too_many_layers",
+                format!("the disk of '{name}' has {DEPTH_MAX} layers already, and no more are taken"),
+            )
+            .with_hint(format!("delete some of its snapshots: 'virtman snapshot list {name}'")));
+        }
+        let next = self.make_above(Below::Layer(Arc::clone(&top)), record.size_bytes).await?;
+        let mut changed = Record { top: next.id(), ..record };
+        if let Some(snapshot) = snapshot {
+            changed.snapshots.push(Snapshot {
+                name: snapshot.clone(),
+                layer: top.id(),
+                created_unix_ms: now_unix_ms(),
+                quiesced: quiesce == Quiesce::Yes,
+            });
+        }
+        match self.put_on_top(entry, changed, next, quiesce).await {
+            Ok(pause) => Ok(FrozenLayer { layer: top, pause }),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn make_above(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, ApiError> {
+        let layers = Arc::clone(&self.layers);
+        let made = tokio::task::spawn_blocking(move || layers.make(below, size_bytes));
+        made.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    }
+
+    /// Freezes what is on top, writes `record` and lets `next` take the changes. Says how long those waited. The
+    /// hold on the old top goes over to the caller.
+    async fn put_on_top(
+        &self,
+        entry: &Entry,
+        record: Record,
+        next: Arc<Layer>,
+        quiesce: Quiesce,
+    ) -> Result<Duration, ApiError> {
+        let quiet = match quiesce {
+            Quiesce::Yes => return Err(ApiError::internal("not yet")),
+            Quiesce::No => None::<()>,
+        };
+        let commit = async {
+            self.save(&record).await?;
+            Ok::<_, ApiError>(Arc::clone(next.overlay()))
+        };
+        let frozen = entry.disk.inner().freeze(commit).await;
+        drop(quiet);
+        match frozen {
+            Ok(frozen) => {
+                entry.become_known(record, next);
+                Ok(frozen.pause)
+            }
+            Err(error) => {
+                self.layers.release(next.id());
+                Err(error)
+            }
+        }
+    }
+
+    /// Sets a VM's disk back to a snapshot. What was written since is gone, unless another snapshot has it.
+    pub(crate) async fn revert(&self, name: &VmName, snapshot: &SnapshotName) -> Result<Vm, ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        let entry = self.get(name)?;
+        if entry.running().is_some() {
+            return Err(ApiError::conflict(
+                "running",
+                format!("the guest of '{name}' runs, and its disk cannot change under it"),
+            )
+            .with_hint(format!("stop it first: 'virtman stop {name}'")));
+        }
+        let (record, old) = (entry.record(), entry.top());
+        let layer = find(&record, snapshot)?.layer;
+        let layers = Arc::clone(&self.layers);
+        let opened = tokio::task::spawn_blocking(move || layers.open_frozen(layer));
+        let layer =
+            opened.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
+        let next = self.make_above(Below::Layer(layer), record.size_bytes).await?;
+        // Whoever has the disk open must see that it is another: its connection ends.
+        entry.close_export();
+        let changed = Record { top: next.id(), ..record };
+        let done = self.put_on_top(&entry, changed, next, Quiesce::No).await;
+        entry.export_at(self.disk_socket(name)).map_err(ApiError::internal)?;
+        done?;
+        self.release(old).await;
+        tracing::info!(vm = %name, %snapshot, "disk set back to a snapshot");
+        Ok(self.describe(&entry))
+    }
+
+    /// Gives a snapshot up. Giving up one that is not there is an error.
+    pub(crate) async fn delete_snapshot(
+        &self,
+        name: &VmName,
+        snapshot: &SnapshotName,
+    ) -> Result<(), ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        let entry = self.get(name)?;
+        let mut record = entry.record();
+        let layer = find(&record, snapshot)?.layer;
+        record.snapshots.retain(|known| known.name != *snapshot);
+        self.save(&record).await?;
+        entry.become_known(record, entry.top());
+        let layers = Arc::clone(&self.layers);
+        let released = tokio::task::spawn_blocking(move || layers.release(layer));
+        released.await.map_err(|e| ApiError::internal(e.to_string()))
+    }
+
+    /// The snapshots of a VM, from old to new.
+    pub(crate) fn snapshots(&self, name: &VmName) -> Result<Vec<SnapshotView>, ApiError> {
+        let entry = self.get(name)?;
+        entry.record().snapshots.iter().map(|snapshot| self.view(&entry, &snapshot.name)).collect()
+    }
+
+    fn view(&self, entry: &Entry, snapshot: &SnapshotName) -> Result<SnapshotView, ApiError> {
+        let record = entry.record();
+        let found = find(&record, snapshot)?;
+        // Open unless the disk was set back to an earlier one.
+        let bytes = self.layers.open_frozen(found.layer).map(|layer| layer.overlay().allocated_bytes());
+        Ok(SnapshotView {
+            vm: record.name.clone(),
+            name: found.name.clone(),
+            created_unix_ms: found.created_unix_ms,
+            quiesced: found.quiesced,
+            private_bytes: bytes.map_err(ApiError::internal)?,
+        })
+    }
+
+    /// Gives up a layer that the caller holds.
+    pub(super) async fn release(&self, layer: Arc<Layer>) {
+        let (layers, id) = (Arc::clone(&self.layers), layer.id());
+        drop(layer);
+        if let Err(error) = tokio::task::spawn_blocking(move || layers.release(id)).await {
+            tracing::warn!(%error, "a layer was not given up");
+        }
+    }
+}
+
+fn find<'a>(record: &'a Record, snapshot: &SnapshotName) -> Result<&'a Snapshot, ApiError> {
+    record.snapshots.iter().find(|known| known.name == *snapshot).ok_or_else(|| {
+        let name = &record.name;
+        ApiError::not_found("no_such_snapshot", format!("'{name}' has no snapshot '{snapshot}'"))
+            .with_hint(format!("'virtman snapshot list {name}' shows those that there are"))
+    })
+}
