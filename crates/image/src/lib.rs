@@ -24,6 +24,7 @@ mod page_cache;
 mod pages;
 mod profile;
 mod source;
+mod stored;
 mod verify;
 mod volume;
 
