@@ -1,14 +1,15 @@
-//! Why an image was not imported, in words for the person who asked for it.
+//! Why an image was not imported or derived, in words for the person who asked for it.
 
 use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use block::ImageId;
 use block::limits::DISK_BYTES_MAX;
 
 use crate::Format;
 
-/// Why an image was not imported. Nothing is left behind, whichever it was.
+/// Why an image was not imported or derived. Nothing is left behind, whichever it was.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
     /// The operating system does not let us read the file.
@@ -105,11 +106,19 @@ pub enum ImportError {
         /// Size of the disk in bytes.
         size_bytes: u64,
     },
+    /// The manifest of the image that another is to be derived from cannot be read.
+    #[error("cannot read the manifest of image {id}: {reason}; try again when its chunks can be had")]
+    Base {
+        /// The base.
+        id: ImageId,
+        /// What its source said.
+        reason: String,
+    },
     /// The file was written to during the import.
     #[error("'{}' changed while it was read: stop what writes to it, and add it again", .0.display())]
     Changed(PathBuf),
     /// The caller asked to stop.
-    #[error("the import was cancelled")]
+    #[error("the work on the image was cancelled")]
     Cancelled,
     /// There is no room for the image's directory.
     #[error("no space left in '{}': free some, or keep images elsewhere", .0.display())]

@@ -8,10 +8,11 @@
 //! - Cancellation: by [`ImportProgress::cancel`]; workers look between runs.
 //! - Crash: the directory gets its name when all in it is synced; see [`layout`].
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -19,6 +20,7 @@ use std::thread;
 use block::limits::CHUNK_BYTES;
 use block::{ChunkHash, ChunkIndex, Disk, ExtentKind, ImageId};
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use crate::layout::{self, Keep, Novelty, SourceRecord};
 use crate::manifest::Shape;
@@ -64,12 +66,14 @@ pub struct RemoteRequest {
     pub keep: Keep,
 }
 
-/// How far an import or a verification is, and the way to stop it. Shared with the one who watches.
+/// How far an import, a derivation, an export or a verification is, and the way to stop it. Shared with the one who watches.
 #[derive(Debug, Default)]
 pub struct ImportProgress {
     bytes_total: AtomicU64,
     bytes_done: AtomicU64,
     cancelled: AtomicBool,
+    /// Wakes what waits for a disk or a link, and not only looks between two pieces.
+    cancelling: Notify,
 }
 
 impl ImportProgress {
@@ -85,11 +89,22 @@ impl ImportProgress {
 
     /// Asks to stop; the work ends with its `Cancelled` error soon, and leaves nothing behind.
     pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.cancelled.store(true, Ordering::SeqCst);
+        self.cancelling.notify_waiters();
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+        self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Ends when the work is cancelled.
+    pub(crate) async fn cancelled(&self) {
+        let mut notified = pin!(self.cancelling.notified());
+        // From here on no call is missed; one before it has left its mark.
+        notified.as_mut().enable();
+        if !self.is_cancelled() {
+            notified.await;
+        }
     }
 
     pub(crate) fn begin(&self, bytes_total: u64) {
@@ -154,7 +169,7 @@ pub fn import_remote(
 fn record_of(source: &Source, keep: Keep) -> SourceRecord {
     SourceRecord {
         version: SourceRecord::VERSION,
-        tool: format!("virtman {}", env!("CARGO_PKG_VERSION")),
+        tool: layout::tool(),
         format: source.format(),
         keep,
         files: source.parts().to_vec(),
@@ -214,11 +229,8 @@ fn finish(dir: &Path, scan: &Scanned, record: &SourceRecord) -> io::Result<RootP
     if let Some(copy) = &scan.copy {
         copy.sync_all()?;
     }
-    let text = serde_json::to_vec_pretty(record)?;
-    for (name, bytes) in [(layout::ROOT, &root.encode()[..]), (layout::SOURCE, &text)] {
-        fs::write(dir.join(name), bytes)?;
-        File::open(dir.join(name))?.sync_all()?;
-    }
+    layout::write_synced(dir, layout::ROOT, &root.encode())?;
+    layout::write_synced(dir, layout::SOURCE, &serde_json::to_vec_pretty(record)?)?;
     Ok(root)
 }
 

@@ -2,7 +2,9 @@
 //!
 //! Sorted records of [`RECORD_BYTES`] bytes: the first eight bytes of the hash, then what the manifest has there
 //! ([`Node`]), both big-endian. A record is a hint: the caller holds the node's whole name against the hash it
-//! looks for. Chunks that occur several times have one record. Hashes are uniform, so a search interpolates and
+//! looks for. The index of a derived image knows only what is not its base's.
+//!
+//! Chunks that occur several times have one record. Hashes are uniform, so a search interpolates and
 //! is done after a few small reads; bisecting beside it bounds the reads for any file.
 
 use std::fs::File;
@@ -30,32 +32,53 @@ const RECORDS_PER_READ: u64 = 256;
 /// of 2^-24 even at 2^20 chunks; more than a few means a damaged file.
 const CANDIDATES_MAX: usize = 8;
 
-fn location_of(shape: &Shape, node: Node) -> u64 {
+pub(crate) fn location_of(shape: &Shape, node: Node) -> u64 {
     match node {
         Node::Data(chunk) => chunk.0,
         Node::Page(page) => PAGE_FLAG | shape.ordinal(page),
     }
 }
 
-fn node_at(shape: &Shape, location: u64) -> Option<Node> {
+pub(crate) fn node_at(shape: &Shape, location: u64) -> Option<Node> {
     if location & PAGE_FLAG != 0 {
         return shape.page_at(location & !PAGE_FLAG).map(Node::Page);
     }
     (location < shape.geometry().chunk_count()).then_some(Node::Data(ChunkIndex(location)))
 }
 
+/// Takes one node after the other with its name, which is not zero.
+pub(crate) type Visit<'a> = &'a mut dyn FnMut(Node, ChunkHash) -> io::Result<()>;
+
 /// Writes the index of a finished manifest.
 pub(crate) fn write(file: &File, pages: &Pages, root: &RootPage) -> io::Result<()> {
-    let chunks = root.chunk_count() - root.zero_chunks() + root.shape().pages_total();
-    write_in_passes(file, pages, root, chunks.div_ceil(RECORDS_PER_PASS))
+    let nodes_max = root.chunk_count() - root.zero_chunks() + root.shape().pages_total();
+    write_nodes(file, pages, root, nodes_max, |visit| pages.for_each_node(root, visit))
 }
 
-fn write_in_passes(file: &File, pages: &Pages, root: &RootPage, passes: u64) -> io::Result<()> {
+/// Writes an index of at most `nodes_max` nodes of a manifest: those that `for_each` goes through, each time that
+/// it is called. The pages above them must be in `pages`.
+pub(crate) fn write_nodes(
+    file: &File,
+    pages: &Pages,
+    root: &RootPage,
+    nodes_max: u64,
+    for_each: impl Fn(Visit<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    write_in_passes(file, pages, root, nodes_max.div_ceil(RECORDS_PER_PASS), for_each)
+}
+
+fn write_in_passes(
+    file: &File,
+    pages: &Pages,
+    root: &RootPage,
+    passes: u64,
+    for_each: impl Fn(Visit<'_>) -> io::Result<()>,
+) -> io::Result<()> {
     let shape = root.shape();
     let mut out = BufWriter::new(file);
     for pass in 0..passes {
         let mut records: Vec<(u64, u64)> = Vec::new();
-        pages.for_each_node(root, |node, hash| {
+        for_each(&mut |node, hash| {
             if (u128::from(hash.prefix()) * u128::from(passes)) >> 64 == u128::from(pass) {
                 records.push((hash.prefix(), location_of(&shape, node)));
             }
@@ -157,7 +180,7 @@ mod tests {
         let zero = names.iter().filter(|name| name.is_zero()).count() as u64;
         let root = pages.finish(zero).unwrap();
         let file = tempfile::tempfile().unwrap();
-        write_in_passes(&file, &pages, &root, passes).unwrap();
+        write_in_passes(&file, &pages, &root, passes, |visit| pages.for_each_node(&root, visit)).unwrap();
         let index = Index::open(file, shape).unwrap();
         (pages, root, index)
     }

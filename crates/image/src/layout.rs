@@ -1,17 +1,20 @@
-//! The directory of an imported image, and what stands in it.
+//! The directory of an image, and what stands in it.
 //!
 //! `<images>/<image id>/` holds `root` (the root page), `pages` ([`Pages`](crate::pages::Pages)), `index`
-//! ([`Index`](crate::index::Index)), `source.json` ([`SourceRecord`]), and `data` if the image was copied.
+//! ([`Index`](crate::index::Index)), `source.json` ([`SourceRecord`]), and `data` if the image was copied. That of
+//! a derived image holds `derived.json` in place of `source.json`, and its `pages` and `index` are only about what
+//! is not its base's.
 //!
 //! Crash: a directory is built under a temporary name, synced and renamed, so whatever has an id for its name is
 //! complete. Adding an image again replaces the files one by one; those with the same name hold the same, except
-//! for the source, which comes last.
+//! for the source, which comes last. What was derived is exchanged as a whole: its pages depend on its base.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use block::ImageId;
+use rustix::fs::{CWD, RenameFlags};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -22,6 +25,7 @@ pub(crate) const PAGES: &str = "pages";
 pub(crate) const INDEX: &str = "index";
 pub(crate) const SOURCE: &str = "source.json";
 pub(crate) const DATA: &str = "data";
+pub(crate) const DERIVED: &str = "derived.json";
 
 /// Begins the name of a directory that is not finished, or no longer wanted. No image id begins so.
 const UNFINISHED: &str = ".unfinished-";
@@ -76,6 +80,22 @@ pub(crate) fn begin(images_dir: &Path) -> io::Result<TempDir> {
     tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(images_dir)
 }
 
+/// The program, as it signs what it writes.
+pub(crate) fn tool() -> String {
+    format!("virtman {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// Writes a small file, and syncs it.
+pub(crate) fn write_synced(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    fs::write(dir.join(name), bytes)?;
+    File::open(dir.join(name))?.sync_all()
+}
+
+/// Whether the directory holds a derived image, and not an imported one.
+pub(crate) fn is_derived(dir: &Path) -> bool {
+    dir.join(DERIVED).exists()
+}
+
 /// Whether an image was added for the first time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Novelty {
@@ -85,7 +105,8 @@ pub enum Novelty {
     Known,
 }
 
-/// Gives a finished directory, whose files are synced, its name for good.
+/// Gives a finished directory, whose files are synced, its name for good. An image that was imported needs no
+/// base: it is not replaced by one that was derived.
 pub(crate) fn publish(unfinished: TempDir, images_dir: &Path, id: ImageId) -> io::Result<Novelty> {
     sync_dir(unfinished.path())?;
     let dir = images_dir.join(id.to_string());
@@ -97,13 +118,23 @@ pub(crate) fn publish(unfinished: TempDir, images_dir: &Path, id: ImageId) -> io
         Err(error)
             if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) =>
         {
-            replace_files(unfinished.path(), &dir)?;
+            match (is_derived(unfinished.path()), is_derived(&dir)) {
+                (true, false) => {}
+                (false, false) => replace_files(unfinished.path(), &dir)?,
+                (_, true) => exchange(unfinished.path(), &dir)?,
+            }
             Novelty::Known
         }
         Err(error) => return Err(error),
     };
     sync_dir(images_dir)?;
     Ok(novelty)
+}
+
+/// Lets two directories change places, at once as far as others can see. Who has opened files of the old one
+/// keeps them.
+fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    Ok(rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
 }
 
 fn replace_files(from: &Path, to: &Path) -> io::Result<()> {
@@ -125,7 +156,7 @@ pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Removes what imports that were killed have left. Call it before the first import, not during one.
+/// Removes what imports and derivations that were killed have left. Call it before the first, not during one.
 pub fn sweep(images_dir: &Path) -> io::Result<()> {
     for entry in entries(images_dir)? {
         if entry.file_name().to_str().is_some_and(|name| name.starts_with(UNFINISHED)) {
@@ -141,7 +172,8 @@ pub fn list(images_dir: &Path) -> io::Result<Vec<ImageId>> {
     Ok(entries.iter().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }
 
-/// Removes an image's directory, at once as far as others can see. The image file is not touched. `NotFound` if
+/// Removes an image's directory, at once as far as others can see. The image file or disk is not touched, nor are
+/// images that were derived from this one; they can be served as long as somebody has the chunks of their base. `NotFound` if
 /// there is no such image.
 pub fn remove(images_dir: &Path, id: ImageId) -> io::Result<()> {
     let grave = begin(images_dir)?;

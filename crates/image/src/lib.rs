@@ -4,6 +4,8 @@
 //! - [`ImageVolume`]: an image as a read-only [`Disk`](block::Disk) over any [`ChunkSource`](block::ChunkSource).
 //! - [`import()`]: reads a raw, qcow2, vmdk or vhdx file once and leaves a manifest beside it; [`import_remote`]
 //!   does so with a disk that lies elsewhere.
+//! - [`derive()`]: makes an image of a disk that differs in parts from another one; [`DerivedImage`] serves it.
+//! - [`difference()`]: which chunks of one image differ from another's.
 //! - [`BootProfile`]: in which order booting guests first touch the chunks; [`Recorder`] finds it out.
 //! - [`OriginImage`]: serves the chunks of an imported image from that file or disk, as a `ChunkSource`.
 //!
@@ -13,6 +15,8 @@
 //! - Nothing that a file, a peer or a header says is followed out of the directories that the caller allows.
 //! - This crate knows no network and no coordinator.
 
+mod derived;
+mod difference;
 mod error;
 pub mod fuzz;
 mod import;
@@ -22,11 +26,15 @@ mod manifest;
 mod origin;
 mod page_cache;
 mod pages;
+mod pieces;
 mod profile;
 mod source;
+mod stored;
 mod verify;
 mod volume;
 
+pub use derived::{DeriveRequest, Derived, DerivedDescription, DerivedImage, Kind, derive, kind};
+pub use difference::{Difference, difference};
 pub use error::ImportError;
 pub use import::{ImportProgress, ImportRequest, Imported, RemoteRequest, import, import_remote};
 pub use layout::{Keep, Novelty, list, remove, sweep};

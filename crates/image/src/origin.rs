@@ -9,7 +9,6 @@
 //! - Cancellation: a dropped fetch lets its read finish on the blocking pool, still counted against the bound.
 //! - Crash: nothing is written.
 
-use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,11 +20,11 @@ use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
-use crate::index::Index;
 use crate::layout::{self, Keep, SourceRecord};
-use crate::pages::{Node, Pages};
+use crate::pages::Node;
 use crate::source::{AllowedDirs, Reader, RemoteReader, Source};
-use crate::{FilePart, Format, ImportError, ManifestError, Remotes, RootPage};
+use crate::stored::Stored;
+use crate::{FilePart, Format, ImportError, Remotes, RootPage};
 
 /// Reads that one image has on the blocking pool at a time: enough to keep a disk's queue filled, few enough
 /// that images do not starve each other of the pool's threads.
@@ -59,6 +58,22 @@ pub enum OpenError {
         /// What the operating system said.
         reason: String,
     },
+}
+
+impl OpenError {
+    pub(crate) fn damaged(dir: &Path, name: &str, reason: String) -> OpenError {
+        OpenError::Damaged { path: dir.join(name), reason }
+    }
+
+    /// An error from reading one of the directory's files, told apart by its kind.
+    pub(crate) fn of(dir: &Path, name: &str, error: &io::Error) -> OpenError {
+        match error.kind() {
+            io::ErrorKind::InvalidData | io::ErrorKind::NotFound => {
+                OpenError::damaged(dir, name, error.to_string())
+            }
+            _ => OpenError::Unreadable { path: dir.join(name), reason: error.to_string() },
+        }
+    }
 }
 
 /// What there is to say of an image at its origin.
@@ -102,22 +117,23 @@ impl OriginImage {
 
     /// The image's name.
     pub fn id(&self) -> ImageId {
-        self.shared.id
+        self.shared.stored.id
     }
 
     /// The image's root page.
     pub fn root(&self) -> &RootPage {
-        &self.shared.root
+        &self.shared.stored.root
     }
 
     /// What there is to say of the image.
     pub fn describe(&self) -> Description {
         let shared = &self.shared;
+        let root = self.root();
         Description {
-            id: shared.id,
-            size_bytes: shared.root.size_bytes(),
-            chunk_count: shared.root.chunk_count(),
-            zero_chunks: shared.root.zero_chunks(),
+            id: self.id(),
+            size_bytes: root.size_bytes(),
+            chunk_count: root.chunk_count(),
+            zero_chunks: root.zero_chunks(),
             format: shared.record.format,
             keep: shared.record.keep,
             path: shared.data_path(),
@@ -151,11 +167,7 @@ impl ChunkSource for OriginImage {
 
 /// What fetches and verification use.
 pub(crate) struct Shared {
-    dir: PathBuf,
-    id: ImageId,
-    pub(crate) root: RootPage,
-    pub(crate) pages: Pages,
-    index: Index,
+    pub(crate) stored: Stored,
     record: SourceRecord,
     remotes: Option<Remotes>,
     readers: Mutex<Readers>,
@@ -172,41 +184,16 @@ struct Readers {
 
 impl Shared {
     fn open(dir: &Path, remotes: Option<Remotes>) -> Result<Shared, OpenError> {
-        let damaged = |name: &str, reason: String| OpenError::Damaged { path: dir.join(name), reason };
-        let failed = |name: &str, error: &io::Error| match error.kind() {
-            io::ErrorKind::InvalidData | io::ErrorKind::NotFound => damaged(name, error.to_string()),
-            _ => OpenError::Unreadable { path: dir.join(name), reason: error.to_string() },
-        };
-        if !dir.is_dir() {
-            return Err(OpenError::Missing(dir.to_owned()));
-        }
-        let bytes = fs::read(dir.join(layout::ROOT)).map_err(|e| failed(layout::ROOT, &e))?;
-        let root = RootPage::decode(&bytes)
-            .map_err(|error: ManifestError| damaged(layout::ROOT, error.to_string()))?;
-        let id = root.id();
-        if dir.file_name().and_then(|name| name.to_str()) != Some(&id.to_string()) {
-            return Err(damaged(layout::ROOT, format!("it is the root page of image {id}")));
-        }
-        let open = |name: &str| File::open(dir.join(name)).map_err(|e| failed(name, &e));
-        let pages = Pages::open(open(layout::PAGES)?, root.shape()).map_err(|e| failed(layout::PAGES, &e))?;
-        let index = Index::open(open(layout::INDEX)?, root.shape()).map_err(|e| failed(layout::INDEX, &e))?;
-        let record = SourceRecord::read(&dir.join(layout::SOURCE)).map_err(|e| failed(layout::SOURCE, &e))?;
-        Ok(Shared {
-            dir: dir.to_owned(),
-            id,
-            root,
-            pages,
-            index,
-            record,
-            remotes,
-            readers: Mutex::default(),
-            complained: AtomicBool::new(false),
-        })
+        let stored = Stored::open(dir)?;
+        let record = SourceRecord::read(&dir.join(layout::SOURCE))
+            .map_err(|e| OpenError::of(dir, layout::SOURCE, &e))?;
+        let complained = AtomicBool::new(false);
+        Ok(Shared { stored, record, remotes, readers: Mutex::default(), complained })
     }
 
     fn data_path(&self) -> PathBuf {
         match self.record.keep {
-            Keep::Copy => self.dir.join(layout::DATA),
+            Keep::Copy => self.stored.dir.join(layout::DATA),
             Keep::InPlace => match (&self.record.remote, self.record.files.first()) {
                 (Some(location), _) => PathBuf::from(location),
                 (None, file) => file.expect("a record names files or a remote disk").path.clone(),
@@ -214,35 +201,20 @@ impl Shared {
         }
     }
 
-    /// Where the chunk is, if it belongs to this image.
-    pub(crate) fn locate(&self, chunk: ChunkHash) -> io::Result<Option<Node>> {
-        for node in self.index.candidates(chunk)? {
-            if self.pages.name(&self.root, node)? == chunk {
-                return Ok(Some(node));
-            }
-        }
-        Ok(None)
+    fn read(&self, chunk: ChunkHash) -> Result<Chunk, FetchError> {
+        let read = match self.stored.locate(chunk) {
+            Ok(None) => return Err(FetchError::NotHere(chunk)),
+            Ok(Some(Node::Page(page))) => self.stored.page(chunk, page),
+            Ok(Some(Node::Data(index))) => self.read_chunk(chunk, index),
+            Err(error) => Err(error),
+        };
+        read.inspect_err(|error| self.complain(error))
     }
 
-    fn read(&self, chunk: ChunkHash) -> Result<Chunk, FetchError> {
-        let storage = |reason: String| FetchError::Storage { chunk, reason };
-        let node = self.locate(chunk).map_err(|error| {
-            self.complain(&error);
-            storage(format!("the index of image {} cannot be read: {error}", self.id.short()))
-        })?;
-        let bytes = match node {
-            None => return Err(FetchError::NotHere(chunk)),
-            Some(Node::Page(page)) => self.pages.read(page).map(Bytes::from).map_err(|e| e.to_string()),
-            Some(Node::Data(index)) => {
-                self.with_reader(|reader| self.read_data(reader, index)).map_err(|e| e.to_string())
-            }
-        };
-        let bytes = bytes.map_err(|reason| {
-            self.complain(&reason);
-            storage(reason)
-        })?;
+    fn read_chunk(&self, chunk: ChunkHash, index: ChunkIndex) -> Result<Chunk, FetchError> {
+        let read = self.with_reader(|reader| self.read_data(reader, index));
+        let bytes = read.map_err(|e| FetchError::Storage { chunk, reason: e.to_string() })?;
         Chunk::verify(chunk, bytes).map_err(|wrong| {
-            self.complain(&wrong);
             self.readers().take();
             FetchError::Wrong(wrong)
         })
@@ -251,7 +223,7 @@ impl Shared {
     /// The bytes of a data chunk as the source has them now, padded; not verified.
     pub(crate) fn read_data(&self, reader: &mut Reader, index: ChunkIndex) -> Result<Bytes, ImportError> {
         let offset = index.0 * CHUNK_BYTES as u64;
-        let len = (self.root.size_bytes() - offset).min(CHUNK_BYTES as u64) as usize;
+        let len = (self.stored.root.size_bytes() - offset).min(CHUNK_BYTES as u64) as usize;
         let mut bytes = BytesMut::zeroed(CHUNK_BYTES);
         let read = reader.read_at(offset, &mut bytes[..len]);
         read.map_err(|e| ImportError::reading(&self.data_path(), &e))?;
@@ -291,11 +263,11 @@ impl Shared {
         let open =
             |format, dirs: &[PathBuf]| Source::open(&path, Some(format), &AllowedDirs::new(dirs, &path)?);
         let source = match (self.record.keep, &self.record.remote) {
-            (Keep::Copy, _) => open(Format::Raw, std::slice::from_ref(&self.dir)),
+            (Keep::Copy, _) => open(Format::Raw, std::slice::from_ref(&self.stored.dir)),
             (Keep::InPlace, None) => open(self.record.format, &self.record.allowed_dirs),
             (Keep::InPlace, Some(location)) => self.open_remote(location),
         }?;
-        let (expected, actual) = (self.root.size_bytes(), source.size_bytes());
+        let (expected, actual) = (self.stored.root.size_bytes(), source.size_bytes());
         if actual < expected {
             let reason = format!("it holds a disk of {actual} bytes instead of {expected}");
             return Err(ImportError::truncated(&path, reason));
@@ -320,11 +292,11 @@ impl Shared {
     fn complain(&self, reason: &dyn std::fmt::Display) {
         let path = self.data_path();
         if self.complained.swap(true, Ordering::Relaxed) {
-            tracing::debug!(image = %self.id.short(), file = %path.display(), %reason, "chunk not served");
+            tracing::debug!(image = %self.stored.id.short(), file = %path.display(), %reason, "chunk not served");
             return;
         }
         tracing::error!(
-            image = %self.id.short(),
+            image = %self.stored.id.short(),
             file = %path.display(),
             %reason,
             "the image file or disk no longer gives what was imported from it: put the old one back, or add it as a new image"

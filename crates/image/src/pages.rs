@@ -59,6 +59,11 @@ impl Pages {
         self.file.write_all_at(&bytes, first.0 * HASH_BYTES as u64)
     }
 
+    /// Writes a page that is not all zero.
+    pub(crate) fn put_page(&self, page: PageId, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, place_of(&self.shape, page))
+    }
+
     /// The bytes of a page.
     pub(crate) fn read(&self, page: PageId) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; CHUNK_BYTES];

@@ -75,8 +75,8 @@ impl OriginImage {
     /// Reads and verifies all that this image can be asked for. Blocks for as long as reading the file takes.
     pub fn verify(&self, progress: &ImportProgress) -> Result<VerifyReport, VerifyError> {
         let shared = self.shared();
-        let shape = shared.root.shape();
-        progress.begin(shared.root.size_bytes());
+        let shape = shared.stored.root.shape();
+        progress.begin(shared.stored.root.size_bytes());
         let report = Mutex::new(VerifyReport::default());
         let next_page = AtomicU64::new(0);
         in_parallel(shape.pages_at(0), || {
@@ -105,8 +105,12 @@ impl OriginImage {
 
 /// A page's bytes if they are what the page above says.
 fn page_bytes(shared: &Shared, page: PageId) -> Result<Bytes, String> {
-    let name = shared.pages.name(&shared.root, crate::pages::Node::Page(page)).map_err(|e| e.to_string())?;
-    let bytes = shared.pages.read(page).map_err(|e| e.to_string())?;
+    let name = shared
+        .stored
+        .pages
+        .name(&shared.stored.root, crate::pages::Node::Page(page))
+        .map_err(|e| e.to_string())?;
+    let bytes = shared.stored.pages.read(page).map_err(|e| e.to_string())?;
     let chunk = Chunk::verify(name, bytes.into()).map_err(|e| format!("a page of the manifest: {e}"))?;
     Ok(chunk.bytes().clone())
 }
@@ -118,7 +122,7 @@ fn verify_page(
     report: &mut VerifyReport,
 ) -> Result<(), VerifyError> {
     let first = page.index * HASHES_PER_PAGE as u64;
-    let count = shared.root.shape().chunks_under(page);
+    let count = shared.stored.root.shape().chunks_under(page);
     let bytes = match page_bytes(shared, page) {
         Ok(bytes) => bytes,
         Err(reason) => {
@@ -151,7 +155,7 @@ fn verify_page(
 }
 
 fn verify_chunk(shared: &Shared, index: ChunkIndex, name: ChunkHash) -> Result<(), String> {
-    if shared.locate(name).map_err(|e| e.to_string())?.is_none() {
+    if shared.stored.locate(name).map_err(|e| e.to_string())?.is_none() {
         return Err(format!("the index does not know chunk {name}: add the image again"));
     }
     let read = |reader: &mut Reader| shared.read_data(reader, index);

@@ -119,6 +119,36 @@ impl ImageVolume {
         Ok(above.expect("the path has at least the wanted page"))
     }
 
+    /// What a page names, as if the tree went on below its end and above its top: beyond the end all is zero,
+    /// and the levels above are made from the root page. So trees of different sizes can be held together.
+    pub(crate) async fn names(&self, page: PageId, priority: Priority) -> Result<Arc<Page>, FetchError> {
+        let shape = self.root.shape();
+        if page.level < shape.levels() && page.index < shape.pages_at(page.level) {
+            return self.page(page, priority).await;
+        }
+        if page.level >= shape.levels() && page.index == 0 {
+            return Ok(Arc::new(Page::decode(&self.root.page_above_top(page.level))));
+        }
+        Ok(Arc::new(Page::zero()))
+    }
+
+    /// The same of a page whose name is known, so that no page above it is looked at.
+    pub(crate) async fn names_under(
+        &self,
+        page: PageId,
+        name: ChunkHash,
+        priority: Priority,
+    ) -> Result<Arc<Page>, FetchError> {
+        let shape = self.root.shape();
+        if page.level >= shape.levels() || page.index >= shape.pages_at(page.level) {
+            return self.names(page, priority).await;
+        }
+        match self.pages.get(page) {
+            Some(page) => Ok(page),
+            None => self.fetch_page(page, name, priority).await,
+        }
+    }
+
     async fn fetch_page(
         &self,
         id: PageId,

@@ -5,8 +5,8 @@
 mod root;
 mod shape;
 
-pub(crate) use root::hashes_in;
 pub use root::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};
+pub(crate) use root::{hashes_in, page_of};
 pub(crate) use shape::{HASH_BYTES, PageId, Shape};
 
 #[cfg(test)]

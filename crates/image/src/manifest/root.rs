@@ -3,7 +3,7 @@
 //! Invariants: a `RootPage` that exists is consistent in itself, and `encode` gives the one form that `decode`
 //! accepts; so two root pages with equal meaning have equal bytes and hence equal ids.
 
-use block::limits::DISK_BYTES_MAX;
+use block::limits::{CHUNK_BYTES, DISK_BYTES_MAX, HASHES_PER_PAGE};
 use block::{ChunkHash, Geometry, ImageId};
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -159,6 +159,16 @@ impl RootPage {
     }
 }
 
+impl RootPage {
+    /// The first page of a level above the top, as if the tree went on there: so a small image can be held
+    /// against one whose tree is higher. All other pages of such a level are zero.
+    pub(crate) fn page_above_top(&self, level: usize) -> Vec<u8> {
+        debug_assert!(level >= self.shape.levels());
+        let of_tops = page_of(&self.tops);
+        (self.shape.levels()..level).fold(of_tops, |below, _| page_of(&[ChunkHash::of(&below)]))
+    }
+}
+
 /// A zero top hash says that all chunks under it are zero, any other that at least one is not.
 fn check_zero_chunks(shape: &Shape, zero_chunks: u64, tops: &[ChunkHash]) -> Result<(), ManifestError> {
     let (mut least, mut most) = (0, 0);
@@ -180,6 +190,16 @@ fn check_zero_chunks(shape: &Shape, zero_chunks: u64, tops: &[ChunkHash]) -> Res
 /// The hashes in a page's bytes.
 pub(crate) fn hashes_in(bytes: &[u8]) -> impl Iterator<Item = ChunkHash> {
     bytes.as_chunks::<HASH_BYTES>().0.iter().map(|hash| ChunkHash::from_bytes(*hash))
+}
+
+/// The bytes of a page that holds these hashes, and zero marks behind them.
+pub(crate) fn page_of(hashes: &[ChunkHash]) -> Vec<u8> {
+    debug_assert!(hashes.len() <= HASHES_PER_PAGE);
+    let mut bytes = vec![0; CHUNK_BYTES];
+    for (place, hash) in bytes.chunks_exact_mut(HASH_BYTES).zip(hashes) {
+        place.copy_from_slice(hash.as_bytes());
+    }
+    bytes
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

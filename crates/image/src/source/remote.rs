@@ -18,10 +18,17 @@ use crate::ImportError;
 /// questions, and none of them is about more than a server can look up at once.
 const EXTENTS_BYTES: u64 = 1 << 30;
 
-/// Opens the remote disks that images lie on, by the location under which they were added.
+/// Opens the disks that images lie on, or were derived from, by the location under which they were added. Any
+/// function that does so is one.
 pub trait OpenRemote: Send + Sync {
     /// The disk at a location, or why it cannot be opened. Called in a thread that may block.
     fn open(&self, location: &str) -> Result<Arc<dyn Disk>, String>;
+}
+
+impl<F: Fn(&str) -> Result<Arc<dyn Disk>, String> + Send + Sync> OpenRemote for F {
+    fn open(&self, location: &str) -> Result<Arc<dyn Disk>, String> {
+        self(location)
+    }
 }
 
 /// How remote disks are reached.

@@ -5,9 +5,11 @@
     reason = "clippy knows only functions with #[test] as tests, not their helpers"
 )]
 
+mod derived;
 mod formats;
 mod origin;
 mod refusals;
 mod remote;
+mod sparse;
 mod support;
 mod volume;
