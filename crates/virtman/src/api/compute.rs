@@ -132,6 +132,36 @@ pub(crate) struct CreateVm {
     /// Who may open it over iSCSI; nobody if absent.
     #[serde(default)]
     pub(crate) iscsi: Option<IscsiAccess>,
+    /// The image is another VM's disk, which was made on this one: what differs is fetched and kept by the VM, so that
+    /// it needs only this one in the end.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub(crate) settle_on: Option<ImageName>,
+}
+
+/// Clones a VM's disk on its own node.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CloneVm {
+    /// The new VMs.
+    #[schema(value_type = Vec<String>)]
+    pub(crate) clones: Vec<VmName>,
+    /// Whether the guest's agent freezes its file systems meanwhile.
+    #[serde(default)]
+    pub(crate) quiesce: bool,
+}
+
+/// Makes an image of a VM's disk.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CommitVm {
+    /// The name of the image.
+    #[schema(value_type = String)]
+    pub(crate) image: ImageName,
+    /// Whether the guest's agent freezes its file systems meanwhile.
+    #[serde(default)]
+    pub(crate) quiesce: bool,
+    /// Whether it is removed once no other node uses it.
+    #[serde(default)]
+    pub(crate) passing: bool,
 }
 
 /// A VM and its disk.

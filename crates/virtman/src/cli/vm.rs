@@ -19,7 +19,12 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
         return Err(Failure::new("who may open the disk over iSCSI was said, but not --export iscsi"));
     }
     let iscsi = args.export.map(|Protocol::Iscsi| args.access.access()).transpose()?;
-    let body = CreateVm { image: args.image.clone(), size_bytes: args.size.map(|size| size.0), iscsi };
+    let body = CreateVm {
+        image: args.image.clone(),
+        size_bytes: args.size.map(|size| size.0),
+        iscsi,
+        settle_on: None,
+    };
     let vm: Vm = node.client.put(&format!("/v1/vms/{}", args.vm), &body).await?;
     if context.json() {
         print_json(&vm);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, ImageName, NodeName, Priority};
-use image::{BootProfile, ImageVolume, OriginImage, Remotes, RootPage};
+use image::{BootProfile, DerivedImage, ImageVolume, Kind, OriginImage, Remotes, RootPage};
 use link::{Fetcher, Uplinks};
 use serde::{Deserialize, Serialize};
 use store::CacheGroup;
@@ -24,6 +24,7 @@ use volt::{Placement, Role};
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::fill::Fill;
+use super::layers::{LayerDisks, LayerId};
 use super::profile::{Profile, Way};
 use super::remote::RemoteDisks;
 use crate::api::compute::NodeImage;
@@ -43,6 +44,8 @@ pub(crate) struct Images {
     uplinks: Arc<Uplinks>,
     /// What opens the disks that images of this origin lie on.
     pub(super) remotes: Arc<RemoteDisks>,
+    /// What opens the layers that images were derived from.
+    pub(super) layers: Arc<LayerDisks>,
     attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
     /// Takes records of boots to Volt.
     records: mpsc::Sender<BootProfile>,
@@ -72,6 +75,7 @@ pub(crate) struct Attached {
     /// How many stripes its placement has.
     stripes: watch::Sender<usize>,
     way: Way,
+    since: Instant,
     state: Mutex<State>,
 }
 
@@ -79,6 +83,8 @@ pub(crate) struct Attached {
 #[derive(Clone)]
 enum Upstream {
     Origin(Arc<OriginImage>),
+    /// This node has what differs from another image, and serves the rest as it serves that.
+    Derived(Arc<DerivedImage>),
     Relay(Arc<Fetcher>),
 }
 
@@ -94,7 +100,7 @@ impl Switch {
     /// What this node is for the image.
     fn role(&self) -> Role {
         match self.current() {
-            Upstream::Origin(_) => Role::Origin,
+            Upstream::Origin(_) | Upstream::Derived(_) => Role::Origin,
             Upstream::Relay(_) => Role::Relay,
         }
     }
@@ -106,6 +112,7 @@ impl ChunkSource for Switch {
         Box::pin(async move {
             match current {
                 Upstream::Origin(origin) => origin.fetch(chunk, priority).await,
+                Upstream::Derived(derived) => derived.fetch(chunk, priority).await,
                 Upstream::Relay(fetcher) => fetcher.fetch(chunk, priority).await,
             }
         })
@@ -118,6 +125,8 @@ struct State {
     exports: HashMap<ImageName, ExportSocket>,
     /// Gets all of it into the cache, if that is wanted.
     fill: Option<Fill>,
+    /// Names that carry a VM's disk to other nodes, and go once those have it.
+    passing: BTreeSet<ImageName>,
 }
 
 /// What is remembered of an attached image.
@@ -128,6 +137,8 @@ struct AttachedRecord {
     placement: Placement,
     #[serde(default)]
     fill: bool,
+    #[serde(default)]
+    passing: BTreeSet<ImageName>,
 }
 
 impl Images {
@@ -144,6 +155,7 @@ impl Images {
             cache,
             uplinks,
             remotes,
+            layers: Arc::default(),
             records,
             attached: RwLock::default(),
             changed: Notify::new(),
@@ -155,13 +167,45 @@ impl Images {
     /// Attaches again what was attached when the daemon ended. What cannot be is said and left out.
     pub(crate) fn restore(&self) -> std::io::Result<()> {
         image::sweep(&self.layout.images())?;
-        for file in files::sweep(&self.layout.attached())? {
-            if let Err(reason) = self.restore_one(&file) {
-                tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
+        let mut files = files::sweep(&self.layout.attached())?;
+        // An image comes after the one that it was derived from, which may be derived itself.
+        while !files.is_empty() {
+            let (ready, waiting): (Vec<_>, Vec<_>) =
+                files.into_iter().partition(|file| !self.waits_for_base(file));
+            let stuck = ready.is_empty();
+            for file in if stuck { &waiting } else { &ready } {
+                if let Err(reason) = self.restore_one(file) {
+                    tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
+                }
             }
+            files = if stuck { Vec::new() } else { waiting };
         }
         remove_unrecorded(&self.layout)?;
         self.forget_unused_remotes()
+    }
+
+    /// Whether the image of this record was derived from one that is not attached yet.
+    fn waits_for_base(&self, file: &Path) -> bool {
+        let id = file.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
+        let kind = id.map(|id: ImageId| image::kind(&self.origin_dir(&id)));
+        matches!(kind, Some(Ok(Kind::Derived { base, .. })) if self.by_id(&base).is_none())
+    }
+
+    /// The layers that images on this node were derived from; the error says that not all are known.
+    pub(crate) fn derived_from(&self) -> Result<Vec<LayerId>, String> {
+        let mut layers = Vec::new();
+        for id in image::list(&self.layout.images()).map_err(|e| e.to_string())? {
+            let kind = image::kind(&self.origin_dir(&id)).map_err(|e| e.to_string())?;
+            if let Kind::Derived { location, .. } = kind {
+                layers.push(LayerDisks::layer_at(&location)?);
+            }
+        }
+        Ok(layers)
+    }
+
+    /// Whether another image on this node was derived from this one.
+    pub(crate) fn is_base(&self, id: &ImageId) -> bool {
+        self.all().iter().any(|image| image.derived().is_some_and(|derived| derived.base() == *id))
     }
 
     /// Forgets what opens the remote disks that no image lies on.
@@ -181,6 +225,7 @@ impl Images {
         if record.fill {
             attached.fill();
         }
+        attached.state().passing = record.passing;
         self.insert(attached);
         Ok(())
     }
@@ -286,6 +331,7 @@ impl Images {
         let left = {
             let mut state = attached.state();
             state.names.remove(name);
+            state.passing.remove(name);
             state.exports.remove(name);
             state.names.len()
         };
@@ -359,14 +405,34 @@ impl Images {
         };
         let profile = Arc::new(Profile::new(way.clone(), profile, asked, self.records.clone()));
         let names = BTreeSet::new();
-        let state = Mutex::new(State { names, placement, exports: HashMap::new(), fill: None });
-        Ok(Arc::new(Attached { id, root, volume, profile, upstream, source, stripes, way, state }))
+        let state = Mutex::new(State {
+            names,
+            placement,
+            exports: HashMap::new(),
+            fill: None,
+            passing: BTreeSet::new(),
+        });
+        Ok(Arc::new(Attached {
+            id,
+            root,
+            volume,
+            profile,
+            upstream,
+            source,
+            stripes,
+            way,
+            since: Instant::now(),
+            state,
+        }))
     }
 
     /// The node's own copy if it is an origin of the image, else the parents that Volt named.
     fn upstream(&self, id: &ImageId, placement: &Placement) -> Result<Upstream, String> {
         let dir = self.origin_dir(id);
         if dir.exists() {
+            if let Kind::Derived { base, .. } = image::kind(&dir).map_err(|e| e.to_string())? {
+                return self.open_derived(&dir, &base);
+            }
             let remotes = Remotes { opener: Arc::clone(&self.remotes) as _, runtime: Handle::current() };
             let opened = tokio::task::block_in_place(|| OriginImage::open_with(&dir, remotes));
             return Ok(Upstream::Origin(Arc::new(opened.map_err(|e| e.to_string())?)));
@@ -374,6 +440,23 @@ impl Images {
         let fetcher = Arc::new(Fetcher::new(*id, Arc::clone(&self.uplinks)));
         fetcher.set_parents(&parents_of(placement));
         Ok(Upstream::Relay(fetcher))
+    }
+
+    fn open_derived(&self, dir: &Path, base: &ImageId) -> Result<Upstream, String> {
+        let base = self
+            .by_id(base)
+            .ok_or_else(|| format!("it was derived from image {}, which is not attached", base.short()))?;
+        // Not through the cache: that is asked before, and would wait for itself.
+        let source = Arc::clone(&base.upstream) as _;
+        let opener = Arc::clone(&self.layers) as _;
+        let opened = tokio::task::block_in_place(|| DerivedImage::open(dir, opener, source));
+        Ok(Upstream::Derived(Arc::new(opened.map_err(|e| e.to_string())?)))
+    }
+
+    /// Has a name of an image of this origin removed from the catalog once no other node uses it.
+    pub(crate) fn let_pass(&self, attached: &Attached, name: &ImageName) -> Result<(), String> {
+        attached.state().passing.insert(name.clone());
+        self.save(attached)
     }
 
     fn add_export(&self, attached: &Attached, name: ImageName) -> Result<(), String> {
@@ -415,6 +498,7 @@ impl Images {
                 root_page: BASE64.encode(attached.root.encode()),
                 placement: state.placement.clone(),
                 fill: state.fill.is_some(),
+                passing: state.passing.clone(),
             }
         };
         let file = self.record_file(&attached.id);
@@ -436,7 +520,13 @@ impl Images {
                 Role::Origin => "origin".to_owned(),
                 Role::Relay => "relay".to_owned(),
             },
-            source: attached.origin().map(|origin| origin.describe().path.display().to_string()),
+            source: match attached.upstream.current() {
+                Upstream::Origin(origin) => Some(origin.describe().path.display().to_string()),
+                Upstream::Derived(derived) => {
+                    Some(format!("{} on {}", derived.location(), derived.base().short()))
+                }
+                Upstream::Relay(_) => None,
+            },
             parents: parent_names(&state.placement),
             export: export.unwrap_or_default(),
             vms,
@@ -465,8 +555,31 @@ impl Attached {
     pub(crate) fn origin(&self) -> Option<Arc<OriginImage>> {
         match self.upstream.current() {
             Upstream::Origin(origin) => Some(origin),
-            Upstream::Relay(_) => None,
+            Upstream::Derived(_) | Upstream::Relay(_) => None,
         }
+    }
+
+    /// What differs from the image that it was derived from, on the node that derived it.
+    pub(crate) fn derived(&self) -> Option<Arc<DerivedImage>> {
+        match self.upstream.current() {
+            Upstream::Derived(derived) => Some(derived),
+            Upstream::Origin(_) | Upstream::Relay(_) => None,
+        }
+    }
+
+    /// Whether it was attached so long ago, or before the daemon started.
+    pub(crate) fn is_older_than(&self, age: Duration) -> bool {
+        self.since.elapsed() > age
+    }
+
+    /// Its names that go once no other node uses them.
+    pub(crate) fn passing(&self) -> Vec<ImageName> {
+        self.state().passing.iter().cloned().collect()
+    }
+
+    /// Where its chunks come from and go to.
+    pub(super) fn way(&self) -> &Way {
+        &self.way
     }
 
     fn fill(&self) {

@@ -14,9 +14,10 @@ use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use block::{Disk, ImageId};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, ImageId, Now};
+use image::OpenRemote;
 use serde::{Deserialize, Serialize};
 use store::Overlay;
 use tokio::sync::Notify;
@@ -105,7 +106,7 @@ impl Below {
     /// As a disk.
     pub(crate) fn disk(&self) -> Arc<dyn Disk> {
         match self {
-            Below::Layer(layer) => Arc::clone(&layer.overlay) as _,
+            Below::Layer(layer) => Arc::clone(layer) as _,
             Below::Image(image) => Arc::clone(&image.volume) as _,
         }
     }
@@ -145,6 +146,45 @@ impl Layer {
     }
 }
 
+/// What a frozen layer reads as. Whoever has this has the layer, which so is opened once.
+impl Disk for Layer {
+    fn size_bytes(&self) -> u64 {
+        self.overlay.size_bytes()
+    }
+
+    fn access(&self) -> Access {
+        self.overlay.access()
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+        self.overlay.read_now(offset, buf)
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        self.overlay.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        self.overlay.write(offset, data)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.overlay.write_zeroes(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.overlay.discard(offset, len)
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.overlay.flush()
+    }
+
+    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
+        self.overlay.extents(offset, len)
+    }
+}
+
 /// All layers of a node.
 pub(crate) struct Layers {
     dir: PathBuf,
@@ -152,8 +192,10 @@ pub(crate) struct Layers {
     forest: Mutex<Forest>,
     /// Held while layers are opened, so that each is opened once.
     opening: Mutex<()>,
-    /// Told when a layer may have become fit for merging or settling.
-    pub(super) changed: Notify,
+    /// Told when a layer may have become fit for merging.
+    pub(super) merges: Notify,
+    /// Told when a layer is to settle.
+    pub(super) settles: Notify,
 }
 
 #[derive(Default)]
@@ -246,7 +288,7 @@ impl Layers {
             }
         }
         let (forest, opening) = (Mutex::new(forest), Mutex::new(()));
-        Ok(Layers { dir, images, forest, opening, changed: Notify::new() })
+        Ok(Layers { dir, images, forest, opening, merges: Notify::new(), settles: Notify::new() })
     }
 
     /// Removes what nobody holds. To be called once all who hold layers have said so; `certain` says whether all
@@ -261,7 +303,8 @@ impl Layers {
         let unneeded: Vec<LayerId> = all.into_iter().flat_map(|id| forest.take_unneeded(id)).collect();
         drop(forest);
         self.remove(&unneeded);
-        self.changed.notify_one();
+        self.merges.notify_one();
+        self.settles.notify_one();
     }
 
     /// Opens the layer that a VM writes to.
@@ -344,7 +387,13 @@ impl Layers {
         self.forest().insert(id, record.clone(), 1);
         let made = self.write(id, &record, size_bytes, base);
         match made {
-            Ok(overlay) => Ok(self.enter(id, overlay, below)),
+            Ok(overlay) => {
+                let layer = self.enter(id, overlay, below);
+                if settle_on.is_some() {
+                    self.settles.notify_one();
+                }
+                Ok(layer)
+            }
             Err(reason) => {
                 self.release(id);
                 Err(reason)
@@ -385,7 +434,7 @@ impl Layers {
             forest.take_unneeded(id)
         };
         self.remove(&unneeded);
-        self.changed.notify_one();
+        self.merges.notify_one();
     }
 
     /// How many layers the disk with this top has.
@@ -404,6 +453,15 @@ impl Layers {
             record.parent == Parent::Image(*image) || record.settle_on.is_some_and(|id| id == *image)
         };
         self.forest().layers.values().any(|known| needs(&known.record))
+    }
+
+    /// A layer on an image that is to settle on another, if there is one.
+    pub(super) fn settling(&self, from: &ImageId, to: &ImageId) -> Option<Arc<Layer>> {
+        let forest = self.forest();
+        let is_meant = |known: &&Known| {
+            known.record.parent == Parent::Image(*from) && known.record.settle_on.as_ref() == Some(to)
+        };
+        forest.layers.values().find(is_meant)?.open.upgrade()
     }
 
     /// A layer that can be merged, if both it and the one above it are open.
@@ -451,7 +509,9 @@ impl Layers {
 
     /// Lets a layer that holds all in which its image differs from `to` stand on that.
     pub(super) fn settled(&self, layer: &Arc<Layer>, to: Arc<Attached>) -> Result<(), String> {
-        self.stand(&mut self.forest(), layer, Below::Image(to), None)
+        self.stand(&mut self.forest(), layer, Below::Image(to), None)?;
+        self.merges.notify_one();
+        Ok(())
     }
 
     /// Changes what a layer stands on: on disk first. Under the lock, so that nobody removes the layer meanwhile.
@@ -501,6 +561,43 @@ impl Layers {
 
     fn forest(&self) -> MutexGuard<'_, Forest> {
         self.forest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Opens the layers that images were derived from.
+#[derive(Default)]
+pub(crate) struct LayerDisks {
+    /// Unset while the node starts, when nothing is read yet.
+    layers: OnceLock<Weak<Layers>>,
+}
+
+/// How the place of a derived image's disk is written.
+const SCHEME: &str = "layer:";
+
+impl LayerDisks {
+    /// The place of a layer, to be opened again.
+    pub(crate) fn location(id: LayerId) -> String {
+        format!("{SCHEME}{id}")
+    }
+
+    /// The layer at a place.
+    pub(crate) fn layer_at(location: &str) -> Result<LayerId, String> {
+        let id = location.strip_prefix(SCHEME);
+        id.ok_or_else(|| format!("'{}' is no layer", location.escape_debug()))?.parse()
+    }
+
+    /// Opens layers of these from now on.
+    pub(crate) fn are_in(&self, layers: &Arc<Layers>) {
+        // A node has but one set of layers.
+        let _ = self.layers.set(Arc::downgrade(layers));
+    }
+}
+
+impl OpenRemote for LayerDisks {
+    fn open(&self, location: &str) -> Result<Arc<dyn Disk>, String> {
+        let layers = self.layers.get().and_then(Weak::upgrade).ok_or("the node is starting or stopping")?;
+        let layer = layers.open_frozen(LayerDisks::layer_at(location)?)?;
+        Ok(layer)
     }
 }
 

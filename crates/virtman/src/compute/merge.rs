@@ -19,7 +19,7 @@ const RETRY_PAUSE: Duration = Duration::from_secs(10);
 /// Merges what can be merged until dropped.
 pub(super) async fn run(layers: &Layers) {
     loop {
-        let changed = layers.changed.notified();
+        let changed = layers.merges.notified();
         let Some(merge) = layers.next_merge() else {
             changed.await;
             continue;

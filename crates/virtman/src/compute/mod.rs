@@ -2,10 +2,11 @@
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
 //! that is wanted ([`fill`]), gives VMs disks
-//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`merge`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
+//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
 //! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
 //! same images, disks and exports under the same names, and its guests never noticed more than latency.
 
+mod clones;
 pub(crate) mod config;
 mod entry;
 mod exports;
@@ -21,6 +22,7 @@ mod node;
 mod profile;
 pub(crate) mod remote;
 pub(crate) mod routes;
+mod settle;
 mod snapshots;
 mod vms;
 mod volt;
@@ -88,7 +90,16 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     images.restore().map_err(restored)?;
     let layers = Arc::new(Layers::open(layout.layers(), Arc::clone(&images)).map_err(restored)?);
     let vms = Vms::new(name.clone(), layout.clone(), Arc::clone(&layers));
-    let complete = vms.restore().map_err(restored)?;
+    images.layers.are_in(&layers);
+    let derived_from = images.derived_from();
+    if let Err(reason) = &derived_from {
+        tracing::error!(reason, "what an image was derived from is not known");
+    }
+    let mut complete = derived_from.is_ok();
+    for layer in derived_from.into_iter().flatten() {
+        layers.hold(layer);
+    }
+    complete &= vms.restore().map_err(restored)?;
     layers.sweep(complete);
 
     let tcp = listen(args.listen).await?;
@@ -111,6 +122,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         iscsi,
         volt,
         accel,
+        landing: tokio::sync::Mutex::new(()),
         shutdown: shutdown.clone(),
     });
 
@@ -143,6 +155,13 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
             node.volt.hand_in(recorded),
             node.volt.renew(&credentials, &identity_dir),
             merge::run(&layers),
+            settle::run(&node),
+            async {
+                loop {
+                    tokio::time::sleep(node::PASSING_CHECK).await;
+                    node.remove_passed().await;
+                }
+            },
         );
     };
     tokio::join!(

@@ -14,8 +14,10 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use volt::Role;
 
+use super::clones::MadeImage;
 use super::images::{Attached, Detached, Images};
 use super::iscsi::{Exported, FindExported, IscsiExports};
+use super::layers::LayerDisks;
 use super::remote;
 use super::routes::to_the_end;
 use super::vms::Vms;
@@ -29,6 +31,12 @@ use crate::api::volt::{ImageRecord, RegisterImage};
 use crate::http::{ApiError, ClientError};
 use crate::vm::{AccelWish, Ready};
 
+/// How long an image that carries a VM's disk waits for the first node that wants it.
+const PASSING_MIN: Duration = Duration::from_secs(60);
+
+/// How often it is looked whether such an image is still wanted.
+pub(super) const PASSING_CHECK: Duration = Duration::from_secs(10);
+
 /// One host that runs `virtman compute`.
 pub(crate) struct Node {
     pub(crate) name: NodeName,
@@ -41,6 +49,8 @@ pub(crate) struct Node {
     pub(crate) iscsi: IscsiExports,
     pub(crate) volt: VoltLink,
     pub(crate) accel: AccelWish,
+    /// Held while it is decided which layer clones stand on.
+    pub(super) landing: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -106,7 +116,11 @@ impl Node {
         let imported = imported.map_err(|e| ApiError::bad_request("bad_image", e.to_string()))?;
 
         let (node, name) = (Arc::clone(self), name.clone());
-        to_the_end(async move { node.publish(&name, &imported).await }).await
+        to_the_end(async move {
+            let attached = node.publish(&name, &imported.into()).await?;
+            Ok(node.describe(&attached))
+        })
+        .await
     }
 
     /// The same with an image on a remote disk.
@@ -132,11 +146,11 @@ impl Node {
             if keep == Keep::InPlace {
                 node.images.remotes.remember(&key).map_err(ApiError::internal)?;
             }
-            let published = node.publish(&name, &imported).await;
+            let published = node.publish(&name, &imported.into()).await;
             if published.is_err() {
                 node.forget_unused_remotes();
             }
-            published
+            Ok(node.describe(&*published?))
         })
         .await
     }
@@ -147,25 +161,25 @@ impl Node {
         }
     }
 
-    /// Serves an imported image under its name, or removes what was imported.
-    async fn publish(&self, name: &ImageName, imported: &image::Imported) -> Result<NodeImage, ApiError> {
+    /// Serves an image that was made here under its name, or removes it.
+    pub(super) async fn publish(
+        &self,
+        name: &ImageName,
+        made: &MadeImage,
+    ) -> Result<Arc<Attached>, ApiError> {
         let _one_at_a_time = self.images.changing.lock().await;
-        let served = self.serve_imported(name, imported).await;
-        if served.is_err() && imported.novelty == image::Novelty::New {
+        let served = self.serve_made(name, made).await;
+        if served.is_err() && made.novelty == image::Novelty::New {
             // Nobody can use what the catalog does not have; leave nothing behind.
-            if let Err(error) = image::remove(&self.images_dir, imported.id) {
-                tracing::warn!(id = %imported.id, %error, "cannot remove an image that could not be registered");
+            if let Err(error) = image::remove(&self.images_dir, made.id) {
+                tracing::warn!(id = %made.id, %error, "cannot remove an image that could not be registered");
             }
         }
         served
     }
 
-    async fn serve_imported(
-        &self,
-        name: &ImageName,
-        imported: &image::Imported,
-    ) -> Result<NodeImage, ApiError> {
-        let request = RegisterImage { root_page: BASE64.encode(imported.root.encode()) };
+    async fn serve_made(&self, name: &ImageName, made: &MadeImage) -> Result<Arc<Attached>, ApiError> {
+        let request = RegisterImage { root_page: BASE64.encode(made.root.encode()) };
         let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
         self.images.expect_pushes();
         let asked = tokio::time::Instant::now();
@@ -174,7 +188,7 @@ impl Node {
         let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
         let attached = attached.map_err(ApiError::internal)?;
         tracing::info!(image = %name, id = %record.id, "this node is an origin of the image");
-        Ok(self.describe(&attached))
+        Ok(attached)
     }
 
     /// Takes an image's name out of the catalog, and on its origin what was kept of it.
@@ -214,13 +228,46 @@ impl Node {
             Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
             Err(error) => return Err(from_volt(error)),
         }
+        let derived = attached.derived();
         self.release(&attached, name).await?;
         if self.images.by_id(&attached.id).is_none() {
             image::remove(&self.images_dir, attached.id)
                 .map_err(|e| ApiError::internal(format!("cannot remove what was kept of '{name}': {e}")))?;
             self.forget_unused_remotes();
+            if let Some(Ok(layer)) = derived.map(|derived| LayerDisks::layer_at(derived.location())) {
+                self.vms.layers.release(layer);
+            }
         }
         Ok(())
+    }
+
+    /// Detaches an image that carried VMs' disks here, once no layer stands on it.
+    pub(super) async fn give_up_unused(&self, attached: &Attached) {
+        if attached.role() == Role::Origin || self.vms.layers.need(&attached.id) {
+            return;
+        }
+        for name in attached.names() {
+            if let Err(error) = self.detach(&name).await {
+                tracing::info!(image = %name, %error, "an image that is not needed stays attached");
+            }
+        }
+    }
+
+    /// Removes the images that carried VMs' disks to other nodes, once those have them.
+    pub(super) async fn remove_passed(&self) {
+        for attached in self.images.all() {
+            for name in attached.passing() {
+                match self.volt.attached_elsewhere(name.as_str()).await {
+                    Ok(nodes) if nodes.is_empty() && attached.is_older_than(PASSING_MIN) => {}
+                    Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
+                    Ok(_) | Err(_) => continue,
+                }
+                match self.remove_image(&name, Force::No).await {
+                    Ok(()) => tracing::info!(image = %name, "nobody needs the image any more"),
+                    Err(error) => tracing::info!(image = %name, %error, "an image that is not needed stays"),
+                }
+            }
+        }
     }
 
     /// Reads an image of which this node is the origin again, and compares every chunk.
@@ -263,7 +310,10 @@ impl Node {
         }
         let attached = self.attach(&request.image).await?;
         let known = self.vms.get(name).is_ok();
-        let vm = self.vms.create(name, &request.image, attached, request.size_bytes, asked).await?;
+        let vm = match &request.settle_on {
+            Some(own) => self.create_settling(name, attached, own, asked).await?,
+            None => self.vms.create(name, &request.image, attached, request.size_bytes, asked).await?,
+        };
         if let Some(access) = &request.iscsi
             && let Err(error) = self.export(&export, access.clone()).await
         {
@@ -410,6 +460,13 @@ impl Node {
             )
             .with_hint("destroy those VMs first; 'virtman list' shows them"));
         }
+        if self.images.is_base(&attached.id) && attached.names().len() == 1 {
+            return Err(ApiError::conflict(
+                "image_in_use",
+                format!("images on node {} were derived from '{name}' and need it", self.name),
+            )
+            .with_hint("remove those first; 'virtman image list --node' shows their sources"));
+        }
         if self.iscsi.contains(&ExportName::Image(name.clone())) {
             return Err(ApiError::conflict(
                 "image_in_use",
@@ -429,6 +486,12 @@ impl Node {
             }
         }
         Ok(())
+    }
+}
+
+impl From<image::Imported> for MadeImage {
+    fn from(imported: image::Imported) -> MadeImage {
+        MadeImage { id: imported.id, root: imported.root, novelty: imported.novelty }
     }
 }
 
@@ -477,7 +540,7 @@ pub(crate) enum Force {
 }
 
 /// What Volt's refusal or absence means to somebody who asked this node.
-fn from_volt(error: ClientError) -> ApiError {
+pub(super) fn from_volt(error: ClientError) -> ApiError {
     match error {
         ClientError::Refused(refusal) => refusal,
         other => ApiError::unavailable("no_volt", format!("Volt cannot be asked: {other}"))

@@ -20,8 +20,8 @@ use utoipa_axum::routes;
 use super::node::{Force, Node};
 use super::snapshots::Quiesce;
 use crate::api::compute::{
-    AddImage, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, SnapshotTaken, SnapshotView, StartVm,
-    StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
+    AddImage, CloneVm, CommitVm, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, SnapshotTaken,
+    SnapshotView, StartVm, StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
 };
 use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
@@ -48,6 +48,8 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(snapshots))
         .routes(routes!(take_snapshot, delete_snapshot))
         .routes(routes!(revert_vm))
+        .routes(routes!(clone_vm))
+        .routes(routes!(commit_vm))
         .routes(routes!(exports))
         .routes(routes!(add_export, remove_export))
 }
@@ -295,6 +297,38 @@ async fn revert_vm(
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
     to_the_end(async move { node.vms.revert(&name, &snapshot).await.map(Json) }).await
+}
+
+/// Clones a VM's disk on the node, while its guest runs or not.
+#[utoipa::path(post, path = "/v1/vms/{vm}/clones", params(("vm" = String, Path,)), request_body = CloneVm,
+    responses((status = 200, body = Vec<Vm>), (status = 404), (status = 409)))]
+async fn clone_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<CloneVm>,
+) -> Answer<Vec<Vm>> {
+    peer.must_be_admin()?;
+    to_the_end(async move { node.clone_here(&name, &request).await.map(Json) }).await
+}
+
+/// Makes an image of the present state of a VM's disk, whose origin the node is. Answers like adding an image.
+#[utoipa::path(post, path = "/v1/vms/{vm}/commit", params(("vm" = String, Path,)), request_body = CommitVm,
+    responses((status = 200, body = Progress<NodeImage>, content_type = "application/x-ndjson")))]
+async fn commit_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<CommitVm>,
+) -> Result<Response, ApiError> {
+    peer.must_be_admin()?;
+    let progress = Arc::new(ImportProgress::default());
+    let shutdown = node.shutdown.clone();
+    let work = {
+        let progress = Arc::clone(&progress);
+        async move { node.commit(&name, request, progress).await }
+    };
+    Ok(lines(reported(work, progress), shutdown))
 }
 
 /// All ways to the disks and images of the node.

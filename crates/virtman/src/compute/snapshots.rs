@@ -63,6 +63,19 @@ impl Vms {
         })
     }
 
+    /// Freezes a VM's disk for others to stand on. The caller holds the layer.
+    pub(super) async fn freeze_for_clones(
+        &self,
+        name: &VmName,
+        quiesce: Quiesce,
+    ) -> Result<(Record, Arc<Layer>), ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        let entry = self.get(name)?;
+        let frozen = self.freeze(&entry, quiesce, None).await?;
+        tracing::info!(vm = %name, pause = ?frozen.pause, "disk frozen for clones");
+        Ok((entry.record(), frozen.layer))
+    }
+
     /// Freezes the top of a VM's disk and puts a new one above. The frozen layer is held by the snapshot if it gets a
     /// name, else by the caller. The caller has the VM's lock.
     pub(super) async fn freeze(

@@ -148,6 +148,24 @@ impl Vms {
         Ok(self.describe(&entry))
     }
 
+    /// Creates a VM's disk on a frozen layer.
+    pub(super) async fn create_on(
+        &self,
+        new: NewVm,
+        below: Arc<Layer>,
+        asked: Instant,
+    ) -> Result<Vm, ApiError> {
+        let _one_at_a_time = self.lock(&new.name).lock().await;
+        if let Ok(entry) = self.get(&new.name) {
+            entry.must_be(new.image_id, Some(new.size_bytes))?;
+            return Ok(self.describe(&entry));
+        }
+        self.layout.must_have_room_for(new.name.as_str())?;
+        let (layers, size_bytes) = (Arc::clone(&self.layers), new.size_bytes);
+        let entry = self.add(new, asked, move || layers.make(Below::Layer(below), size_bytes)).await?;
+        Ok(self.describe(&entry))
+    }
+
     /// Makes a VM with what `make` makes as the top of its disk. The caller has the lock of its name and knows that
     /// it is free.
     pub(super) async fn add(

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use block::{ImageId, NodeName};
+use block::{ImageId, ImageName, NodeName};
 use futures_util::StreamExt;
 use image::BootProfile;
 use link::Report;
@@ -24,7 +24,7 @@ use crate::api::volt::{
     AttachImage, Attachment, DetachImage, ImageRecord, NodeReport, Push, RegisterImage, RegisterNode,
     Registered,
 };
-use crate::http::{Client, ClientError, Target};
+use crate::http::{ApiError, Client, ClientError, Target};
 use crate::identity::{Credentials, Principal, Removed, enroll};
 
 /// First pause before Volt is tried again; doubles up to the longest. A restart takes Volt a second.
@@ -87,6 +87,15 @@ impl VoltLink {
         let tree: crate::api::volt::TreeView = self.client.get(&format!("/v1/images/{name}/tree")).await?;
         let nodes = tree.stripes.into_iter().take(1).flatten().map(|at| at.node);
         Ok(nodes.filter(|node| *node != self.node).collect())
+    }
+
+    /// Whether the catalog has an image of this name.
+    pub(crate) async fn is_image(&self, name: &ImageName) -> Result<bool, ApiError> {
+        match self.client.get::<ImageRecord>(&format!("/v1/images/{name}")).await {
+            Ok(_) => Ok(true),
+            Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => Ok(false),
+            Err(error) => Err(super::node::from_volt(error)),
+        }
     }
 
     /// Attaches an image, by its name or id.

@@ -1,0 +1,234 @@
+//! Clones of VMs' disks, and images made of them.
+//!
+//! A clone on the same node is a new layer on the frozen one. For all others the frozen state becomes a *derived
+//! image*, of which only what differs from the VM's own image is new: nodes attach it like any image, read it at once,
+//! and fetch what differs over the hierarchy. A clone elsewhere stands on a layer of its node that takes over that
+//! difference in the background and then [settles](super::settle) on the VM's own image; from then on it needs
+//! nobody but that image's origins.
+//!
+//! Consistency: what is cloned is what a power cut at that moment would leave on the disk; quiesced, the guest has
+//! written out its file systems before. Crash: a frozen layer that nobody came to name is swept away. Cancellation:
+//! deriving stops when its client hangs up; the rest runs to its end. Retries: none.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use block::{ImageId, ImageName, VmName};
+use image::{DeriveRequest, ImportProgress, Novelty, RootPage};
+use tokio::runtime::Handle;
+
+use super::images::Attached;
+use super::layers::{Below, Layer, LayerDisks};
+use super::node::Node;
+use super::routes::to_the_end;
+use super::snapshots::Quiesce;
+use super::vms::NewVm;
+use crate::api::compute::{CloneVm, CommitVm, NodeImage, Vm};
+use crate::http::ApiError;
+
+/// An image that was made and is not known to Volt yet.
+pub(super) struct MadeImage {
+    pub(super) id: ImageId,
+    pub(super) root: RootPage,
+    pub(super) novelty: Novelty,
+}
+
+impl Node {
+    /// Clones a VM's disk on this node.
+    pub(crate) async fn clone_here(&self, name: &VmName, request: &CloneVm) -> Result<Vec<Vm>, ApiError> {
+        let asked = Instant::now();
+        if let Some(taken) = request.clones.iter().find(|clone| self.vms.has_files(clone)) {
+            return Err(ApiError::conflict(
+                "vm_exists",
+                format!("there is a VM '{taken}' already; choose another name or destroy it first"),
+            ));
+        }
+        let (record, layer) = self.vms.freeze_for_clones(name, quiesce_of(request.quiesce)).await?;
+        let mut vms = Vec::new();
+        let mut failure = None;
+        for clone in &request.clones {
+            let new = NewVm {
+                name: clone.clone(),
+                image: record.image.clone(),
+                image_id: record.image_id,
+                size_bytes: record.size_bytes,
+            };
+            match self.vms.create_on(new, Arc::clone(&layer), asked).await {
+                Ok(vm) => vms.push(vm),
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        self.vms.release(layer).await;
+        failure.map_or(Ok(vms), Err)
+    }
+
+    /// Makes an image of the present state of a VM's disk.
+    pub(crate) async fn commit(
+        self: &Arc<Self>,
+        name: &VmName,
+        request: CommitVm,
+        progress: Arc<ImportProgress>,
+    ) -> Result<NodeImage, ApiError> {
+        let CommitVm { image, quiesce, passing } = request;
+        self.images.must_have_room_for(&image)?;
+        if self.volt.is_image(&image).await? {
+            return Err(ApiError::conflict("name_taken", format!("there is an image '{image}' already"))
+                .with_hint("choose another name"));
+        }
+        let (node, vm) = (Arc::clone(self), name.clone());
+        let frozen = to_the_end(async move { node.vms.freeze_for_clones(&vm, quiesce_of(quiesce)).await });
+        let (_, layer) = frozen.await?;
+        let made = self.derive(&layer, progress).await;
+        let node = Arc::clone(self);
+        to_the_end(async move {
+            let published = match made {
+                Ok(Some(made)) => node.publish_derived(&image, made, &layer).await,
+                Ok(None) => node.unchanged(&layer, passing),
+                Err(error) => Err(error),
+            };
+            match published {
+                Ok(attached) => {
+                    if passing && attached.derived().is_some() {
+                        node.images.let_pass(&attached, &image).map_err(ApiError::internal)?;
+                    }
+                    Ok(node.describe(&attached))
+                }
+                Err(error) => {
+                    node.vms.release(layer).await;
+                    Err(error)
+                }
+            }
+        })
+        .await
+    }
+
+    /// The disk is as its image. To carry it elsewhere that is good news.
+    fn unchanged(&self, layer: &Arc<Layer>, passing: bool) -> Result<Arc<Attached>, ApiError> {
+        let (_, base) = layer.chain();
+        if passing {
+            self.vms.layers.release(layer.id());
+            return Ok(base);
+        }
+        let names: Vec<String> = base.names().iter().map(ToString::to_string).collect();
+        let message = format!("the disk does not differ from its image, {}", names.join(", "));
+        Err(ApiError::conflict("nothing_changed", message).with_hint("use that image"))
+    }
+
+    /// Derives an image from a frozen layer and what is below it; `None` if it does not differ from its image.
+    async fn derive(
+        &self,
+        layer: &Arc<Layer>,
+        progress: Arc<ImportProgress>,
+    ) -> Result<Option<MadeImage>, ApiError> {
+        let (layers, base) = layer.chain();
+        let request = DeriveRequest {
+            base: Arc::clone(&base.volume),
+            disk: Arc::clone(layer) as _,
+            runtime: Handle::current(),
+            changed: union(layers.iter().map(|layer| layer.overlay().own_ranges())),
+            location: LayerDisks::location(layer.id()),
+        };
+        let dir = self.images_dir.clone();
+        let derived = tokio::task::spawn_blocking(move || image::derive(&request, &dir, &progress));
+        let derived = derived.await.map_err(|e| ApiError::internal(e.to_string()))?;
+        let derived = derived.map_err(|e| ApiError::internal(format!("cannot derive an image: {e}")))?;
+        let made = |derived: image::Derived| MadeImage {
+            id: derived.id,
+            root: derived.root,
+            novelty: derived.novelty,
+        };
+        Ok(derived.map(made))
+    }
+
+    /// Serves a derived image under a name. The hold on the layer goes over to the image, or is given up.
+    async fn publish_derived(
+        &self,
+        name: &ImageName,
+        made: MadeImage,
+        layer: &Arc<Layer>,
+    ) -> Result<Arc<Attached>, ApiError> {
+        let before = self.images.by_id(&made.id).and_then(|image| image.derived());
+        let attached = self.publish(name, &made).await?;
+        // The same content may have been derived from another layer before, or imported.
+        let holds_this =
+            attached.derived().is_some_and(|now| now.location() == LayerDisks::location(layer.id()));
+        let replaced =
+            before.filter(|before| holds_this && before.location() != LayerDisks::location(layer.id()));
+        if let Some(Ok(old)) = replaced.map(|before| LayerDisks::layer_at(before.location())) {
+            self.vms.layers.release(old);
+        }
+        if !holds_this {
+            self.vms.release(Arc::clone(layer)).await;
+        }
+        Ok(attached)
+    }
+
+    /// Gives a VM a disk on an image that carries another VM's disk here. In the background the difference from that
+    /// VM's own image is taken over, and the disk stands on that.
+    pub(super) async fn create_settling(
+        &self,
+        name: &VmName,
+        from: Arc<Attached>,
+        own: &ImageName,
+        asked: Instant,
+    ) -> Result<Vm, ApiError> {
+        let to = self.attach(own).await?;
+        let landing = self.landing(&from, &to).await?;
+        let size_bytes = from.root.size_bytes();
+        let new = NewVm { name: name.clone(), image: own.clone(), image_id: to.id, size_bytes };
+        let created = self.vms.create_on(new, Arc::clone(&landing), asked).await;
+        self.vms.release(landing).await;
+        created
+    }
+
+    /// The layer on which clones on this node stand, held for the caller.
+    async fn landing(&self, from: &Arc<Attached>, to: &Arc<Attached>) -> Result<Arc<Layer>, ApiError> {
+        let _one_at_a_time = self.landing.lock().await;
+        if let Some(landing) = self.vms.layers.settling(&from.id, &to.id)
+            && self.vms.layers.hold(landing.id())
+        {
+            return Ok(landing);
+        }
+        let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), to.id);
+        let made = tokio::task::spawn_blocking(move || {
+            let (size_bytes, base) = (from.root.size_bytes(), Arc::clone(&from.volume) as _);
+            let landing = layers.make_over(Below::Image(from), size_bytes, base, Some(to))?;
+            landing.overlay().set_frozen();
+            Ok::<_, String>(landing)
+        });
+        made.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    }
+}
+
+fn quiesce_of(quiesce: bool) -> Quiesce {
+    if quiesce { Quiesce::Yes } else { Quiesce::No }
+}
+
+/// The ranges that are in any of these lists, in order and apart from each other.
+fn union(lists: impl Iterator<Item = Vec<Range<u64>>>) -> Vec<Range<u64>> {
+    let mut all: Vec<Range<u64>> = lists.flatten().collect();
+    all.sort_by_key(|range| range.start);
+    let mut union: Vec<Range<u64>> = Vec::new();
+    for range in all {
+        match union.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => union.push(range),
+        }
+    }
+    union
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_union_covers_each_byte_once_and_in_order() {
+        let lists = [vec![10..20, 30..40], vec![0..5, 15..31, 50..60], vec![5..6]];
+        assert_eq!(union(lists.into_iter()), [0..6, 10..40, 50..60]);
+    }
+}

@@ -1,0 +1,70 @@
+//! Lets clones stand on their own image, in the background.
+//!
+//! A layer on a derived image takes over the chunks in which that differs from the image that the clones are to
+//! stand on; then it stands on the latter, and the derived image is given up here. Until then whatever is missing is
+//! read from the derived image, by way of the hierarchy.
+//!
+//! Consistency: what the disks read never changes; see [`store::Overlay::pull`]. Retries: for ever, with a pause.
+//! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: it begins anew, and passes over what
+//! was taken over and flushed.
+
+use std::time::Duration;
+
+use block::limits::CHUNK_BYTES;
+use block::{ChunkIndex, Disk, Priority};
+use image::Difference;
+
+use super::layers::Settle;
+use super::node::Node;
+
+/// Pause after something could not be had: somebody has to mend something first.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// Chunks that are fetched before they are taken over: enough to keep all parents busy.
+const PIECE_CHUNKS: u64 = 256;
+
+/// Settles what is to be settled until dropped.
+pub(super) async fn run(node: &Node) {
+    loop {
+        let changed = node.vms.layers.settles.notified();
+        let Some(settle) = node.vms.layers.next_settle() else {
+            changed.await;
+            continue;
+        };
+        match settle_one(node, &settle).await {
+            Ok(bytes) => {
+                tracing::info!(layer = %settle.layer.id(), on = %settle.to.short(), bytes, "a clone has all of its own");
+                node.give_up_unused(&settle.from).await;
+            }
+            Err(reason) => {
+                tracing::warn!(layer = %settle.layer.id(), reason, "a clone cannot get all of its own yet");
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Takes over what differs; says how many bytes that were.
+async fn settle_one(node: &Node, settle: &Settle) -> Result<u64, String> {
+    let to = node.images.by_id(&settle.to);
+    let to = to.ok_or_else(|| format!("image {} is not attached", settle.to.short()))?;
+    let size_bytes = settle.from.root.size_bytes();
+    let mut bytes = 0;
+    let mut difference = Difference::new(&to.volume, &settle.from.volume);
+    while let Some(range) = difference.next().await.map_err(|e| e.to_string())? {
+        for first in (range.start.0..range.end.0).step_by(PIECE_CHUNKS as usize) {
+            let chunks: Vec<ChunkIndex> =
+                (first..range.end.0.min(first + PIECE_CHUNKS)).map(ChunkIndex).collect();
+            let failed = settle.from.way().stream(&chunks, Priority::Background, || {}).await;
+            if failed > 0 {
+                return Err(format!("{failed} chunks of image {} cannot be had", settle.from.id.short()));
+            }
+            let end = (first + chunks.len() as u64) * CHUNK_BYTES as u64;
+            let piece = first * CHUNK_BYTES as u64..end.min(size_bytes);
+            bytes += settle.layer.overlay().pull(piece).await.map_err(|e| e.to_string())?;
+        }
+    }
+    settle.layer.flush().await.map_err(|e| e.to_string())?;
+    node.vms.layers.settled(&settle.layer, to)?;
+    Ok(bytes)
+}
