@@ -24,7 +24,7 @@ use crate::api::volt::{ImageRecord, NodeRecord, NodeState};
 use crate::units::{ByteSize, show_ms};
 
 /// VMs of one command. A bound against a slip of the finger, far above what a cluster runs.
-const COUNT_MAX: u32 = 100_000;
+pub(super) const COUNT_MAX: u32 = 100_000;
 
 /// How often the progress lines are renewed.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
@@ -115,10 +115,10 @@ struct Place {
 }
 
 /// What every VM of the command gets.
-struct Plan {
-    create: CreateVm,
-    start: StartVm,
-    wait: WaitReady,
+pub(super) struct Plan {
+    pub(super) create: CreateVm,
+    pub(super) start: StartVm,
+    pub(super) wait: WaitReady,
 }
 
 pub(super) async fn run(context: &Context, args: &BootArgs) -> Outcome {
@@ -134,14 +134,27 @@ pub(super) async fn run(context: &Context, args: &BootArgs) -> Outcome {
         return Err(Failure::new("no node is up: start 'virtman compute' on some host first"));
     }
     let names = vm_names(args)?;
+    boot_all(context, &image, &cluster.nodes, &chosen, names, plan).await
+}
+
+/// Boots VMs of these names, spread over the chosen nodes, and shows what came of it.
+pub(super) async fn boot_all(
+    context: &Context,
+    image: &ImageRecord,
+    nodes: &[NodeRecord],
+    chosen: &[&NodeRecord],
+    names: Vec<VmName>,
+    plan: Arc<Plan>,
+) -> Outcome {
+    let patience = Duration::from_millis(plan.wait.timeout_ms) + WAIT_MARGIN;
     let mut places = Vec::new();
     for (index, record) in chosen.iter().enumerate() {
         let total = names.iter().skip(index).step_by(chosen.len()).count();
         if total > 0 {
-            places.push(place(context, record, total, args.timeout + WAIT_MARGIN).await?);
+            places.push(place(context, record, total, patience).await?);
         }
     }
-    let origins = origins(context, &image, &cluster.nodes).await;
+    let origins = origins(context, image, nodes).await;
 
     let progress = Arc::new(progress(&places));
     let mut tasks = JoinSet::new();
@@ -220,16 +233,21 @@ fn vm_names(args: &BootArgs) -> Outcome<Vec<VmName>> {
         Some(name) => name.as_str(),
         None => image.split_once(':').map_or(image, |(name, _)| name),
     };
+    numbered(prefix, args.count)
+}
+
+/// `prefix-1`, `prefix-2` and so on.
+pub(super) fn numbered(prefix: &str, count: u32) -> Outcome<Vec<VmName>> {
     let name = |number: u32| {
         format!("{prefix}-{number}")
             .parse()
             .map_err(|e| Failure::new(format!("{e}; choose a shorter --name")))
     };
-    (1..=args.count).map(name).collect()
+    (1..=count).map(name).collect()
 }
 
 /// Sorts `vm-2` before `vm-10`.
-fn natural(name: &VmName) -> (String, u64) {
+pub(super) fn natural(name: &VmName) -> (String, u64) {
     let text = name.as_str();
     let digits = text.len() - text.trim_end_matches(|c: char| c.is_ascii_digit()).len();
     let (prefix, number) = text.split_at(text.len() - digits);

@@ -251,7 +251,7 @@ fn shape_text(shaping: Option<Shaping>) -> String {
 }
 
 /// Asks for something long, and shows how far it is.
-async fn follow<T: DeserializeOwned + Send + 'static>(
+pub(super) async fn follow<T: DeserializeOwned + Send + 'static>(
     client: &Client,
     path: &str,
     body: &impl Serialize,

@@ -1,6 +1,7 @@
 //! The command line: its grammar and help texts. What each command does stands in the module beside it.
 
 mod boot;
+mod clone;
 mod context;
 mod export;
 mod image;
@@ -100,6 +101,10 @@ pub(crate) enum Command {
     },
     /// List VMs
     List,
+    /// Make copies of a VM's disk, on its node or on others
+    Clone(clone::CloneArgs),
+    /// Make an image of a VM's disk
+    Commit(clone::CommitArgs),
     /// Take snapshots of VMs' disks, go back to them, and give them up
     Snapshot(snapshot::SnapshotArgs),
     /// List the ways to disks and images, and export them over iSCSI

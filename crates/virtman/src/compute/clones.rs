@@ -177,7 +177,11 @@ impl Node {
         asked: Instant,
     ) -> Result<Vm, ApiError> {
         let to = self.attach(own).await?;
-        let landing = self.landing(&from, &to).await?;
+        let landing = match from.derived() {
+            // On the node where the disk is that it was made of, there is nothing to carry.
+            Some(derived) => self.vms.hold_frozen(LayerDisks::layer_at(derived.location())).await?,
+            None => self.landing(&from, &to).await?,
+        };
         let size_bytes = from.root.size_bytes();
         let new = NewVm { name: name.clone(), image: own.clone(), image_id: to.id, size_bytes };
         let created = self.vms.create_on(new, Arc::clone(&landing), asked).await;
@@ -188,15 +192,15 @@ impl Node {
     /// The layer on which clones on this node stand, held for the caller.
     async fn landing(&self, from: &Arc<Attached>, to: &Arc<Attached>) -> Result<Arc<Layer>, ApiError> {
         let _one_at_a_time = self.landing.lock().await;
-        if let Some(landing) = self.vms.layers.settling(&from.id, &to.id)
+        if let Some(landing) = self.vms.layers.carried(from.id, to.id)
             && self.vms.layers.hold(landing.id())
         {
             return Ok(landing);
         }
-        let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), to.id);
+        let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), Arc::clone(to));
         let made = tokio::task::spawn_blocking(move || {
-            let (size_bytes, base) = (from.root.size_bytes(), Arc::clone(&from.volume) as _);
-            let landing = layers.make_over(Below::Image(from), size_bytes, base, Some(to))?;
+            let size_bytes = from.root.size_bytes();
+            let landing = layers.make(Below::Carried { image: from, base: to }, size_bytes)?;
             landing.overlay().set_frozen();
             Ok::<_, String>(landing)
         });

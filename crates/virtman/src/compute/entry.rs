@@ -9,6 +9,7 @@ use store::Chain;
 
 use super::exports::{ExportSocket, WatchedDisk};
 use super::layers::{Layer, LayerId};
+use crate::api::compute::StartVm;
 use crate::http::ApiError;
 use crate::vm::Qemu;
 
@@ -28,6 +29,9 @@ pub(super) struct Record {
     /// From old to new.
     #[serde(default)]
     pub(super) snapshots: Vec<Snapshot>,
+    /// How its guest was started last.
+    #[serde(default)]
+    pub(super) start: Option<StartVm>,
 }
 
 /// What is remembered of a snapshot.

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use store::Overlay;
 use tokio::sync::Notify;
 
+use super::carried::Carried;
 use super::files;
 use super::images::{Attached, Images};
 use crate::api::now_unix_ms;
@@ -74,15 +75,20 @@ pub(crate) enum Parent {
     Layer(LayerId),
     /// An image.
     Image(ImageId),
+    /// Another VM's disk, from elsewhere. The layer takes over in what that differs from its base, and is to stand on the
+    /// base then.
+    Carried {
+        /// The image that it comes as.
+        image: ImageId,
+        /// The image that it was derived from.
+        base: ImageId,
+    },
 }
 
 /// What is remembered of a layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Record {
     parent: Parent,
-    /// An image on which it is to stand once it holds all in which its parent differs from that.
-    #[serde(default)]
-    settle_on: Option<ImageId>,
     made_unix_ms: u64,
 }
 
@@ -100,6 +106,8 @@ pub(crate) enum Below {
     Layer(Arc<Layer>),
     /// An image.
     Image(Arc<Attached>),
+    /// Another VM's disk, from elsewhere; see [`Parent::Carried`].
+    Carried { image: Arc<Attached>, base: Arc<Attached> },
 }
 
 impl Below {
@@ -108,6 +116,9 @@ impl Below {
         match self {
             Below::Layer(layer) => Arc::clone(layer) as _,
             Below::Image(image) => Arc::clone(&image.volume) as _,
+            Below::Carried { image, base } => {
+                Arc::new(Carried::new(Arc::clone(&image.volume), Arc::clone(&base.volume)))
+            }
         }
     }
 
@@ -115,6 +126,7 @@ impl Below {
         match self {
             Below::Layer(layer) => Parent::Layer(layer.id),
             Below::Image(image) => Parent::Image(image.id),
+            Below::Carried { image, base } => Parent::Carried { image: image.id, base: base.id },
         }
     }
 }
@@ -140,7 +152,7 @@ impl Layer {
             let below = layers.last().expect("it begins with this layer").below();
             match below {
                 Below::Layer(layer) => layers.push(layer),
-                Below::Image(image) => return (layers, image),
+                Below::Image(image) | Below::Carried { image, .. } => return (layers, image),
             }
         }
     }
@@ -251,11 +263,11 @@ pub(super) struct Merge {
     pub(super) upper: Arc<Layer>,
 }
 
-/// A layer that is to stand on another image.
+/// A layer that takes over another VM's disk; see [`Parent::Carried`].
 pub(super) struct Settle {
     pub(super) layer: Arc<Layer>,
-    pub(super) from: Arc<Attached>,
-    pub(super) to: ImageId,
+    pub(super) image: Arc<Attached>,
+    pub(super) base: Arc<Attached>,
 }
 
 impl Layers {
@@ -331,7 +343,7 @@ impl Layers {
         }
         match below {
             Below::Layer(layer) => Ok(layer),
-            Below::Image(_) => Err(format!("layer {id} is not there")),
+            Below::Image(_) | Below::Carried { .. } => Err(format!("layer {id} is not there")),
         }
     }
 
@@ -351,13 +363,17 @@ impl Layers {
             closed.push(at);
             match known.record.parent {
                 Parent::Layer(parent) => at = parent,
-                Parent::Image(id) => {
-                    let image = self.images.by_id(&id);
-                    let image = image.ok_or_else(|| format!("its image {} is not attached", id.short()))?;
-                    return Ok((closed, Below::Image(image)));
+                Parent::Image(image) => return Ok((closed, Below::Image(self.attached(&image)?))),
+                Parent::Carried { image, base } => {
+                    let (image, base) = (self.attached(&image)?, self.attached(&base)?);
+                    return Ok((closed, Below::Carried { image, base }));
                 }
             }
         }
+    }
+
+    fn attached(&self, id: &ImageId) -> Result<Arc<Attached>, String> {
+        self.images.by_id(id).ok_or_else(|| format!("its image {} is not attached", id.short()))
     }
 
     fn enter(&self, id: LayerId, overlay: Overlay, below: Below) -> Arc<Layer> {
@@ -371,7 +387,7 @@ impl Layers {
     /// Makes an empty layer, which the caller holds.
     pub(crate) fn make(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, String> {
         let base = below.disk();
-        self.make_over(below, size_bytes, base, None)
+        self.make_over(below, size_bytes, base)
     }
 
     /// The same; what it does not hold is read through `base`, which reads as what is below.
@@ -380,16 +396,15 @@ impl Layers {
         below: Below,
         size_bytes: u64,
         base: Arc<dyn Disk>,
-        settle_on: Option<ImageId>,
     ) -> Result<Arc<Layer>, String> {
         let id = LayerId(rand::random());
-        let record = Record { parent: below.parent(), settle_on, made_unix_ms: now_unix_ms() };
+        let record = Record { parent: below.parent(), made_unix_ms: now_unix_ms() };
         self.forest().insert(id, record.clone(), 1);
         let made = self.write(id, &record, size_bytes, base);
         match made {
             Ok(overlay) => {
                 let layer = self.enter(id, overlay, below);
-                if settle_on.is_some() {
+                if matches!(record.parent, Parent::Carried { .. }) {
                     self.settles.notify_one();
                 }
                 Ok(layer)
@@ -442,26 +457,25 @@ impl Layers {
         let forest = self.forest();
         let up = |id: &LayerId| match forest.layers.get(id)?.record.parent {
             Parent::Layer(parent) => Some(parent),
-            Parent::Image(_) => None,
+            Parent::Image(_) | Parent::Carried { .. } => None,
         };
         std::iter::successors(Some(top), up).take(forest.layers.len()).count()
     }
 
     /// Whether layers stand on the image, or are to.
     pub(crate) fn need(&self, image: &ImageId) -> bool {
-        let needs = |record: &Record| {
-            record.parent == Parent::Image(*image) || record.settle_on.is_some_and(|id| id == *image)
+        let needs = |known: &Known| match known.record.parent {
+            Parent::Layer(_) => false,
+            Parent::Image(id) => id == *image,
+            Parent::Carried { image: id, base } => id == *image || base == *image,
         };
-        self.forest().layers.values().any(|known| needs(&known.record))
+        self.forest().layers.values().any(needs)
     }
 
-    /// A layer on an image that is to settle on another, if there is one.
-    pub(super) fn settling(&self, from: &ImageId, to: &ImageId) -> Option<Arc<Layer>> {
-        let forest = self.forest();
-        let is_meant = |known: &&Known| {
-            known.record.parent == Parent::Image(*from) && known.record.settle_on.as_ref() == Some(to)
-        };
-        forest.layers.values().find(is_meant)?.open.upgrade()
+    /// The layer that takes over another VM's disk, if there is one.
+    pub(super) fn carried(&self, image: ImageId, base: ImageId) -> Option<Arc<Layer>> {
+        let parent = Parent::Carried { image, base };
+        self.forest().layers.values().find(|known| known.record.parent == parent)?.open.upgrade()
     }
 
     /// A layer that can be merged, if both it and the one above it are open.
@@ -473,7 +487,7 @@ impl Layers {
                 return None;
             };
             // One that is to settle does that first.
-            if known.record.settle_on.is_some() {
+            if matches!(known.record.parent, Parent::Carried { .. }) {
                 return None;
             }
             let upper = forest.layers.get(upper)?.open.upgrade()?;
@@ -481,14 +495,12 @@ impl Layers {
         })
     }
 
-    /// A layer that is to stand on another image.
+    /// A layer that takes over another VM's disk.
     pub(super) fn next_settle(&self) -> Option<Settle> {
-        let forest = self.forest();
-        forest.layers.values().find_map(|known| {
-            let to = known.record.settle_on?;
+        self.forest().layers.values().find_map(|known| {
             let layer = known.open.upgrade()?;
-            let Below::Image(from) = layer.below() else { return None };
-            Some(Settle { layer, from, to })
+            let Below::Carried { image, base } = layer.below() else { return None };
+            Some(Settle { layer, image, base })
         })
     }
 
@@ -497,7 +509,7 @@ impl Layers {
         {
             let mut forest = self.forest();
             let below = lower.below();
-            self.stand(&mut forest, upper, below, None)?;
+            self.stand(&mut forest, upper, below)?;
             if let Some(known) = forest.layers.get_mut(&lower.id) {
                 known.children.remove(&upper.id);
             }
@@ -507,24 +519,18 @@ impl Layers {
         Ok(())
     }
 
-    /// Lets a layer that holds all in which its image differs from `to` stand on that.
-    pub(super) fn settled(&self, layer: &Arc<Layer>, to: Arc<Attached>) -> Result<(), String> {
-        self.stand(&mut self.forest(), layer, Below::Image(to), None)?;
+    /// Lets a layer that has taken over another VM's disk stand on the image that both have in common.
+    pub(super) fn settled(&self, settle: &Settle) -> Result<(), String> {
+        self.stand(&mut self.forest(), &settle.layer, Below::Image(Arc::clone(&settle.base)))?;
         self.merges.notify_one();
         Ok(())
     }
 
     /// Changes what a layer stands on: on disk first. Under the lock, so that nobody removes the layer meanwhile.
-    fn stand(
-        &self,
-        forest: &mut Forest,
-        layer: &Arc<Layer>,
-        below: Below,
-        settle_on: Option<ImageId>,
-    ) -> Result<(), String> {
+    fn stand(&self, forest: &mut Forest, layer: &Arc<Layer>, below: Below) -> Result<(), String> {
         let parent = below.parent();
         let known = forest.layers.get_mut(&layer.id).ok_or("the layer was removed meanwhile")?;
-        let record = Record { parent, settle_on, made_unix_ms: known.record.made_unix_ms };
+        let record = Record { parent, made_unix_ms: known.record.made_unix_ms };
         let file = self.layer_dir(layer.id).join(RECORD);
         tokio::task::block_in_place(|| files::write_record(&file, &record))
             .map_err(|e| format!("cannot write {}: {e}", file.display()))?;
@@ -606,7 +612,7 @@ mod tests {
     use super::*;
 
     fn record(parent: Parent) -> Record {
-        Record { parent, settle_on: None, made_unix_ms: 0 }
+        Record { parent, made_unix_ms: 0 }
     }
 
     fn image() -> Parent {

@@ -6,6 +6,7 @@
 //! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
 //! same images, disks and exports under the same names, and its guests never noticed more than latency.
 
+mod carried;
 mod clones;
 pub(crate) mod config;
 mod entry;

@@ -32,10 +32,10 @@ use crate::http::{ApiError, ClientError};
 use crate::vm::{AccelWish, Ready};
 
 /// How long an image that carries a VM's disk waits for the first node that wants it.
-const PASSING_MIN: Duration = Duration::from_secs(60);
+const PASSING_MIN: Duration = Duration::from_secs(30);
 
 /// How often it is looked whether such an image is still wanted.
-pub(super) const PASSING_CHECK: Duration = Duration::from_secs(10);
+pub(super) const PASSING_CHECK: Duration = Duration::from_secs(5);
 
 /// One host that runs `virtman compute`.
 pub(crate) struct Node {
@@ -452,6 +452,13 @@ impl Node {
     }
 
     fn must_be_unused(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+        if self.images.is_base(&attached.id) && attached.names().len() == 1 {
+            return Err(ApiError::conflict(
+                "image_in_use",
+                format!("images on node {} were derived from '{name}' and need it", self.name),
+            )
+            .with_hint("remove those first; 'virtman image list --node' shows their sources"));
+        }
         if self.vms.layers.need(&attached.id) && attached.names().len() == 1 {
             let vms = self.vms.count_on(&attached.id);
             return Err(ApiError::conflict(
@@ -459,13 +466,6 @@ impl Node {
                 format!("{vms} VM disks on node {} stand on '{name}'", self.name),
             )
             .with_hint("destroy those VMs first; 'virtman list' shows them"));
-        }
-        if self.images.is_base(&attached.id) && attached.names().len() == 1 {
-            return Err(ApiError::conflict(
-                "image_in_use",
-                format!("images on node {} were derived from '{name}' and need it", self.name),
-            )
-            .with_hint("remove those first; 'virtman image list --node' shows their sources"));
         }
         if self.iscsi.contains(&ExportName::Image(name.clone())) {
             return Err(ApiError::conflict(

@@ -42,7 +42,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(attach_image, detach_image))
         .routes(routes!(vms))
         .routes(routes!(vm, create_vm, destroy_vm))
-        .routes(routes!(start_vm))
+        .routes(routes!(last_start, start_vm))
         .routes(routes!(wait_vm))
         .routes(routes!(stop_vm))
         .routes(routes!(snapshots))
@@ -208,6 +208,14 @@ async fn destroy_vm(
     peer.must_be_admin()?;
     to_the_end(async move { node.destroy(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// How a VM's guest was started last, to start others in the same way.
+#[utoipa::path(get, path = "/v1/vms/{vm}/start", params(("vm" = String, Path,)),
+    responses((status = 200, body = StartVm), (status = 404), (status = 409)))]
+async fn last_start(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<StartVm> {
+    peer.must_be_admin()?;
+    node.vms.last_start(&name).map(Json)
 }
 
 /// Starts a guest on a VM's disk. If one runs, that is it.

@@ -33,8 +33,8 @@ pub(super) async fn run(node: &Node) {
         };
         match settle_one(node, &settle).await {
             Ok(bytes) => {
-                tracing::info!(layer = %settle.layer.id(), on = %settle.to.short(), bytes, "a clone has all of its own");
-                node.give_up_unused(&settle.from).await;
+                tracing::info!(layer = %settle.layer.id(), image = %settle.base.id.short(), bytes, "a clone has all of its own");
+                node.give_up_unused(&settle.image).await;
             }
             Err(reason) => {
                 tracing::warn!(layer = %settle.layer.id(), reason, "a clone cannot get all of its own yet");
@@ -46,25 +46,24 @@ pub(super) async fn run(node: &Node) {
 
 /// Takes over what differs; says how many bytes that were.
 async fn settle_one(node: &Node, settle: &Settle) -> Result<u64, String> {
-    let to = node.images.by_id(&settle.to);
-    let to = to.ok_or_else(|| format!("image {} is not attached", settle.to.short()))?;
-    let size_bytes = settle.from.root.size_bytes();
+    let Settle { layer, image, base } = settle;
+    let size_bytes = image.root.size_bytes();
     let mut bytes = 0;
-    let mut difference = Difference::new(&to.volume, &settle.from.volume);
+    let mut difference = Difference::new(&base.volume, &image.volume);
     while let Some(range) = difference.next().await.map_err(|e| e.to_string())? {
         for first in (range.start.0..range.end.0).step_by(PIECE_CHUNKS as usize) {
             let chunks: Vec<ChunkIndex> =
                 (first..range.end.0.min(first + PIECE_CHUNKS)).map(ChunkIndex).collect();
-            let failed = settle.from.way().stream(&chunks, Priority::Background, || {}).await;
+            let failed = image.way().stream(&chunks, Priority::Background, || {}).await;
             if failed > 0 {
-                return Err(format!("{failed} chunks of image {} cannot be had", settle.from.id.short()));
+                return Err(format!("{failed} chunks of image {} cannot be had", image.id.short()));
             }
             let end = (first + chunks.len() as u64) * CHUNK_BYTES as u64;
             let piece = first * CHUNK_BYTES as u64..end.min(size_bytes);
-            bytes += settle.layer.overlay().pull(piece).await.map_err(|e| e.to_string())?;
+            bytes += layer.overlay().pull(piece).await.map_err(|e| e.to_string())?;
         }
     }
-    settle.layer.flush().await.map_err(|e| e.to_string())?;
-    node.vms.layers.settled(&settle.layer, to)?;
+    layer.flush().await.map_err(|e| e.to_string())?;
+    node.vms.layers.settled(settle)?;
     Ok(bytes)
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use block::{SnapshotName, VmName};
 
 use super::entry::{Entry, Record, Snapshot};
-use super::layers::{Below, DEPTH_MAX, Layer};
+use super::layers::{Below, DEPTH_MAX, Layer, LayerId};
 use super::vms::Vms;
 use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
 use crate::api::now_unix_ms;
@@ -211,6 +211,25 @@ impl Vms {
             quiesced: found.quiesced,
             private_bytes: bytes.map_err(ApiError::internal)?,
         })
+    }
+
+    async fn open_frozen(&self, layer: LayerId) -> Result<Arc<Layer>, ApiError> {
+        let layers = Arc::clone(&self.layers);
+        let opened = tokio::task::spawn_blocking(move || layers.open_frozen(layer));
+        opened.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    }
+
+    /// A frozen layer, which the caller holds.
+    pub(super) async fn hold_frozen(&self, layer: Result<LayerId, String>) -> Result<Arc<Layer>, ApiError> {
+        let id = layer.map_err(ApiError::internal)?;
+        if !self.layers.hold(id) {
+            return Err(ApiError::internal(format!("layer {id} is not there")));
+        }
+        let opened = self.open_frozen(id).await;
+        if opened.is_err() {
+            self.layers.release(id);
+        }
+        opened
     }
 
     /// Gives up a layer that the caller holds.

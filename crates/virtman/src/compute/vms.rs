@@ -143,7 +143,7 @@ impl Vms {
         let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
         let layers = Arc::clone(&self.layers);
         let below = Below::Image(attached);
-        let make = move || layers.make_over(below, size_bytes, Arc::new(base), None);
+        let make = move || layers.make_over(below, size_bytes, Arc::new(base));
         let entry = self.add(new, asked, make).await?;
         Ok(self.describe(&entry))
     }
@@ -255,7 +255,21 @@ impl Vms {
         })?;
         tracing::info!(vm = %name, pid = qemu.pid(), "guest started");
         watch(&entry, qemu);
+        let record = Record { start: Some(request.clone()), ..entry.record() };
+        self.save(&record).await?;
+        entry.become_known(record, entry.top());
         Ok(VmStarted { vm: self.describe(&entry), accelerator })
+    }
+
+    /// How a VM's guest was started last.
+    pub(crate) fn last_start(&self, name: &VmName) -> Result<StartVm, ApiError> {
+        self.get(name)?.record().start.ok_or_else(|| {
+            ApiError::conflict(
+                "never_started",
+                format!("no guest was ever started on the disk of '{name}' by VirtMan"),
+            )
+            .with_hint("'virtman boot' starts guests")
+        })
     }
 
     /// Waits until a VM's guest is ready.
@@ -412,8 +426,8 @@ impl NewVm {
         let identity = format!("{node}/{name}/{image_id}/{created_unix_ms}");
         let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
         let disk_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let (top, snapshots) = (top.id(), Vec::new());
-        Record { name, image, image_id, size_bytes, disk_ms, created_unix_ms, serial, top, snapshots }
+        let (top, snapshots, start) = (top.id(), Vec::new(), None);
+        Record { name, image, image_id, size_bytes, disk_ms, created_unix_ms, serial, top, snapshots, start }
     }
 }
 
