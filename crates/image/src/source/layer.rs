@@ -2,7 +2,7 @@
 //!
 //! A user brings such a file to go on with a disk elsewhere. The name of a backing file in it was written by a
 //! stranger, and the image that it was made on is known here by its id; so that name is told, and nothing is opened
-//! by it. What is checked of the file's tables, and why, stands in [`qcow2`](super::qcow2).
+//! by it. What is checked of the file's tables, and why, stands in [`qcow2`].
 
 use std::io;
 use std::ops::Range;

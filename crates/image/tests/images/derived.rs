@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use block::{BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, FetchError, ImageId, Priority};
 use image::{
@@ -329,6 +329,26 @@ fn a_disk_that_changed_or_went_away_gives_errors_and_serves_again_when_put_back(
         matches!(&fetched, Err(FetchError::Storage { reason, .. }) if reason.contains("instead of")),
         "a disk of another size: {fetched:?}"
     );
+}
+
+#[test]
+fn a_disk_that_failed_is_opened_anew() {
+    let setting = wide();
+    let (good, bad) = (Arc::new(setting.base.grown(0)), Arc::new(setting.base.grown(0)));
+    let derived = setting.derive(&good, &[good.put(CHUNK, b"changed")]);
+    let opened = Arc::new(AtomicUsize::new(0));
+    let (count, name) = (Arc::clone(&opened), good.name(1));
+    let opener = move |_: &str| {
+        let disk = if count.fetch_add(1, Ordering::SeqCst) == 0 { &bad } else { &good };
+        Ok(Arc::clone(disk) as Arc<dyn Disk>)
+    };
+    let base = Arc::clone(&setting.source) as Arc<dyn ChunkSource>;
+    let image = DerivedImage::open(&derived.dir, Arc::new(opener), base).unwrap();
+    let fetch = || setting.runtime.block_on(image.fetch(name, Priority::Guest));
+    assert_eq!(opened.load(Ordering::SeqCst), 0, "it is opened when it is first read");
+    assert!(matches!(fetch(), Err(FetchError::Wrong(_))));
+    assert!(fetch().is_ok() && fetch().is_ok());
+    assert_eq!(opened.load(Ordering::SeqCst), 2);
 }
 
 #[test]

@@ -175,13 +175,22 @@ fn a_large_disk_with_little_in_it_makes_a_small_file() {
     assert_eq!(metadata.permissions().mode(), ordinary.permissions().mode(), "it is a file like any other");
 }
 
-/// A disk that fails, or has the work cancelled, when it is read behind its first mebibytes.
-struct Failing {
+/// A disk of which something happens when it is read behind its first mebibytes.
+struct Eventful {
     disk: Arc<Sparse>,
-    progress: Option<Arc<ImportProgress>>,
+    event: Event,
 }
 
-impl Disk for Failing {
+enum Event {
+    /// The read fails.
+    Fails,
+    /// The work is cancelled, and the read never ends.
+    Cancelled(Arc<ImportProgress>),
+    /// Somebody else makes the file that is being written.
+    Overtaken(PathBuf),
+}
+
+impl Disk for Eventful {
     fn size_bytes(&self) -> u64 {
         self.disk.size_bytes()
     }
@@ -191,14 +200,16 @@ impl Disk for Failing {
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        match &self.progress {
-            _ if offset < 20 * MIB => self.disk.read(offset, buf),
-            None => Box::pin(async { Err(DiskError::Io("a bad sector".to_owned())) }),
-            Some(progress) => {
+        match &self.event {
+            _ if offset < 20 * MIB => {}
+            Event::Fails => return Box::pin(async { Err(DiskError::Io("a bad sector".to_owned())) }),
+            Event::Cancelled(progress) => {
                 progress.cancel();
-                Box::pin(std::future::pending())
+                return Box::pin(std::future::pending());
             }
+            Event::Overtaken(path) => fs::write(path, b"precious").unwrap(),
         }
+        self.disk.read(offset, buf)
     }
 
     fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
@@ -246,16 +257,49 @@ fn what_cannot_be_written_says_why_and_leaves_nothing() {
     let error = write(&Qcow2Request { path: bench.file("no/dir"), ..good.clone() }).unwrap_err();
     assert!(matches!(error, ExportError::Unwritable { .. }), "{error:?}");
 
-    let failing = Failing { disk: Arc::clone(&disk), progress: None };
-    let error = write(&Qcow2Request { disk: Arc::new(failing), ..good.clone() }).unwrap_err();
+    let eventful = |event| {
+        let disk = Eventful { disk: Arc::clone(&disk), event };
+        Qcow2Request { disk: Arc::new(disk), ..good.clone() }
+    };
+    let error = write(&eventful(Event::Fails)).unwrap_err();
     assert!(matches!(error, ExportError::Disk(_)) && error.to_string().contains("bad sector"), "{error}");
     let progress = Arc::new(ImportProgress::default());
-    let stuck = Failing { disk: Arc::clone(&disk), progress: Some(Arc::clone(&progress)) };
-    let error = write_qcow2(&Qcow2Request { disk: Arc::new(stuck), ..good.clone() }, &progress);
+    let error = write_qcow2(&eventful(Event::Cancelled(Arc::clone(&progress))), &progress);
     assert!(matches!(error, Err(ExportError::Cancelled)), "{error:?}");
     assert_eq!(entries(), 0, "something was left behind");
+
+    let error = write(&eventful(Event::Overtaken(good.path.clone()))).unwrap_err();
+    assert!(matches!(error, ExportError::Exists(_)), "{error:?}");
+    assert_eq!((fs::read(&good.path).unwrap(), entries()), (b"precious".to_vec(), 1));
+    fs::remove_file(&good.path).unwrap();
     assert!(write(&good).is_ok());
     assert_eq!(entries(), 1);
+}
+
+#[test]
+fn zeroes_over_data_become_zero_clusters_if_there_is_a_backing_file() {
+    let (bench, runtime) = (Bench::new(), runtime());
+    let base = Sparse::new(4 * MIB);
+    base.put(0, &noise(1, 4 << 20));
+    raw(&bench, &base, "base.raw");
+    let disk = Arc::new(base.grown(0));
+    // A hole of the disk, zeroes that it does not know to be a hole, and a part of a cluster.
+    let ranges = [(MIB, 3 * CHUNK), (2 * MIB - 5, CHUNK + 5), (3 * MIB, 4096)];
+    let data: Vec<_> = ranges.iter().map(|(at, len)| disk.put(*at, &vec![0; *len as usize])).collect();
+    raw(&bench, &disk, "disk.raw");
+    let request = request(&bench, &runtime, &disk, data, Some("base.raw"));
+    let exported = write(&request).unwrap();
+    assert_eq!(exported.data_bytes, 2 * CHUNK, "two clusters are zero in part");
+    bench.qemu_img("check -f qcow2 out.qcow2");
+    bench.qemu_img("compare -f raw -F qcow2 disk.raw out.qcow2");
+    let extents: Vec<_> = Qcow2Layer::open(&request.path).unwrap().extents().map(Result::unwrap).collect();
+    let expected = [
+        LayerExtent::Zero(MIB..MIB + 3 * CHUNK),
+        LayerExtent::Data(2 * MIB - CHUNK..2 * MIB),
+        LayerExtent::Zero(2 * MIB..2 * MIB + CHUNK),
+        LayerExtent::Data(3 * MIB..3 * MIB + CHUNK),
+    ];
+    assert_eq!(extents, expected);
 }
 
 /// An overlay of 8 MiB on a base of noise, with all that a cluster can be.
