@@ -1,6 +1,5 @@
 //! Derived images: the same as an import of the whole disk, at the price of what changed.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -15,16 +14,12 @@ use image::{
 use proptest::prelude::*;
 use tokio::runtime::{Handle, Runtime};
 
-use crate::sparse::{Counted, Sparse, import, opener};
-use crate::support::{Bench, CHUNK, MIB, noise};
+use crate::sparse::{Counted, Sparse, assert_serves, import, opener, plain_difference};
+use crate::support::{Bench, CHUNK, MIB, noise, runtime};
 
 const GIB: u64 = 1 << 30;
 /// Bytes of disk under one page of level 0.
 const PAGE: u64 = 2048 * CHUNK;
-
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
-}
 
 fn request(
     base: &Arc<ImageVolume>,
@@ -82,33 +77,6 @@ impl Setting {
     fn volume(&self, derived: &Derived, disk: &Arc<Sparse>) -> ImageVolume {
         ImageVolume::new(derived.root.clone(), Arc::new(self.open(derived, disk)))
     }
-}
-
-/// Reads every chunk that is not zero, and what lies beside it.
-fn assert_serves(volume: &ImageVolume, disk: &Sparse, runtime: &Runtime) {
-    let around = disk.positions().into_iter().flat_map(|at| [at.saturating_sub(1), at, at + 1]);
-    let last = (volume.size_bytes() - 1) / CHUNK;
-    for position in around.chain([0, last]).filter(|at| *at <= last).collect::<BTreeSet<_>>() {
-        let len = CHUNK.min(volume.size_bytes() - position * CHUNK) as usize;
-        let (mut expected, mut actual) = (vec![1; len], vec![2; len]);
-        runtime.block_on(disk.read(position * CHUNK, &mut expected)).unwrap();
-        runtime.block_on(volume.read(position * CHUNK, &mut actual)).unwrap();
-        assert!(expected == actual, "chunk {position} differs");
-    }
-}
-
-/// What differs, found by looking at everything.
-fn plain_difference(base: &Sparse, other: &Sparse) -> Vec<Range<ChunkIndex>> {
-    let positions: BTreeSet<u64> = base.positions().into_iter().chain(other.positions()).collect();
-    let mut ranges: Vec<Range<ChunkIndex>> = Vec::new();
-    let end = other.size_bytes().div_ceil(CHUNK);
-    for at in positions.into_iter().filter(|at| *at < end && base.chunk(*at) != other.chunk(*at)) {
-        match ranges.last_mut() {
-            Some(last) if last.end.0 == at => last.end.0 += 1,
-            _ => ranges.push(ChunkIndex(at)..ChunkIndex(at + 1)),
-        }
-    }
-    ranges
 }
 
 /// A write: where as a part of the disk, or on which chunk that is there already; how much; and noise, or zeroes.

@@ -16,11 +16,7 @@ use proptest::prelude::*;
 use tokio::runtime::Runtime;
 
 use crate::sparse::Sparse;
-use crate::support::{Bench, CHUNK, MIB, noise};
-
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
-}
+use crate::support::{Bench, CHUNK, MIB, noise, runtime};
 
 /// Writes the disk as a sparse raw file.
 fn raw(bench: &Bench, disk: &Sparse, name: &str) -> PathBuf {
