@@ -19,6 +19,7 @@ use std::thread;
 
 use block::limits::CHUNK_BYTES;
 use block::{ChunkHash, ChunkIndex, Disk, ExtentKind, ImageId};
+use futures_util::future::{Either, select};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
@@ -97,8 +98,16 @@ impl ImportProgress {
         self.cancelled.load(Ordering::SeqCst)
     }
 
+    /// What `work` gives; `None` if it was cancelled first.
+    pub(crate) async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        match select(pin!(self.cancelled()), pin!(work)).await {
+            Either::Left(_) => None,
+            Either::Right((done, _)) => Some(done),
+        }
+    }
+
     /// Ends when the work is cancelled.
-    pub(crate) async fn cancelled(&self) {
+    async fn cancelled(&self) {
         let mut notified = pin!(self.cancelling.notified());
         // From here on no call is missed; one before it has left its mark.
         notified.as_mut().enable();

@@ -6,6 +6,7 @@
 //!   does so with a disk that lies elsewhere.
 //! - [`derive()`]: makes an image of a disk that differs in parts from another one; [`DerivedImage`] serves it.
 //! - [`difference()`]: which chunks of one image differ from another's.
+//! - [`write_qcow2()`]: a disk as a qcow2 file for other programs; [`Qcow2Layer`]: what such a file has of its own.
 //! - [`BootProfile`]: in which order booting guests first touch the chunks; [`Recorder`] finds it out.
 //! - [`OriginImage`]: serves the chunks of an imported image from that file or disk, as a `ChunkSource`.
 //!
@@ -18,6 +19,7 @@
 mod derived;
 mod difference;
 mod error;
+mod export;
 pub mod fuzz;
 mod import;
 mod index;
@@ -36,11 +38,12 @@ mod volume;
 pub use derived::{DeriveRequest, Derived, DerivedDescription, DerivedImage, Kind, derive, kind};
 pub use difference::{Difference, difference};
 pub use error::ImportError;
+pub use export::{Backing, ExportError, Exported, Qcow2Request, write_qcow2};
 pub use import::{ImportProgress, ImportRequest, Imported, RemoteRequest, import, import_remote};
 pub use layout::{Keep, Novelty, list, remove, sweep};
 pub use manifest::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};
 pub use origin::{Description, OpenError, OriginImage};
 pub use profile::{BootProfile, PROFILE_BYTES_MAX, PROFILE_CHUNKS_MAX, ProfileError, Recorder};
-pub use source::{FilePart, Format, OpenRemote, ParseFormatError, Remotes};
+pub use source::{FilePart, Format, LayerExtent, OpenRemote, ParseFormatError, Qcow2Layer, Remotes};
 pub use verify::{VerifyError, VerifyReport};
 pub use volume::ImageVolume;

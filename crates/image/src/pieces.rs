@@ -132,10 +132,71 @@ async fn read(disk: &dyn Disk, piece: Piece) -> Result<Content, DiskError> {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Waker};
+
     use block::limits::HASHES_PER_PAGE;
+    use block::{Access, BoxFuture, Extent};
     use proptest::prelude::*;
 
     use super::*;
+
+    /// A disk that is asked and never answers.
+    #[derive(Default)]
+    struct Silent {
+        reads: AtomicUsize,
+    }
+
+    fn read_only<'a>() -> BoxFuture<'a, Result<(), DiskError>> {
+        Box::pin(async { Err(DiskError::ReadOnly) })
+    }
+
+    impl Disk for Silent {
+        fn size_bytes(&self) -> u64 {
+            1 << 30
+        }
+
+        fn access(&self) -> Access {
+            Access::ReadOnly
+        }
+
+        fn read<'a>(&'a self, _: u64, _: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            Box::pin(std::future::pending())
+        }
+
+        fn write<'a>(&'a self, _: u64, _: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+            read_only()
+        }
+
+        fn write_zeroes(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+            read_only()
+        }
+
+        fn discard(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+            read_only()
+        }
+
+        fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn extents(&self, _: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
+            Box::pin(async move { Ok(vec![Extent { len, kind: ExtentKind::Data }]) })
+        }
+    }
+
+    #[test]
+    fn a_bounded_number_of_pieces_is_read_at_a_time() {
+        let silent = Arc::new(Silent::default());
+        let disk = Arc::clone(&silent) as Arc<dyn Disk>;
+        let whole = 0..disk.size_bytes();
+        let touched = Touched::new(std::slice::from_ref(&whole), disk.size_bytes());
+        let mut pieces = pin!(touched.read(&disk, |_| ()));
+        assert!(pieces.as_mut().poll_next(&mut Context::from_waker(Waker::noop())).is_pending());
+        assert_eq!(silent.reads.load(Ordering::Relaxed), PIECES_AT_ONCE);
+    }
 
     proptest! {
         #[test]

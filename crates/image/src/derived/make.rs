@@ -11,7 +11,6 @@
 //! - Crash: the directory gets its name when all in it is synced; see [`layout`].
 
 use std::fs::File;
-use std::future::Future;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -21,7 +20,6 @@ use std::sync::Arc;
 use block::limits::CHUNK_BYTES;
 use block::{ChunkHash, Disk, ImageId};
 use futures_util::StreamExt;
-use futures_util::future::{Either, select};
 use tokio::runtime::Handle;
 
 use super::record::DerivedRecord;
@@ -86,7 +84,8 @@ pub fn derive(
     progress.begin(touched.bytes());
     let tree = Tree::new(&request.base, shape, pages, dir)?;
     let work = read(request, &touched, tree, progress);
-    let (finished, bytes_read) = request.runtime.block_on(unless_cancelled(progress, work))?;
+    let done = request.runtime.block_on(progress.unless_cancelled(work));
+    let (finished, bytes_read) = done.ok_or(ImportError::Cancelled)??;
 
     let id = finished.root.id();
     if id == request.base.id() {
@@ -117,17 +116,6 @@ fn shape_of(request: &DeriveRequest) -> Result<Shape, ImportError> {
 
 fn create(dir: &Path, name: &str) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).open(dir.join(name))
-}
-
-/// Runs `work` to its end, or until somebody cancels it.
-async fn unless_cancelled<T>(
-    progress: &ImportProgress,
-    work: impl Future<Output = Result<T, ImportError>>,
-) -> Result<T, ImportError> {
-    match select(pin!(progress.cancelled()), pin!(work)).await {
-        Either::Left(_) => Err(ImportError::Cancelled),
-        Either::Right((done, _)) => done,
-    }
 }
 
 /// Reads what was touched into the manifest; gives also how many bytes were read.

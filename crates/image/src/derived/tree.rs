@@ -119,7 +119,7 @@ impl<'a> Tree<'a> {
         }
     }
 
-    /// A page's names in the base. In its own order of importance this is like a copy: nobody waits for it.
+    /// A page's names in the base. No guest waits for them.
     async fn base_names(&self, page: PageId) -> Result<Arc<Page>, ImportError> {
         let names = self.base.names(page, Priority::Background).await;
         names.map_err(|error| ImportError::Base { id: self.base.id(), reason: error.to_string() })

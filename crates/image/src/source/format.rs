@@ -31,7 +31,7 @@ impl Format {
         [(Format::Raw, "raw"), (Format::Qcow2, "qcow2"), (Format::Vmdk, "vmdk"), (Format::Vhdx, "vhdx")];
 
     /// Whether a file that begins with `head` can have this format. Anything can be raw.
-    fn fits(self, head: &[u8]) -> bool {
+    pub(super) fn fits(self, head: &[u8]) -> bool {
         match self {
             Format::Raw => true,
             Format::Qcow2 => head.starts_with(b"QFI\xfb") && head.get(4..8) != Some(&[0, 0, 0, 1]),

@@ -15,10 +15,8 @@ impl MappedReader {
         MappedReader(image)
     }
 
-    /// What begins at `offset`. Data is looked for only up to `end`, a hole may reach beyond it.
-    ///
-    /// The library reads zeroes beyond the end of a file; what the mapping promises there was lost, so this
-    /// refuses with `UnexpectedEof`.
+    /// What begins at `offset`. Data is looked for only up to `end`, a hole may reach beyond it. Refuses with
+    /// `UnexpectedEof` what [`check_within_file`] refuses.
     pub(crate) fn extent(&self, offset: u64, end: u64) -> io::Result<Extent> {
         let mut at = offset;
         while at < end {
@@ -32,16 +30,7 @@ impl MappedReader {
                     return Ok(Extent { len, kind: ExtentKind::Hole });
                 }
                 Mapping::Zero { .. } => break,
-                Mapping::Raw { storage, offset: stored, .. } => {
-                    let size = storage.size()?;
-                    if stored.checked_add(len).is_none_or(|stored_end| stored_end > size) {
-                        let reason = format!(
-                            "the disk's bytes from {at} on lie at {stored} in '{storage}', which has only {size} bytes"
-                        );
-                        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));
-                    }
-                }
-                _ => {}
+                other => check_within_file(&other, at, len)?,
             }
             at += len;
         }
@@ -51,4 +40,18 @@ impl MappedReader {
     pub(crate) fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.0.read(buf, offset)
     }
+}
+
+/// Refuses with `UnexpectedEof` what `len` bytes of a disk from `at` on are mapped to, if a file is too short for it.
+/// The library reads zeroes there; but what the mapping promises was lost.
+pub(super) fn check_within_file(mapping: &Mapping<'_, File>, at: u64, len: u64) -> io::Result<()> {
+    let Mapping::Raw { storage, offset: stored, .. } = mapping else { return Ok(()) };
+    let size = storage.size()?;
+    if stored.checked_add(len).is_none_or(|stored_end| stored_end > size) {
+        let reason = format!(
+            "the disk's bytes from {at} on lie at {stored} in '{storage}', which has only {size} bytes"
+        );
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));
+    }
+    Ok(())
 }

@@ -7,6 +7,7 @@
 
 mod allowed;
 mod format;
+mod layer;
 mod mapped;
 mod qcow2;
 mod raw;
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use allowed::AllowedDirs;
 use format::DETECT_BYTES;
 pub use format::{Format, ParseFormatError};
+pub use layer::{LayerExtent, Qcow2Layer};
 use mapped::MappedReader;
 pub(crate) use qcow2::parse_any as parse_any_qcow2;
 pub(crate) use raw::{RawReader, length};

@@ -60,10 +60,8 @@ pub(super) fn open(
         let reason = format!("more than {CHAIN_MAX} images build upon each other");
         return Err(ImportError::Chain { path: path.to_owned(), reason });
     }
-    check(path)?;
     parts.push(FilePart::of(path)?);
-    let mut image = Qcow2::<imago::file::File>::open_image(storage(path)?, false)
-        .map_err(|e| ImportError::damaged(path, e))?;
+    let mut image = open_alone(path)?;
     let backing = match image.implicit_backing_file().cloned() {
         Some(name) => {
             let format = image.implicit_backing_format().cloned();
@@ -71,9 +69,19 @@ pub(super) fn open(
         }
         None => None,
     };
-    image.set_data_file(None);
     image.set_backing(backing);
     Ok(FormatAccess::new(image))
+}
+
+/// Opens the image at the canonical `path`, and nothing else: as long as it gets no backing file, what it does not
+/// have itself is zero.
+pub(super) fn open_alone(path: &Path) -> Result<Qcow2<imago::file::File>, ImportError> {
+    check(path)?;
+    let mut image = Qcow2::<imago::file::File>::open_image(storage(path)?, false)
+        .map_err(|e| ImportError::damaged(path, e))?;
+    image.set_data_file(None);
+    image.set_backing(None);
+    Ok(image)
 }
 
 fn open_backing(

@@ -1,11 +1,10 @@
 //! Derived images: the same as an import of the whole disk, at the price of what changed.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use block::{BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, FetchError, ImageId, Priority};
 use image::{
@@ -15,16 +14,12 @@ use image::{
 use proptest::prelude::*;
 use tokio::runtime::{Handle, Runtime};
 
-use crate::sparse::{Counted, Sparse, import, opener};
-use crate::support::{Bench, CHUNK, MIB, noise};
+use crate::sparse::{Counted, Sparse, assert_serves, import, opener, plain_difference};
+use crate::support::{Bench, CHUNK, MIB, noise, runtime};
 
 const GIB: u64 = 1 << 30;
 /// Bytes of disk under one page of level 0.
 const PAGE: u64 = 2048 * CHUNK;
-
-fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
-}
 
 fn request(
     base: &Arc<ImageVolume>,
@@ -82,33 +77,6 @@ impl Setting {
     fn volume(&self, derived: &Derived, disk: &Arc<Sparse>) -> ImageVolume {
         ImageVolume::new(derived.root.clone(), Arc::new(self.open(derived, disk)))
     }
-}
-
-/// Reads every chunk that is not zero, and what lies beside it.
-fn assert_serves(volume: &ImageVolume, disk: &Sparse, runtime: &Runtime) {
-    let around = disk.positions().into_iter().flat_map(|at| [at.saturating_sub(1), at, at + 1]);
-    let last = (volume.size_bytes() - 1) / CHUNK;
-    for position in around.chain([0, last]).filter(|at| *at <= last).collect::<BTreeSet<_>>() {
-        let len = CHUNK.min(volume.size_bytes() - position * CHUNK) as usize;
-        let (mut expected, mut actual) = (vec![1; len], vec![2; len]);
-        runtime.block_on(disk.read(position * CHUNK, &mut expected)).unwrap();
-        runtime.block_on(volume.read(position * CHUNK, &mut actual)).unwrap();
-        assert!(expected == actual, "chunk {position} differs");
-    }
-}
-
-/// What differs, found by looking at everything.
-fn plain_difference(base: &Sparse, other: &Sparse) -> Vec<Range<ChunkIndex>> {
-    let positions: BTreeSet<u64> = base.positions().into_iter().chain(other.positions()).collect();
-    let mut ranges: Vec<Range<ChunkIndex>> = Vec::new();
-    let end = other.size_bytes().div_ceil(CHUNK);
-    for at in positions.into_iter().filter(|at| *at < end && base.chunk(*at) != other.chunk(*at)) {
-        match ranges.last_mut() {
-            Some(last) if last.end.0 == at => last.end.0 += 1,
-            _ => ranges.push(ChunkIndex(at)..ChunkIndex(at + 1)),
-        }
-    }
-    ranges
 }
 
 /// A write: where as a part of the disk, or on which chunk that is there already; how much; and noise, or zeroes.
@@ -329,6 +297,26 @@ fn a_disk_that_changed_or_went_away_gives_errors_and_serves_again_when_put_back(
         matches!(&fetched, Err(FetchError::Storage { reason, .. }) if reason.contains("instead of")),
         "a disk of another size: {fetched:?}"
     );
+}
+
+#[test]
+fn a_disk_that_failed_is_opened_anew() {
+    let setting = wide();
+    let (good, bad) = (Arc::new(setting.base.grown(0)), Arc::new(setting.base.grown(0)));
+    let derived = setting.derive(&good, &[good.put(CHUNK, b"changed")]);
+    let opened = Arc::new(AtomicUsize::new(0));
+    let (count, name) = (Arc::clone(&opened), good.name(1));
+    let opener = move |_: &str| {
+        let disk = if count.fetch_add(1, Ordering::SeqCst) == 0 { &bad } else { &good };
+        Ok(Arc::clone(disk) as Arc<dyn Disk>)
+    };
+    let base = Arc::clone(&setting.source) as Arc<dyn ChunkSource>;
+    let image = DerivedImage::open(&derived.dir, Arc::new(opener), base).unwrap();
+    let fetch = || setting.runtime.block_on(image.fetch(name, Priority::Guest));
+    assert_eq!(opened.load(Ordering::SeqCst), 0, "it is opened when it is first read");
+    assert!(matches!(fetch(), Err(FetchError::Wrong(_))));
+    assert!(fetch().is_ok() && fetch().is_ok());
+    assert_eq!(opened.load(Ordering::SeqCst), 2);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 mod derived;
 mod formats;
 mod origin;
+mod qcow2;
 mod refusals;
 mod remote;
 mod sparse;

@@ -1,19 +1,19 @@
 //! A disk in memory of any size, most of it zeroes, and images of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use block::{
-    Access, BoxFuture, Chunk, ChunkHash, ChunkSource, Disk, DiskError, Extent, ExtentKind, FetchError,
-    Priority,
+    Access, BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, DiskError, Extent, ExtentKind,
+    FetchError, Priority,
 };
 use image::{
     ImageVolume, ImportProgress, Imported, Keep, OpenRemote, OriginImage, RemoteRequest, Remotes,
     import_remote,
 };
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 
 use crate::support::{Bench, CHUNK};
 
@@ -202,4 +202,31 @@ impl ChunkSource for Counted {
         self.fetched.lock().unwrap().push(chunk);
         self.origin.fetch(chunk, priority)
     }
+}
+
+/// Reads every chunk that is not zero, and what lies beside it.
+pub(crate) fn assert_serves(volume: &ImageVolume, disk: &Sparse, runtime: &Runtime) {
+    let around = disk.positions().into_iter().flat_map(|at| [at.saturating_sub(1), at, at + 1]);
+    let last = (volume.size_bytes() - 1) / CHUNK;
+    for position in around.chain([0, last]).filter(|at| *at <= last).collect::<BTreeSet<_>>() {
+        let len = CHUNK.min(volume.size_bytes() - position * CHUNK) as usize;
+        let (mut expected, mut actual) = (vec![1; len], vec![2; len]);
+        runtime.block_on(disk.read(position * CHUNK, &mut expected)).unwrap();
+        runtime.block_on(volume.read(position * CHUNK, &mut actual)).unwrap();
+        assert!(expected == actual, "chunk {position} differs");
+    }
+}
+
+/// What differs, found by looking at everything.
+pub(crate) fn plain_difference(base: &Sparse, other: &Sparse) -> Vec<Range<ChunkIndex>> {
+    let positions: BTreeSet<u64> = base.positions().into_iter().chain(other.positions()).collect();
+    let mut ranges: Vec<Range<ChunkIndex>> = Vec::new();
+    let end = other.size_bytes().div_ceil(CHUNK);
+    for at in positions.into_iter().filter(|at| *at < end && base.chunk(*at) != other.chunk(*at)) {
+        match ranges.last_mut() {
+            Some(last) if last.end.0 == at => last.end.0 += 1,
+            _ => ranges.push(ChunkIndex(at)..ChunkIndex(at + 1)),
+        }
+    }
+    ranges
 }

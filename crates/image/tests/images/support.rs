@@ -9,6 +9,7 @@ use std::sync::Arc;
 use block::{Disk, Geometry};
 use image::{ImageVolume, ImportError, ImportProgress, ImportRequest, Imported, Keep, OriginImage};
 use tempfile::TempDir;
+use tokio::runtime::Runtime;
 
 /// Size of the reference disk: three pages of hashes, and an end within a chunk.
 pub(crate) const SIZE_BYTES: u64 = 300 * MIB + 37 * 512;
@@ -25,6 +26,11 @@ pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
         state.to_le_bytes()
     };
     std::iter::repeat_with(&mut next).flatten().take(len).collect()
+}
+
+/// A runtime for what is tested from a thread that may block.
+pub(crate) fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
 /// Runs `qemu-img` in a directory; the words are separated by blanks.
