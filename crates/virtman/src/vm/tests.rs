@@ -119,6 +119,8 @@ impl Bench {
             accel: Accel::Tcg,
             boot: None,
             forward_ports: Vec::new(),
+            on_full: OnFull::default(),
+            platform: None,
         }
     }
 }
