@@ -4,8 +4,8 @@
 //! connection begins with a number that the agent has to repeat, so that what was said to or asked by an
 //! earlier client is over.
 //!
-//! - *Cancellation, crash:* a guest whose [`Frozen`] is dropped is told to thaw. One whose daemon died is
-//!   found by [`Qemu::thaw_if_frozen`].
+//! - *Cancellation, crash:* a guest whose [`Frozen`] is dropped is thawed by a task of its own. One whose daemon
+//!   died is found by [`Qemu::thaw_if_frozen`].
 //! - *Retries:* the first question alone is repeated, since what is said before the guest has opened the
 //!   channel is lost.
 
@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::MutexGuard;
+use tokio::runtime::Handle;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
 use super::{Qemu, VmError};
@@ -31,7 +32,10 @@ const ANSWER_BYTES_MAX: u64 = 64 * 1024;
 /// Answers to earlier questions that may arrive before the one we wait for: one for each time we asked.
 const STALE_ANSWERS_MAX: usize = 1000;
 
-/// How long a guest that could not be frozen may take to thaw again.
+/// What lets a guest write again.
+const THAW: &str = "guest-fsfreeze-thaw";
+
+/// How long a guest that could not be frozen, or was forgotten, may take to thaw.
 const THAW_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What can go wrong between us and the agent.
@@ -72,18 +76,17 @@ pub(crate) enum AgentError {
 
 /// A guest whose file systems are consistent on its disk and stay so: what it writes waits. Thaws when dropped.
 #[must_use = "a frozen guest does next to nothing"]
-pub(crate) struct Frozen<'a> {
-    agent: Agent,
+pub(crate) struct Frozen {
+    /// What it takes to thaw it, until it is.
+    held: Option<(Agent, OwnedMutexGuard<()>)>,
     filesystems: u64,
-    thawed: bool,
-    _channel: MutexGuard<'a, ()>,
 }
 
 impl Qemu {
     /// Freezes the guest's file systems. If that fails or takes longer than `timeout`, they are thawed again.
-    pub(crate) async fn freeze(&self, timeout: Duration) -> Result<Frozen<'_>, AgentError> {
+    pub(crate) async fn freeze(&self, timeout: Duration) -> Result<Frozen, AgentError> {
         let begun = Instant::now();
-        let (channel, agent) = self.agent(timeout).await?;
+        let (agent, channel) = self.agent(timeout).await?;
         Frozen::freeze(self.name(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
     }
 
@@ -91,7 +94,7 @@ impl Qemu {
     /// [`freeze`](Self::freeze) and [`Frozen::thaw`]. Gives how many were.
     pub(crate) async fn thaw_if_frozen(&self, timeout: Duration) -> Result<Option<u64>, AgentError> {
         let begun = Instant::now();
-        let (channel, agent) = self.agent(timeout).await?;
+        let (agent, channel) = self.agent(timeout).await?;
         let rest = || timeout.saturating_sub(begun.elapsed());
         match Frozen::find(agent, channel, rest()).await? {
             Some(frozen) => frozen.thaw(rest()).await.map(Some),
@@ -100,11 +103,11 @@ impl Qemu {
     }
 
     /// The agent that answers, and the right to talk to it.
-    async fn agent(&self, timeout: Duration) -> Result<(MutexGuard<'_, ()>, Agent), AgentError> {
+    async fn agent(&self, timeout: Duration) -> Result<(Agent, OwnedMutexGuard<()>), AgentError> {
         let reached = async {
             let channel = self.agent_channel().await;
             let agent = Agent::over(self.agent_stream().await?).await;
-            Ok((channel, agent.map_err(VmError::file(self.files().agent_socket()))?))
+            Ok((agent.map_err(VmError::file(self.files().agent_socket()))?, channel))
         };
         tokio::time::timeout(timeout, reached).await.map_err(|_| AgentError::Silent(timeout))?
     }
@@ -131,19 +134,19 @@ async fn ping(stream: UnixStream) -> io::Result<()> {
     agent.execute("guest-ping").await.map(drop).map_err(io::Error::other)
 }
 
-impl<'a> Frozen<'a> {
+impl Frozen {
     async fn freeze(
         vm: &VmName,
         agent: Agent,
-        channel: MutexGuard<'a, ()>,
+        channel: OwnedMutexGuard<()>,
         timeout: Duration,
-    ) -> Result<Frozen<'a>, AgentError> {
+    ) -> Result<Frozen, AgentError> {
         // Thaws on every way out from here on.
-        let mut frozen = Frozen { agent, filesystems: 0, thawed: false, _channel: channel };
-        match frozen.agent.execute_within(timeout, "guest-fsfreeze-freeze").await {
+        let mut frozen = Frozen { held: Some((agent, channel)), filesystems: 0 };
+        match frozen.agent().execute_within(timeout, "guest-fsfreeze-freeze").await {
             Ok(count) => frozen.filesystems = count.as_u64().unwrap_or_default(),
             Err(AgentError::Unable(command)) => {
-                frozen.thawed = true;
+                frozen.held = None;
                 return Err(AgentError::Unable(command));
             }
             Err(error) => {
@@ -159,16 +162,13 @@ impl<'a> Frozen<'a> {
     /// What an earlier client left frozen.
     async fn find(
         mut agent: Agent,
-        channel: MutexGuard<'a, ()>,
+        channel: OwnedMutexGuard<()>,
         timeout: Duration,
-    ) -> Result<Option<Frozen<'a>>, AgentError> {
+    ) -> Result<Option<Frozen>, AgentError> {
         let status = agent.execute_within(timeout, "guest-fsfreeze-status").await?;
-        let frozen = Frozen { agent, filesystems: 0, thawed: status != "frozen", _channel: channel };
-        Ok((!frozen.thawed).then_some(frozen))
+        Ok((status == "frozen").then(|| Frozen { held: Some((agent, channel)), filesystems: 0 }))
     }
-}
 
-impl Frozen<'_> {
     /// How many file systems are frozen; 0 if the guest has none that can be.
     pub(crate) fn filesystems(&self) -> u64 {
         self.filesystems
@@ -177,24 +177,30 @@ impl Frozen<'_> {
     /// Lets the guest write again. Gives how many file systems were frozen until now: fewer than
     /// [`filesystems`](Self::filesystems) means that somebody else thawed some before.
     pub(crate) async fn thaw(mut self, timeout: Duration) -> Result<u64, AgentError> {
-        const COMMAND: &str = "guest-fsfreeze-thaw";
-        let thaw = async {
-            // There may be an answer on the way to something that was no longer waited for.
-            self.agent.synchronize().await.map_err(|_| VmError::Gone)?;
-            self.agent.execute(COMMAND).await
-        };
-        let late = |_| AgentError::Late { command: COMMAND, timeout };
-        let thawed = tokio::time::timeout(timeout, thaw).await.map_err(late)??;
-        self.thawed = true;
-        Ok(thawed.as_u64().unwrap_or_default())
+        let late = |_| AgentError::Late { command: THAW, timeout };
+        let thawed = tokio::time::timeout(timeout, self.agent().thaw()).await.map_err(late)??;
+        self.held = None;
+        Ok(thawed)
+    }
+
+    fn agent(&mut self) -> &mut Agent {
+        let (agent, _) = self.held.as_mut().expect("it is held until the guest is thawed, which is the end");
+        agent
     }
 }
 
-impl Drop for Frozen<'_> {
+impl Drop for Frozen {
     fn drop(&mut self) {
-        if !self.thawed {
-            // If the channel takes no more, the agent is not there to read it either.
-            let _ = self.agent.writer.try_write(b"\xff{\"execute\":\"guest-fsfreeze-thaw\"}\n");
+        let Some((mut agent, channel)) = self.held.take() else { return };
+        // QEMU forgets what it was told by a client that has left, so an answer has to be waited for. Where that
+        // is impossible the daemon ends, and the next one finds the guest.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                if !matches!(tokio::time::timeout(THAW_TIMEOUT, agent.thaw()).await, Ok(Ok(_))) {
+                    tracing::warn!("a guest that was frozen and forgotten does not thaw");
+                }
+                drop(channel);
+            });
         }
     }
 }
@@ -249,6 +255,12 @@ impl Agent {
         tokio::time::timeout(timeout, self.execute(command)).await.map_err(late)?
     }
 
+    async fn thaw(&mut self) -> Result<u64, AgentError> {
+        // There may be an answer on the way to something that is no longer waited for.
+        self.synchronize().await.map_err(|_| VmError::Gone)?;
+        Ok(self.execute(THAW).await?.as_u64().unwrap_or_default())
+    }
+
     async fn execute(&mut self, command: &'static str) -> Result<Value, AgentError> {
         let request = json!({ "execute": command }).to_string() + "\n";
         self.writer.write_all(request.as_bytes()).await.map_err(|_| VmError::Gone)?;
@@ -280,6 +292,7 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
     use tokio::sync::Mutex;
     use tokio::task::JoinHandle;
 
@@ -315,14 +328,15 @@ mod tests {
         })
     }
 
-    async fn frozen<'a>(client: UnixStream, channel: &'a Mutex<()>) -> Result<Frozen<'a>, AgentError> {
+    async fn frozen(client: UnixStream, channel: &Arc<Mutex<()>>) -> Result<Frozen, AgentError> {
         let agent = Agent::over(client).await.unwrap();
-        Frozen::freeze(&"vm-1".parse().unwrap(), agent, channel.lock().await, MOMENT).await
+        let channel = Arc::clone(channel).lock_owned().await;
+        Frozen::freeze(&"vm-1".parse().unwrap(), agent, channel, MOMENT).await
     }
 
     #[tokio::test]
     async fn a_frozen_guest_is_thawed_when_asked_and_when_forgotten() {
-        let channel = Mutex::new(());
+        let channel = Arc::new(Mutex::new(()));
         let (client, server) = UnixStream::pair().unwrap();
         let asked = agent(server, &[r#"{"return": 3}"#, r#"{"return": 3}"#]);
         let guest = frozen(client, &channel).await.unwrap();
@@ -334,12 +348,13 @@ mod tests {
         let asked = agent(server, &[r#"{"return": 1}"#, r#"{"return": 1}"#]);
         drop(frozen(client, &channel).await.unwrap());
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
-        assert!(channel.try_lock().is_ok(), "the channel is free again");
+        // The channel is free again.
+        drop(channel.lock().await);
     }
 
     #[tokio::test]
     async fn a_freeze_that_fails_or_hangs_is_thawed() {
-        let channel = Mutex::new(());
+        let channel = Arc::new(Mutex::new(()));
         let (client, server) = UnixStream::pair().unwrap();
         const FAILURE: &str = r#"{"error": {"class": "GenericError", "desc": "failed to freeze /"}}"#;
         let asked = agent(server, &[FAILURE, r#"{"return": 1}"#]);
@@ -357,7 +372,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_agent_that_cannot_freeze_is_told_apart_from_one_that_fails() {
-        let channel = Mutex::new(());
+        let channel = Arc::new(Mutex::new(()));
         let (client, server) = UnixStream::pair().unwrap();
         let asked = agent(server, &[r#"{"error": {"class": "CommandNotFound", "desc": "disabled"}}"#]);
         let error = frozen(client, &channel).await.err().expect("it cannot");
@@ -368,7 +383,7 @@ mod tests {
     #[tokio::test]
     async fn what_an_earlier_client_left_frozen_is_found() {
         for (status, found) in [("frozen", true), ("thawed", false)] {
-            let channel = Mutex::new(());
+            let channel = Arc::new(Mutex::new(()));
             let (client, server) = UnixStream::pair().unwrap();
             let answers: &[&str] = match found {
                 true => &[r#"{"return": "frozen"}"#, r#"{"return": 2}"#],
@@ -376,7 +391,7 @@ mod tests {
             };
             let asked = agent(server, answers);
             let agent = Agent::over(client).await.unwrap();
-            let guest = Frozen::find(agent, channel.lock().await, MOMENT).await.unwrap();
+            let guest = Frozen::find(agent, channel.lock_owned().await, MOMENT).await.unwrap();
             assert_eq!(guest.is_some(), found, "{status}");
             if let Some(guest) = guest {
                 assert_eq!(guest.thaw(MOMENT).await.unwrap(), 2);

@@ -70,8 +70,8 @@ impl Platform {
     pub(super) async fn must_take(there: Option<&Platform>, accel: Accel) -> Result<(), VmError> {
         let there = there.ok_or_else(|| {
             VmError::Unfit(
-                "the VM was started by an earlier version of VirtMan, which did not note its machine type: stop \
-                 it and start it again before it is migrated"
+                "the VM was started by another version of VirtMan, which noted no machine type: stop it and start \
+                 it again before it is migrated"
                     .to_owned(),
             )
         })?;

@@ -21,8 +21,8 @@
 //! - *Failure:* until step 6 the guest belongs to the source. Whatever fails before leaves it there as it was,
 //!   running if it ran. If the destination is lost between 5 and 6, [`Qemu::resume`] brings it back at the source.
 //!   The source says that it is complete only after the destination said that it has everything.
-//! - *Cancellation:* a [`Migration`] or [`Paused`] that is dropped cancels; nobody waits for the end of that. A
-//!   dropped [`Incoming`] changes nothing: the caller ends the process.
+//! - *Cancellation:* a [`Migration`] or [`Paused`] that is dropped is cancelled by a task of its own. A dropped
+//!   [`Incoming`] changes nothing: the caller ends the process.
 //! - *Retries:* none; the caller may begin anew with another destination.
 //! - *Crash:* QEMU goes on without the daemon. A later one calls [`Qemu::cancel_migration`] at the source.
 //! - *Bounds:* a migration that does not advance for [`STALL_TIMEOUT`] fails. A guest that writes faster than its
@@ -32,7 +32,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::sync::MutexGuard;
+use tokio::runtime::Handle;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
 use super::qmp::Qmp;
@@ -133,7 +134,7 @@ impl Qemu {
         bytes_per_second_max: Option<u64>,
     ) -> Result<Migration<'_>, VmError> {
         let uri = format!("unix:{}", told_socket(socket)?);
-        let turn = self.run_turn().lock().await;
+        let turn = self.run_turn().await;
         let before = self.state().await?;
         if !matches!(before, RunState::Running | RunState::Paused | RunState::IoError) {
             return Err(VmError::Migration(format!(
@@ -150,8 +151,8 @@ impl Qemu {
         });
         qmp.execute("migrate-set-parameters", limits).await?;
         // From here on the drop cancels.
-        let mut driver = Driver { vm: self, qmp, before, over: false, _turn: turn };
-        driver.qmp.execute("migrate", json!({ "uri": uri })).await?;
+        let mut driver = Driver { vm: self, before, held: Some((qmp, turn)) };
+        driver.qmp().execute("migrate", json!({ "uri": uri })).await?;
         Ok(Migration { driver })
     }
 
@@ -164,7 +165,7 @@ impl Qemu {
     /// Cancels the migration that a daemon left under way when it died, and waits until the guest is as it was
     /// before. A migration that is complete, or was never begun, stays so.
     pub(crate) async fn cancel_migration(&self) -> Result<(), VmError> {
-        let _turn = self.run_turn().lock().await;
+        let _turn = self.run_turn().await;
         end_migration(self).await
     }
 
@@ -210,13 +211,13 @@ impl Paused<'_> {
     /// still on both sides: the caller lets it go on at one of them.
     pub(crate) async fn complete(mut self) -> Result<Progress, VmError> {
         let go_on = json!({ "state": "pre-switchover" });
-        let completed = match self.driver.qmp.execute("migrate-continue", go_on).await {
+        let completed = match self.driver.qmp().execute("migrate-continue", go_on).await {
             Ok(_) => self.driver.advance_to(&Status::Completed, &mut |_| {}).await,
             Err(error) => Err(error),
         };
         match completed {
             Ok(progress) => {
-                self.driver.over = true;
+                self.driver.held = None;
                 Ok(progress)
             }
             Err(error) => Err(self.driver.give_up(error).await),
@@ -258,13 +259,17 @@ impl Incoming<'_> {
 /// Drives the source's QEMU through a migration. Cancels when dropped before that is over.
 struct Driver<'a> {
     vm: &'a Qemu,
-    qmp: Qmp,
     before: RunState,
-    over: bool,
-    _turn: MutexGuard<'a, ()>,
+    /// What it takes to cancel, until it is over.
+    held: Option<(Qmp, OwnedMutexGuard<()>)>,
 }
 
 impl Driver<'_> {
+    fn qmp(&mut self) -> &mut Qmp {
+        let (qmp, _) = self.held.as_mut().expect("it is held until the migration is over, which is the end");
+        qmp
+    }
+
     /// Waits until the migration is at `goal`, and sees to it that it gets there.
     async fn advance_to(
         &mut self,
@@ -273,7 +278,7 @@ impl Driver<'_> {
     ) -> Result<Progress, VmError> {
         let mut pace = Pace::new(Instant::now());
         loop {
-            let answer = self.qmp.execute("query-migrate", json!({})).await?;
+            let answer = self.qmp().execute("query-migrate", json!({})).await?;
             let (status, progress) = (Status::of(&answer), Progress::of(&answer));
             match status {
                 status if status == *goal => return Ok(progress),
@@ -286,9 +291,9 @@ impl Driver<'_> {
             report(progress);
             if let Some(limit) = pace.advance(progress, Instant::now())? {
                 let limit = json!({ "downtime-limit": millis(limit) });
-                self.qmp.execute("migrate-set-parameters", limit).await?;
+                self.qmp().execute("migrate-set-parameters", limit).await?;
             }
-            if let Ok(heard) = tokio::time::timeout(PROGRESS_INTERVAL, self.qmp.happened(EVENT)).await {
+            if let Ok(heard) = tokio::time::timeout(PROGRESS_INTERVAL, self.qmp().happened(EVENT)).await {
                 heard?;
             }
         }
@@ -304,19 +309,27 @@ impl Driver<'_> {
 
     async fn cancel(&mut self) -> Result<(), VmError> {
         end_migration(self.vm).await?;
-        self.over = true;
         // It may have been complete by then, which leaves the guest standing still.
         if self.before == RunState::Running && self.vm.state().await? == RunState::PostMigrate {
             self.vm.control("cont", json!({})).await?;
         }
+        self.held = None;
         Ok(())
     }
 }
 
 impl Drop for Driver<'_> {
     fn drop(&mut self) {
-        if !self.over {
-            self.qmp.say("migrate_cancel");
+        let Some((mut qmp, turn)) = self.held.take() else { return };
+        // QEMU forgets the commands of a client that has left, so an answer has to be waited for. Where that is
+        // impossible the daemon ends, and the next one cancels.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                if let Err(error) = qmp.execute("migrate_cancel", json!({})).await {
+                    tracing::debug!(%error, "cannot cancel a migration that was forgotten");
+                }
+                drop(turn);
+            });
         }
     }
 }

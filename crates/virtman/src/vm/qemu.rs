@@ -13,13 +13,14 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use block::VmName;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use tokio::process::Command;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::accel::Accel;
 use super::machine::Platform;
@@ -46,8 +47,9 @@ struct Record {
     accel: Accel,
     /// When QEMU was started, in milliseconds since 1970.
     started_unix_ms: u64,
-    /// What was started; absent from records of an earlier version.
-    #[serde(default)]
+    /// What was started. Absent from records of an earlier version; one of a later version may say more than
+    /// this one understands, whose guest is found all the same.
+    #[serde(default, deserialize_with = "if_understood")]
     spec: Option<VmSpec>,
 }
 
@@ -66,9 +68,9 @@ struct Turns {
     /// To give a command.
     command: Mutex<()>,
     /// To talk to the guest's agent.
-    agent: Mutex<()>,
+    agent: Arc<Mutex<()>>,
     /// To decide whether the guest runs, for as long as that takes several commands.
-    run: Mutex<()>,
+    run: Arc<Mutex<()>>,
 }
 
 /// How a VM came to its end.
@@ -130,7 +132,7 @@ impl Qemu {
     }
 
     /// What was started, with all that it takes to start the same machine elsewhere but the disk and the seed,
-    /// which have other paths there. `None` if an earlier version of VirtMan started it.
+    /// which have other paths there. `None` if another version of VirtMan started it.
     pub(crate) fn spec(&self) -> Option<&VmSpec> {
         self.record.spec.as_ref()
     }
@@ -214,13 +216,13 @@ impl Qemu {
     }
 
     /// The right to talk to the guest's agent.
-    pub(super) async fn agent_channel(&self) -> MutexGuard<'_, ()> {
-        self.turns.agent.lock().await
+    pub(super) async fn agent_channel(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.turns.agent).lock_owned().await
     }
 
-    /// Whose turn it is to decide whether the guest runs.
-    pub(super) fn run_turn(&self) -> &Mutex<()> {
-        &self.turns.run
+    /// The right to decide whether the guest runs.
+    pub(super) async fn run_turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.turns.run).lock_owned().await
     }
 
     /// Gives one command. Takes its turn among all that do.
@@ -228,6 +230,10 @@ impl Qemu {
         let _turn = self.turns.command.lock().await;
         Qmp::connect(&self.files.qmp_socket()).await?.execute(command, arguments).await
     }
+}
+
+fn if_understood<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<VmSpec>, D::Error> {
+    Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
 }
 
 /// Takes away what the last run left, and keeps what its console printed.

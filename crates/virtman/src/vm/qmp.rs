@@ -69,8 +69,9 @@ impl Qmp {
 
     /// Runs one command and gives what it returned.
     pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, VmError> {
-        let request = request(command, &arguments);
-        self.writer.write_all(&request).await.map_err(|_| VmError::Gone)?;
+        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        request.push('\n');
+        self.writer.write_all(request.as_bytes()).await.map_err(|_| VmError::Gone)?;
         for _ in 0..EVENTS_MAX {
             let mut answer = self.line_in_time().await?;
             self.keep_event(&answer);
@@ -96,12 +97,6 @@ impl Qmp {
             let line = self.line().await?;
             self.keep_event(&line);
         }
-    }
-
-    /// Gives a command to QEMU without waiting for anything, for who cannot wait. It is lost if QEMU does not
-    /// take in what it was told before.
-    pub(super) fn say(&mut self, command: &str) {
-        let _ = self.writer.try_write(&request(command, &json!({})));
     }
 
     fn keep_event(&mut self, line: &Value) {
@@ -130,12 +125,6 @@ impl Qmp {
         serde_json::from_slice(&std::mem::take(&mut self.partial))
             .map_err(|error| VmError::Control(format!("its answer is no JSON: {error}")))
     }
-}
-
-fn request(command: &str, arguments: &Value) -> Vec<u8> {
-    let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
-    request.push('\n');
-    request.into_bytes()
 }
 
 #[cfg(test)]

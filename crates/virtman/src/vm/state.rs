@@ -81,14 +81,14 @@ impl Qemu {
     /// left for a destination where it was never resumed. Waits while [`begin_migration`](Self::begin_migration)
     /// has it.
     pub(crate) async fn resume(&self) -> Result<(), VmError> {
-        let _turn = self.run_turn().lock().await;
+        let _turn = self.run_turn().await;
         self.control("cont", json!({})).await?;
         Ok(())
     }
 
     /// Pauses the guest once what it asked its disk for is done. One that waits for room goes on doing that.
     pub(crate) async fn pause(&self) -> Result<(), VmError> {
-        let _turn = self.run_turn().lock().await;
+        let _turn = self.run_turn().await;
         self.control("stop", json!({})).await?;
         Ok(())
     }
@@ -139,7 +139,7 @@ impl Qemu {
             tokio::time::sleep(ROOM_INTERVAL).await;
         }
         // From the look to the command nobody else may decide otherwise, above all no migration.
-        let _turn = self.run_turn().lock().await;
+        let _turn = self.run_turn().await;
         if self.state().await? == RunState::IoError {
             self.control("cont", json!({})).await?;
             patience.resumed(Instant::now());
