@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use super::export::{ChapSecret, IscsiAccess};
 use super::profile::NodeProfile;
+use crate::vm::OnFull;
 
 /// Makes a node the origin of an image.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -232,6 +233,9 @@ pub(crate) struct StartVm {
     /// TCP ports of the guest that are forwarded from free loopback ports of the node.
     #[serde(default)]
     pub(crate) forward_ports: Vec<u16>,
+    /// What happens when there is no room for what the guest writes.
+    #[serde(default)]
+    pub(crate) on_full: OnFull,
 }
 
 /// Direct kernel boot.

@@ -22,6 +22,7 @@ use super::output::{Column, Table, note, print_json, say};
 use crate::api::compute::{CreateVm, KernelBoot, NodeStatus, StartVm, Vm, VmReady, VmStarted, WaitReady};
 use crate::api::volt::{ImageRecord, NodeRecord, NodeState};
 use crate::units::{ByteSize, show_ms};
+use crate::vm::OnFull;
 
 /// VMs of one command. A bound against a slip of the finger, far above what a cluster runs.
 pub(super) const COUNT_MAX: u32 = 100_000;
@@ -73,6 +74,9 @@ pub(crate) struct BootArgs {
     /// Its command line, such as `root=/dev/vda1 ro console=ttyS0`
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     append: Option<String>,
+    /// When there is no room for what a guest writes: pause it until there is, or report an error to it
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    on_full: OnFull,
 }
 
 /// What `boot` did, as JSON.
@@ -218,6 +222,7 @@ fn plan(args: &BootArgs) -> Outcome<Plan> {
             append: args.append.clone().unwrap_or_default(),
         }),
         forward_ports,
+        on_full: args.on_full,
     };
     let timeout_ms = u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX);
     Ok(Plan {

@@ -247,6 +247,8 @@ impl Vms {
                 append: k.append.clone(),
             }),
             forward_ports: request.forward_ports.clone(),
+            on_full: request.on_full,
+            platform: None,
         };
         entry.disk.forget_first_read();
         let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {

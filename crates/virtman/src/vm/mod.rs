@@ -8,7 +8,9 @@
 //! | `qemu.json` | how and when the last start was made; written before the process exists |
 //! | `qemu.pid` | the process number, written by QEMU |
 //! | `qemu.log` | what QEMU itself had to say |
-//! | `qmp.sock` | QEMU's control socket |
+//! | `qmp.sock` | QEMU's control socket, for one command at a time |
+//! | `events.sock`, `migrate.sock` | the same for who stays: to wait for events, to migrate |
+//! | `memory.sock` | where the memory of a guest that is migrated goes out or comes in |
 //! | `console.sock`, `console.log` | the serial console, and what it printed since the last start |
 //! | `console.log.1` | what it printed in the run before |
 //! | `agent.sock` | the channel of the guest agent |
@@ -19,20 +21,27 @@
 //! - Whoever owns a VM calls [`Qemu::start`] and [`Qemu::stop`] of it one after the other.
 
 mod accel;
+#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
+mod agent;
 pub(crate) mod console;
+mod machine;
+#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
+mod migrate;
 mod process;
 mod qemu;
 mod qmp;
 mod ready;
 pub(crate) mod seed;
 mod spec;
+#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
+mod state;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use accel::{AccelChoice, AccelWish};
 pub(crate) use qemu::Qemu;
 pub(crate) use ready::Ready;
-pub(crate) use spec::{DirectBoot, VmDisk, VmSpec};
+pub(crate) use spec::{DirectBoot, OnFull, VmDisk, VmSpec};
 
 use std::io;
 use std::path::PathBuf;
@@ -64,6 +73,10 @@ pub(crate) enum VmError {
     /// The VM's process lives, but its control socket gives no sensible answer.
     #[error("QEMU's control socket: {0}")]
     Control(String),
+    /// A migration did not come about. At the source the guest is as it was before; at the destination there
+    /// is none.
+    #[error("the migration failed: {0}")]
+    Migration(String),
     /// The VM's directory cannot be used.
     #[error("{}: {source}", path.display())]
     File {

@@ -13,17 +13,20 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use block::VmName;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 use tokio::process::Command;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::accel::Accel;
+use super::machine::Platform;
 use super::process::Process;
 use super::qmp::Qmp;
-use super::spec::{self, VmFiles, VmSpec};
+use super::spec::{self, Begin, VmFiles, VmSpec};
 use super::{QEMU, VmError};
 use crate::api::now_unix_ms;
 
@@ -44,6 +47,10 @@ struct Record {
     accel: Accel,
     /// When QEMU was started, in milliseconds since 1970.
     started_unix_ms: u64,
+    /// What was started. Absent from records of an earlier version; one of a later version may say more than
+    /// this one understands, whose guest is found all the same.
+    #[serde(default, deserialize_with = "if_understood")]
+    spec: Option<VmSpec>,
 }
 
 /// A VM's live process.
@@ -52,6 +59,18 @@ pub(crate) struct Qemu {
     files: VmFiles,
     process: Process,
     record: Record,
+    turns: Turns,
+}
+
+/// Whose turn it is. QEMU serves one client of a socket at a time and lets few others wait.
+#[derive(Debug, Default)]
+struct Turns {
+    /// To give a command.
+    command: Mutex<()>,
+    /// To talk to the guest's agent.
+    agent: Arc<Mutex<()>>,
+    /// To decide whether the guest runs, for as long as that takes several commands.
+    run: Arc<Mutex<()>>,
 }
 
 /// How a VM came to its end.
@@ -69,20 +88,37 @@ impl Qemu {
     /// Starts the VM `spec` with its files in `dir`, which is made if need be. Returns when QEMU has opened
     /// the disk, listens on its sockets and lets the guest run.
     pub(crate) async fn start(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+        Qemu::begin(dir, spec, Begin::AtOnce).await
+    }
+
+    /// Starts the VM `spec` of a guest that runs elsewhere, to take that guest over; see
+    /// [`incoming_listen`](Self::incoming_listen). The disk is opened, and only its first sector is read.
+    pub(crate) async fn start_incoming(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+        Platform::must_take(spec.platform.as_ref(), spec.accel).await?;
+        Qemu::begin(dir, spec, Begin::Incoming).await
+    }
+
+    async fn begin(dir: &Path, spec: &VmSpec, begin: Begin) -> Result<Qemu, VmError> {
         fs::create_dir_all(dir).map_err(VmError::file(dir))?;
         let dir = dir.canonicalize().map_err(VmError::file(dir))?;
         let files = VmFiles::new(dir.clone());
-        let arguments = spec::arguments(spec, &files)?;
+        let platform = Platform::here(spec.platform.as_ref(), spec.accel).await?;
+        let arguments = spec::arguments(spec, platform.machine(), &files, begin)?;
         if let Some(process) = Process::of_pidfile(&files.pidfile()) {
             return Err(VmError::Running { pid: process.pid() });
         }
         make_room(&files)?;
-        let record = Record { name: spec.name.clone(), accel: spec.accel, started_unix_ms: now_unix_ms() };
-        let json = serde_json::to_vec(&record).expect("a record has only strings and numbers");
+        let record = Record {
+            name: spec.name.clone(),
+            accel: spec.accel,
+            started_unix_ms: now_unix_ms(),
+            spec: Some(VmSpec { platform: Some(platform), ..spec.clone() }),
+        };
+        let json = serde_json::to_vec(&record).expect("paths that QEMU was told are UTF-8");
         write_atomically(&files.record(), &json)?;
         launch(&files, &arguments).await?;
         match Process::of_pidfile(&files.pidfile()) {
-            Some(process) => Ok(Qemu { files, process, record }),
+            Some(process) => Ok(Qemu { files, process, record, turns: Turns::default() }),
             None => Err(VmError::Refused(quoted_log(&files))),
         }
     }
@@ -92,7 +128,13 @@ impl Qemu {
         let files = VmFiles::new(dir.canonicalize().ok()?);
         let process = Process::of_pidfile(&files.pidfile())?;
         let record = serde_json::from_slice(&fs::read(files.record()).ok()?).ok()?;
-        Some(Qemu { files, process, record })
+        Some(Qemu { files, process, record, turns: Turns::default() })
+    }
+
+    /// What was started, with all that it takes to start the same machine elsewhere but the disk and the seed,
+    /// which have other paths there. `None` if another version of VirtMan started it.
+    pub(crate) fn spec(&self) -> Option<&VmSpec> {
+        self.record.spec.as_ref()
     }
 
     /// The VM's name.
@@ -168,16 +210,44 @@ impl Qemu {
             .map_err(|_| VmError::Control(format!("process {} does not end after SIGKILL", self.pid())))?
     }
 
-    async fn control(&self, command: &str, arguments: Value) -> Result<Value, VmError> {
+    /// What QEMU itself said last.
+    pub(super) fn last_words(&self) -> String {
+        quoted_log(&self.files)
+    }
+
+    /// The right to talk to the guest's agent.
+    pub(super) async fn agent_channel(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.turns.agent).lock_owned().await
+    }
+
+    /// The right to decide whether the guest runs.
+    pub(super) async fn run_turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.turns.run).lock_owned().await
+    }
+
+    /// Gives one command. Takes its turn among all that do.
+    pub(super) async fn control(&self, command: &str, arguments: Value) -> Result<Value, VmError> {
+        let _turn = self.turns.command.lock().await;
         Qmp::connect(&self.files.qmp_socket()).await?.execute(command, arguments).await
     }
 }
 
+fn if_understood<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<VmSpec>, D::Error> {
+    Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
+}
+
 /// Takes away what the last run left, and keeps what its console printed.
 fn make_room(files: &VmFiles) -> Result<(), VmError> {
-    for stale in
-        [files.pidfile(), files.log(), files.qmp_socket(), files.console_socket(), files.agent_socket()]
-    {
+    for stale in [
+        files.pidfile(),
+        files.log(),
+        files.qmp_socket(),
+        files.events_socket(),
+        files.migrate_socket(),
+        files.memory_socket(),
+        files.console_socket(),
+        files.agent_socket(),
+    ] {
         accept_missing(fs::remove_file(&stale)).map_err(VmError::file(stale))?;
     }
     let log = files.console_log();

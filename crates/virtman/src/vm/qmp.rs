@@ -1,9 +1,15 @@
-//! A client of QEMU's control protocol (QMP): one connection for a few commands, then gone.
+//! A client of QEMU's control protocol (QMP).
 //!
-//! QEMU serves one client at a time; a second waits in the socket's backlog until the first has left, so
-//! connections are held for milliseconds only. Events that arrive between answers are skipped. A connection
-//! whose future was cancelled is closed, which QEMU takes as the client's leaving.
+//! QEMU serves one client at a time at each socket; a second waits in the socket's backlog until the first has
+//! left. So a connection to the socket for commands is held for milliseconds only, and who stays to listen for
+//! events has a socket of its own.
+//!
+//! - *Events:* those that arrive before an answer are kept, up to a bound; of more, the oldest are forgotten. An
+//!   event is a reason to ask QEMU for its state, and never the only source of it.
+//! - *Cancellation:* waiting for an event may be cancelled and begun again. A connection of which a command was
+//!   cancelled, or got no answer, is out of step and has to be dropped, which QEMU takes as the client's leaving.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -22,13 +28,20 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes of one answer; the longest that we ask for is a few KiB.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
-/// Events skipped while waiting for one answer; more than this is not QEMU.
+/// Events that come while waiting for one answer; more than this is not QEMU.
 const EVENTS_MAX: usize = 1000;
+
+/// Events kept for who asks for them later. Who waits for one of few kinds meets it among fewer.
+const EVENTS_KEPT_MAX: usize = 100;
 
 /// A connection that has been through the greeting.
 pub(super) struct Qmp {
     lines: BufReader<Take<OwnedReadHalf>>,
     writer: OwnedWriteHalf,
+    /// What came of the line that is being read, so that a cancelled read loses nothing.
+    partial: Vec<u8>,
+    /// The names of the events that came and were not asked for yet.
+    events: VecDeque<String>,
 }
 
 impl Qmp {
@@ -44,8 +57,9 @@ impl Qmp {
             Err(error) => return Err(VmError::file(path)(error)),
         };
         let (reader, writer) = stream.into_split();
-        let mut qmp = Qmp { lines: BufReader::new(reader.take(ANSWER_BYTES_MAX)), writer };
-        let greeting = qmp.line().await?;
+        let lines = BufReader::new(reader.take(ANSWER_BYTES_MAX));
+        let mut qmp = Qmp { lines, writer, partial: Vec::new(), events: VecDeque::new() };
+        let greeting = qmp.line_in_time().await?;
         if greeting.get("QMP").is_none() {
             return Err(VmError::Control("it did not greet as QEMU does".to_owned()));
         }
@@ -59,7 +73,8 @@ impl Qmp {
         request.push('\n');
         self.writer.write_all(request.as_bytes()).await.map_err(|_| VmError::Gone)?;
         for _ in 0..EVENTS_MAX {
-            let mut answer = self.line().await?;
+            let mut answer = self.line_in_time().await?;
+            self.keep_event(&answer);
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
@@ -71,16 +86,44 @@ impl Qmp {
         Err(VmError::Control(format!("{command} got no answer among {EVENTS_MAX} events")))
     }
 
-    async fn line(&mut self) -> Result<Value, VmError> {
-        self.lines.get_mut().set_limit(ANSWER_BYTES_MAX);
-        let mut line = Vec::new();
-        let read = tokio::time::timeout(ANSWER_TIMEOUT, self.lines.read_until(b'\n', &mut line)).await;
-        match read {
-            Err(_) => Err(VmError::Control(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
-            Ok(Err(_) | Ok(0)) => Err(VmError::Gone),
-            Ok(Ok(_)) => serde_json::from_slice(&line)
-                .map_err(|error| VmError::Control(format!("its answer is no JSON: {error}"))),
+    /// Waits until QEMU says that something of this name happened; it may have been since the connection began.
+    pub(super) async fn happened(&mut self, name: &str) -> Result<(), VmError> {
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                if event == name {
+                    return Ok(());
+                }
+            }
+            let line = self.line().await?;
+            self.keep_event(&line);
         }
+    }
+
+    fn keep_event(&mut self, line: &Value) {
+        if let Some(name) = line.get("event").and_then(Value::as_str) {
+            if self.events.len() == EVENTS_KEPT_MAX {
+                self.events.pop_front();
+            }
+            self.events.push_back(name.to_owned());
+        }
+    }
+
+    async fn line_in_time(&mut self) -> Result<Value, VmError> {
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.line()).await {
+            Ok(line) => line,
+            Err(_) => Err(VmError::Control(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
+        }
+    }
+
+    async fn line(&mut self) -> Result<Value, VmError> {
+        let already = u64::try_from(self.partial.len()).unwrap_or(u64::MAX);
+        self.lines.get_mut().set_limit(ANSWER_BYTES_MAX.saturating_sub(already));
+        match self.lines.read_until(b'\n', &mut self.partial).await {
+            Ok(read) if read > 0 => {}
+            _ => return Err(VmError::Gone),
+        }
+        serde_json::from_slice(&std::mem::take(&mut self.partial))
+            .map_err(|error| VmError::Control(format!("its answer is no JSON: {error}")))
     }
 }
 
@@ -144,5 +187,53 @@ mod tests {
             server.await.unwrap();
         }
         assert!(matches!(Qmp::connect(&dir.path().join("none")).await, Err(VmError::Gone)));
+    }
+
+    #[tokio::test]
+    async fn an_event_is_heard_whether_it_comes_before_an_answer_or_after_and_in_however_many_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (more, mut wanted) = tokio::sync::mpsc::channel::<&str>(1);
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let opening = format!("{GREETING}\n{{\"event\": \"STOP\"}}\n{{\"return\": {{}}}}\n");
+            stream.write_all(opening.as_bytes()).await.unwrap();
+            while let Some(piece) = wanted.recv().await {
+                stream.write_all(piece.as_bytes()).await.unwrap();
+            }
+        });
+        let mut qmp = Qmp::connect(&path).await.unwrap();
+        qmp.happened("STOP").await.unwrap();
+        for piece in ["{\"event\": \"RESU", "ME\"}\n{\"event\": \"ST", "OP\"", "}\n"] {
+            more.send(piece).await.unwrap();
+            // Cancelled in the middle of a line, again and again.
+            let heard = tokio::time::timeout(Duration::from_millis(1), qmp.happened("STOP")).await;
+            assert!(heard.is_err() || piece == "}\n", "{piece:?}");
+            if heard.is_ok() {
+                drop(more);
+                server.await.unwrap();
+                return;
+            }
+        }
+        qmp.happened("STOP").await.unwrap();
+        drop(more);
+        server.await.unwrap();
+        assert!(matches!(qmp.happened("STOP").await, Err(VmError::Gone)));
+    }
+
+    #[tokio::test]
+    async fn of_more_events_than_are_kept_the_last_remain() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp.sock");
+        let server = serve(&path, GREETING, &[r#"{"return": {}}"#]);
+        let mut qmp = Qmp::connect(&path).await.unwrap();
+        server.await.unwrap();
+        for _ in 0..EVENTS_KEPT_MAX * 2 {
+            qmp.keep_event(&json!({ "event": "NOISE" }));
+        }
+        qmp.keep_event(&json!({ "event": "STOP" }));
+        assert_eq!(qmp.events.len(), EVENTS_KEPT_MAX);
+        qmp.happened("STOP").await.unwrap();
     }
 }

@@ -16,10 +16,8 @@ use std::time::{Duration, SystemTime};
 
 use regex::{Regex, RegexBuilder};
 use rustix::fs::inotify;
-use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::OwnedReadHalf;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
 
 use super::process::wait_readable;
 use super::{Qemu, VmError};
@@ -30,16 +28,6 @@ const CONSOLE_WINDOW_BYTES: usize = 16 * 1024;
 
 /// Bytes of console log read at a time.
 const CONSOLE_READ_BYTES: usize = 8 * 1024;
-
-/// How long the agent may take to answer before it is asked again: a question that was sent before the guest
-/// opened the channel may be lost.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Longest answer of the agent in bytes; a ping's is below 100.
-const AGENT_ANSWER_BYTES_MAX: u64 = 64 * 1024;
-
-/// Answers to earlier questions that may arrive before the one we wait for: one for each time we asked.
-const AGENT_STALE_ANSWERS_MAX: usize = 1000;
 
 /// How often QEMU is asked about one connection before the next is tried: a second in all, because QEMU
 /// repeats an unanswered request for a connection ever more rarely.
@@ -114,7 +102,7 @@ impl Ready {
         let ready = async {
             match self {
                 Ready::Console(regex) => console_matches(vm, regex).await,
-                Ready::Agent => agent_answers(vm).await,
+                Ready::Agent => Ok(vm.agent_answers().await?),
                 Ready::Tcp(port) => port_accepts(vm, *port).await,
             }
         };
@@ -223,50 +211,6 @@ impl Screen {
     }
 }
 
-async fn agent_answers(vm: &Qemu) -> Result<(), ReadyError> {
-    let path = vm.files().agent_socket();
-    let stream = UnixStream::connect(&path).await.map_err(VmError::file(&path))?;
-    ping_agent(stream).await.map_err(VmError::file(path))?;
-    Ok(())
-}
-
-/// Asks the agent to repeat a number until it does (`guest-sync`), then pings it.
-async fn ping_agent(stream: UnixStream) -> io::Result<()> {
-    let (reader, mut writer) = stream.into_split();
-    let mut reader = BufReader::new(reader);
-    let mut asked = 0u32;
-    loop {
-        asked = asked.wrapping_add(1);
-        let sync = json!({ "execute": "guest-sync", "arguments": { "id": asked } });
-        // 0xff resets the agent's parser, whatever half a request an earlier client left in it.
-        writer.write_all(&[&[0xff], sync.to_string().as_bytes(), b"\n"].concat()).await?;
-        let echo = json!(asked);
-        let answered = agent_returns(&mut reader, &echo);
-        if let Ok(answered) = tokio::time::timeout(AGENT_TIMEOUT, answered).await {
-            answered?;
-            break;
-        }
-    }
-    writer.write_all(b"{\"execute\":\"guest-ping\"}\n").await?;
-    agent_returns(&mut reader, &json!({})).await
-}
-
-/// Reads until the agent returns `wanted`, skipping answers to earlier questions and of earlier clients.
-async fn agent_returns(reader: &mut BufReader<OwnedReadHalf>, wanted: &Value) -> io::Result<()> {
-    for _ in 0..AGENT_STALE_ANSWERS_MAX {
-        let mut line = Vec::new();
-        let read = (&mut *reader).take(AGENT_ANSWER_BYTES_MAX).read_until(b'\n', &mut line).await?;
-        if read == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let answer = serde_json::from_slice::<Value>(&line).unwrap_or_default();
-        if answer.get("return") == Some(wanted) {
-            return Ok(());
-        }
-    }
-    Err(io::Error::other("the guest agent gives only answers to other questions"))
-}
-
 async fn port_accepts(vm: &Qemu, port: u16) -> Result<(), ReadyError> {
     let forwarded = vm.forwarded_port(port).await?.ok_or(ReadyError::NotForwarded(port))?;
     loop {
@@ -356,34 +300,5 @@ mod tests {
             tokio::task::yield_now().await;
         }
         waiting.await.unwrap().unwrap();
-    }
-
-    #[tokio::test]
-    async fn an_agent_is_ready_when_it_answers_our_question_and_not_anothers() {
-        let (client, server) = UnixStream::pair().unwrap();
-        let agent = tokio::spawn(async move {
-            let (reader, mut writer) = server.into_split();
-            let mut reader = BufReader::new(reader);
-            writer.write_all(b"half an ans\n{\"return\": 77}\n{\"return\": {}}\n").await.unwrap();
-            let mut line = Vec::new();
-            reader.read_until(b'\n', &mut line).await.unwrap();
-            assert_eq!(line.remove(0), 0xff, "the parser is reset first");
-            let sync: Value = serde_json::from_slice(&line).unwrap();
-            let answer = json!({ "return": sync["arguments"]["id"] });
-            writer.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
-            line.clear();
-            reader.read_until(b'\n', &mut line).await.unwrap();
-            assert_eq!(serde_json::from_slice::<Value>(&line).unwrap()["execute"], "guest-ping");
-            writer.write_all(b"{\"return\": {}}\n").await.unwrap();
-        });
-        ping_agent(client).await.unwrap();
-        agent.await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn an_agent_channel_that_closes_is_an_error() {
-        let (client, server) = UnixStream::pair().unwrap();
-        drop(server);
-        assert!(ping_agent(client).await.is_err());
     }
 }

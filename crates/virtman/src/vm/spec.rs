@@ -6,10 +6,14 @@
 use std::path::{Path, PathBuf};
 
 use block::VmName;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 use super::VmError;
 use super::accel::Accel;
+use super::machine::{MachineType, Platform};
 
 /// Seconds for which a guest's requests wait for an NBD server that went away, before the guest sees an
 /// error: a year, which means that guests see latency and not errors.
@@ -22,8 +26,8 @@ const TCG_BUFFER_MIB: u32 = 128;
 /// Longest path of a UNIX socket in bytes: the system's 108 with a zero at the end.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
-/// What one VM is to be.
-#[derive(Debug, Clone)]
+/// What one VM is to be. With its seed and its disk at other paths it is the same machine on another node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VmSpec {
     /// The VM's name; also decides its hardware address.
     pub(crate) name: VmName,
@@ -43,10 +47,28 @@ pub(crate) struct VmSpec {
     /// start; see [`Qemu::forwarded_port`](super::Qemu::forwarded_port). The guest itself reaches out through
     /// QEMU's user-mode network, that is, through the host's own sockets.
     pub(crate) forward_ports: Vec<u16>,
+    /// What happens when there is no room for what the guest writes.
+    #[serde(default)]
+    pub(crate) on_full: OnFull,
+    /// What it runs on, which is decided at its first start.
+    #[serde(default)]
+    pub(crate) platform: Option<Platform>,
+}
+
+/// What happens when there is no room for what a guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnFull {
+    /// The guest is paused, and goes on where it was once there is room; see
+    /// [`Qemu::resume_when`](super::Qemu::resume_when).
+    #[default]
+    Pause,
+    /// The guest is told, as by a physical disk that is broken.
+    Report,
 }
 
 /// An NBD export on a UNIX socket.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VmDisk {
     /// The server's socket.
     pub(crate) socket: PathBuf,
@@ -55,7 +77,7 @@ pub(crate) struct VmDisk {
 }
 
 /// A kernel that QEMU loads itself.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DirectBoot {
     /// The kernel image.
     pub(crate) kernel: PathBuf,
@@ -63,6 +85,16 @@ pub(crate) struct DirectBoot {
     pub(crate) initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub(crate) append: String,
+}
+
+/// How a VM's life begins here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begin {
+    /// As that of a machine that is switched on.
+    AtOnce,
+    /// With the memory of a guest that runs elsewhere; until that has come, and for as long as nobody says
+    /// that it may go on, it stands still.
+    Incoming,
 }
 
 /// Where in a VM's directory things are.
@@ -93,6 +125,18 @@ impl VmFiles {
         self.dir.join("qmp.sock")
     }
 
+    pub(super) fn events_socket(&self) -> PathBuf {
+        self.dir.join("events.sock")
+    }
+
+    pub(super) fn migrate_socket(&self) -> PathBuf {
+        self.dir.join("migrate.sock")
+    }
+
+    pub(super) fn memory_socket(&self) -> PathBuf {
+        self.dir.join("memory.sock")
+    }
+
     pub(super) fn console_socket(&self) -> PathBuf {
         self.dir.join("console.sock")
     }
@@ -110,9 +154,14 @@ impl VmFiles {
     }
 }
 
-/// The arguments with which QEMU becomes the VM `spec`, with its files in `files`. Fails if a path cannot be
-/// told to QEMU.
-pub(super) fn arguments(spec: &VmSpec, files: &VmFiles) -> Result<Vec<String>, VmError> {
+/// The arguments with which QEMU becomes the VM `spec` on this kind of machine, with its files in `files`. Fails
+/// if a path cannot be told to QEMU.
+pub(super) fn arguments(
+    spec: &VmSpec,
+    machine: &MachineType,
+    files: &VmFiles,
+    begin: Begin,
+) -> Result<Vec<String>, VmError> {
     let mut line = CommandLine::default();
     line.add("-name", format!("guest={}", spec.name));
     line.flag("-no-user-config").flag("-nodefaults").flag("-daemonize");
@@ -120,7 +169,7 @@ pub(super) fn arguments(spec: &VmSpec, files: &VmFiles) -> Result<Vec<String>, V
     line.add("-pidfile", told(&files.pidfile())?);
     // Without this, what QEMU says later would go nowhere once it is in the background.
     line.add("-D", told(&files.log())?);
-    line.add("-machine", "q35,usb=off,vmport=off");
+    line.add("-machine", format!("{},usb=off,vmport=off", machine.as_str()));
     match spec.accel {
         Accel::Kvm => line.add("-accel", "kvm").add("-cpu", "host"),
         Accel::Tcg => {
@@ -139,17 +188,26 @@ pub(super) fn arguments(spec: &VmSpec, files: &VmFiles) -> Result<Vec<String>, V
             line.add("-initrd", told(initrd)?);
         }
     }
+    if begin == Begin::Incoming {
+        // Where the memory comes from is said later; `-S` leaves the guest still when all of it is here.
+        line.add("-incoming", "defer").flag("-S");
+        told_socket(&files.memory_socket())?;
+    }
     Ok(line.arguments)
 }
 
-/// The control socket, the console and the guest agent's channel.
+/// The control sockets, the console and the guest agent's channel.
 fn add_channels(line: &mut CommandLine, files: &VmFiles) -> Result<(), VmError> {
     let socket = |id: &str, path: &Path| -> Result<String, VmError> {
         let path = told_socket(path)?;
         Ok(format!("socket,id={id},server=on,wait=off,path={}", escaped(path)))
     };
-    line.add("-chardev", socket("qmp", &files.qmp_socket())?);
-    line.add("-mon", "chardev=qmp,mode=control");
+    // One client at a time is served at each: so one for commands, and one for whoever stays and listens.
+    for (id, path) in
+        [("qmp", files.qmp_socket()), ("events", files.events_socket()), ("migrate", files.migrate_socket())]
+    {
+        line.add("-chardev", socket(id, &path)?).add("-mon", format!("chardev={id},mode=control"));
+    }
     let log = files.console_log();
     let console = socket("console", &files.console_socket())?;
     line.add("-chardev", format!("{console},logfile={}", escaped(told(&log)?)));
@@ -173,9 +231,15 @@ fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
     });
     line.add_json("-blockdev", &disk);
     // Index 0 is that of a kernel given from outside, and QEMU takes no index twice.
+    let write_error = match spec.on_full {
+        // Which is: pause if there is no room, and report every other error.
+        OnFull::Pause => "enospc",
+        OnFull::Report => "report",
+    };
     let device = json!({
         "driver": "virtio-blk-pci", "drive": "disk", "id": "disk0", "bootindex": 1,
         "discard": true, "write-zeroes": true, "write-cache": "on",
+        "werror": write_error, "rerror": "report",
     });
     line.add_json("-device", &device);
     if let Some(seed) = &spec.seed {
@@ -215,7 +279,8 @@ fn told(path: &Path) -> Result<&str, VmError> {
     }
 }
 
-fn told_socket(path: &Path) -> Result<&str, VmError> {
+/// The same for a socket's path, which the system allows little length.
+pub(super) fn told_socket(path: &Path) -> Result<&str, VmError> {
     let text = told(path)?;
     if text.len() > SOCKET_PATH_BYTES_MAX {
         return Err(VmError::Unfit(format!(
@@ -267,7 +332,14 @@ mod tests {
             accel: Accel::Tcg,
             boot: None,
             forward_ports: Vec::new(),
+            on_full: OnFull::default(),
+            platform: None,
         }
+    }
+
+    fn arguments(spec: &VmSpec, dir: &str, begin: Begin) -> Result<Vec<String>, VmError> {
+        let machine = MachineType::try_from("pc-q35-10.0".to_owned()).unwrap();
+        super::arguments(spec, &machine, &VmFiles::new(dir.into()), begin)
     }
 
     fn values<'a>(arguments: &'a [String], flag: &str) -> Vec<&'a str> {
@@ -280,7 +352,7 @@ mod tests {
         let mut spec = spec();
         spec.disk.export = hostile.to_owned();
         spec.seed = Some(format!("/seeds/{hostile}").into());
-        let arguments = arguments(&spec, &VmFiles::new("/vms/a,server=off".into())).unwrap();
+        let arguments = arguments(&spec, "/vms/a,server=off", Begin::AtOnce).unwrap();
         let disks: Vec<Value> =
             values(&arguments, "-blockdev").iter().map(|text| serde_json::from_str(text).unwrap()).collect();
         assert_eq!(disks[0]["driver"], "nbd");
@@ -295,9 +367,8 @@ mod tests {
 
     #[test]
     fn a_path_that_qemu_would_misread_is_refused() {
-        let refused = |dir: &str, spec: &VmSpec| {
-            matches!(arguments(spec, &VmFiles::new(dir.into())), Err(VmError::Unfit(_)))
-        };
+        let refused =
+            |dir: &str, spec: &VmSpec| matches!(arguments(spec, dir, Begin::AtOnce), Err(VmError::Unfit(_)));
         assert!(!refused("/vms/a", &spec()));
         assert!(refused("vms/a", &spec()), "relative");
         assert!(
@@ -314,5 +385,28 @@ mod tests {
         let [a, b] = ["vm-1", "vm-2"].map(|name| hardware_address(&name.parse().unwrap()));
         assert_ne!(a, b);
         assert_eq!(a, hardware_address(&"vm-1".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_guest_that_comes_from_elsewhere_gets_the_same_machine_and_stands_still() {
+        let here = arguments(&spec(), "/vms/a", Begin::AtOnce).unwrap();
+        let there = arguments(&spec(), "/vms/a", Begin::Incoming).unwrap();
+        assert_eq!(there.strip_prefix(here.as_slice()).unwrap(), ["-incoming", "defer", "-S"]);
+        assert_eq!(values(&here, "-machine"), ["pc-q35-10.0,usb=off,vmport=off"]);
+    }
+
+    #[test]
+    fn a_spec_is_read_back_as_it_was_and_an_older_one_without_what_came_later() {
+        let mut spec = spec();
+        spec.boot =
+            Some(DirectBoot { kernel: "/k".into(), initrd: Some("/i".into()), append: "quiet".to_owned() });
+        spec.on_full = OnFull::Report;
+        let mut json = serde_json::to_value(&spec).unwrap();
+        assert_eq!(serde_json::from_value::<VmSpec>(json.clone()).unwrap(), spec);
+        for later in ["on_full", "platform"] {
+            json.as_object_mut().unwrap().remove(later);
+        }
+        spec.on_full = OnFull::Pause;
+        assert_eq!(serde_json::from_value::<VmSpec>(json).unwrap(), spec);
     }
 }

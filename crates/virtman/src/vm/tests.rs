@@ -17,6 +17,11 @@ use super::qemu::Stopped;
 use super::ready::ReadyError;
 use super::*;
 
+mod counting;
+mod full_disk;
+mod migration;
+mod real;
+
 /// Bounds a test that would otherwise hang; nothing that passes comes near it.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -92,7 +97,8 @@ impl Bench {
 
     fn serve_disk(&self) {
         let served = Command::new("qemu-nbd")
-            .args(["--fork", "--persistent", "--export-name=vm-1", "--discard=unmap"])
+            // Two clients, because a guest that moves has its disk open on both sides for a moment.
+            .args(["--fork", "--persistent", "--shared=2", "--export-name=vm-1", "--discard=unmap"])
             .arg(format!("--format={}", self.format))
             .arg(format!("--pid-file={}", self.path("nbd.pid").display()))
             .arg(format!("--socket={}", self.path("nbd.sock").display()))
@@ -119,6 +125,8 @@ impl Bench {
             accel: Accel::Tcg,
             boot: None,
             forward_ports: Vec::new(),
+            on_full: OnFull::default(),
+            platform: None,
         }
     }
 }
@@ -165,6 +173,27 @@ async fn a_guest_is_found_again_by_a_later_daemon_and_waits_while_its_disk_serve
     wait_for(&vm, "^(after|error)$").await.unwrap();
     let printed = fs::read_to_string(bench.vm_dir().join("console.log")).unwrap();
     assert!(printed.ends_with("after\n"), "the guest saw latency and no error: {printed:?}");
+}
+
+#[tokio::test]
+async fn what_was_started_is_remembered_and_a_vm_of_a_version_that_did_not_is_adopted_all_the_same() {
+    let Some(bench) = Bench::new() else { return };
+    let vm = Qemu::start(&bench.vm_dir(), &bench.spec()).await.unwrap();
+    let spec = vm.spec().expect("it is remembered").clone();
+    assert_eq!(VmSpec { platform: None, ..spec.clone() }, bench.spec());
+    assert!(spec.platform.is_some(), "the machine type is part of it");
+    drop(vm);
+    assert_eq!(Qemu::adopt(&bench.vm_dir()).unwrap().spec(), Some(&spec));
+
+    let record = bench.vm_dir().join("qemu.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    json.as_object_mut().unwrap().remove("spec").unwrap();
+    fs::write(&record, json.to_string()).unwrap();
+    let vm = Qemu::adopt(&bench.vm_dir()).expect("an older record is enough to find the guest");
+    assert_eq!(vm.spec(), None);
+    let elsewhere = Qemu::start_incoming(&bench.path("elsewhere"), &bench.spec()).await;
+    assert!(matches!(elsewhere, Err(VmError::Unfit(_))), "no machine type is known: {elsewhere:?}");
+    vm.kill().await.unwrap();
 }
 
 #[tokio::test]

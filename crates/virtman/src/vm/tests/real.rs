@@ -1,0 +1,88 @@
+//! A Debian guest with all that a VM is made of: agent, network, seed, a disk that is written to.
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use super::super::agent::AgentError;
+use super::super::state::RunState;
+use super::*;
+
+/// Counts on the console, and each number is durable on the disk before it is printed.
+const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i | dd of=/root/n conv=fsync 2>/dev/null; \
+    [ $(cat /root/n) = $i ] && echo beat $i; done >/dev/ttyS0";
+
+/// Gives one command to the guest's agent and returns its answer.
+async fn ask_agent(vm: &Qemu, request: serde_json::Value) -> serde_json::Value {
+    let mut stream = UnixStream::connect(vm.files().agent_socket()).await.unwrap();
+    stream.write_all(format!("{request}\n").as_bytes()).await.unwrap();
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).await.unwrap();
+    serde_json::from_str(&line).unwrap()
+}
+
+/// The numbers after `beat` on these consoles, one after the other.
+fn beats(benches: &[&Bench]) -> Vec<u64> {
+    let text: String =
+        benches.iter().map(|b| fs::read_to_string(b.vm_dir().join("console.log")).unwrap()).collect();
+    let whole = regex::Regex::new(r"beat (\d+)\r\n").unwrap();
+    whole.captures_iter(&text).map(|found| found[1].parse().unwrap()).collect()
+}
+
+#[tokio::test]
+#[ignore = "takes a minute without KVM: set VIRTMAN_GUEST_IMAGE to an image made by scripts/guest-image"]
+async fn a_debian_guest_is_frozen_and_thawed_and_moves_while_it_writes() {
+    let image = std::env::var("VIRTMAN_GUEST_IMAGE").expect("VIRTMAN_GUEST_IMAGE names an image");
+    let Some(here) = Bench::on_image(&image) else { return };
+    let Some(there) = Bench::without_disk("qcow2") else { return };
+    let accel = AccelWish::Auto.decide().await.unwrap().accel;
+    let name = "guest-7".parse().unwrap();
+    let identity = seed::Identity::new(&name, &"i-1".parse().unwrap(), &[]).unwrap();
+    for bench in [&here, &there] {
+        fs::write(bench.path("seed"), identity.disk().unwrap()).unwrap();
+    }
+    let seed = Some(here.path("seed"));
+    let spec = VmSpec { name, seed, accel, memory_mib: 512, forward_ports: vec![22], ..here.spec() };
+    let source = Qemu::start(&here.vm_dir(), &spec).await.unwrap();
+
+    let early = source.freeze(Duration::from_millis(1)).await.err().expect("the firmware has no agent");
+    assert!(matches!(early, AgentError::Silent(_)), "{early}");
+    Ready::Agent.wait(&source, PATIENCE).await.unwrap();
+    let frozen = source.freeze(PATIENCE).await.unwrap();
+    let filesystems = frozen.filesystems();
+    assert!(filesystems >= 1);
+    assert_eq!(frozen.thaw(PATIENCE).await.unwrap(), filesystems);
+    // A daemon that dies in between leaves this.
+    ask_agent(&source, serde_json::json!({ "execute": "guest-fsfreeze-freeze" })).await;
+    assert_eq!(source.thaw_if_frozen(PATIENCE).await.unwrap(), Some(filesystems));
+    assert_eq!(source.thaw_if_frozen(PATIENCE).await.unwrap(), None);
+    drop(source.freeze(PATIENCE).await.unwrap());
+    assert_eq!(source.thaw_if_frozen(PATIENCE).await.unwrap(), None, "who forgets it thaws it");
+
+    // Cloud-init is done with the console by then.
+    wait_for(&source, "^guest-7 login:").await.unwrap();
+    let arguments = serde_json::json!({ "path": "/bin/sh", "arg": ["-c", COUNTER] });
+    ask_agent(&source, serde_json::json!({ "execute": "guest-exec", "arguments": arguments })).await;
+    wait_for(&source, "beat 10$").await.unwrap();
+
+    let disk = VmDisk { socket: here.path("nbd.sock"), export: "vm-1".to_owned() };
+    let seed = Some(there.path("seed"));
+    let spec = VmSpec { disk, seed, ..source.spec().unwrap().clone() };
+    let target = Qemu::start_incoming(&there.vm_dir(), &spec).await.unwrap();
+    let incoming = target.incoming_listen().await.unwrap();
+    let migration = source.begin_migration(&target.memory_socket(), None).await.unwrap();
+    let paused = migration.until_paused(|progress| println!("{progress:?}")).await.unwrap();
+    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
+    arrived.unwrap();
+    println!("{:?}", completed.unwrap());
+    source.kill().await.unwrap();
+    target.resume().await.unwrap();
+    assert_eq!(target.state().await.unwrap(), RunState::Running);
+
+    let arrived = beats(&[&here]).len();
+    wait_for(&target, &format!("beat {}\r?$", arrived + 10)).await.unwrap();
+    let beats = beats(&[&here, &there]);
+    assert!(beats.iter().copied().eq(1..=beats.len() as u64), "each number once, in order: {beats:?}");
+    Ready::Agent.wait(&target, PATIENCE).await.unwrap();
+    Ready::Tcp(22).wait(&target, PATIENCE).await.unwrap();
+    assert_eq!(target.stop(PATIENCE).await.unwrap(), Stopped::ByGuest);
+}
