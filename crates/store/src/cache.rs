@@ -4,19 +4,24 @@
 //! index has its own lock; a read that has a good [`SlotHint`](block::SlotHint) takes none at all.
 //!
 //! Consistency: a whole chunk that leaves the cache was verified on the way out. [`ChunkSource::read_now`]
-//! serves parts of chunks that were verified since the group was opened, and checks before and after
-//! that the slot holds the wanted chunk.
+//! serves parts of chunks that were verified since they came into memory, and checks before and after
+//! that the slot holds the wanted chunk. What the page cache holds is trusted as this process's own memory is: who
+//! writes to the file of a medium in use can change what guests read.
 //! Retries: a chunk that is not what the directory says, or cannot be read, is dropped and fetched again;
 //! the reader notices nothing. A medium that fails too often is no longer used. Errors from upstream go
 //! to those who wait and are not remembered.
 //! Cancellation: a fetch that nobody waits for any more is withdrawn; see [`flight`].
 //! Crash: nothing is synced and nothing journaled, since each chunk proves itself; see [`medium`].
+//! Media come and go meanwhile; see [`members`].
 //! Bounds: the slots of the media; [`writer`] bounds what is on its way to them. Flights are as many as
 //! the callers have fetches waiting.
 
 mod flight;
+mod health;
 mod journey;
 mod medium;
+mod members;
+mod set;
 mod shard;
 mod slot;
 mod source;
@@ -24,23 +29,26 @@ mod table;
 mod writer;
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use arc_swap::ArcSwap;
 use block::limits::CHUNK_BYTES;
 use block::{Chunk, ChunkHash, ChunkSource, Now, Priority};
-use bytes::Bytes;
 
 use self::flight::{Flight, Waiter};
 use self::journey::Journey;
 use self::medium::Medium;
-use self::shard::{Index, Shard};
-use self::slot::{Seen, Slot, Stage};
+use self::members::{Candidate, Members};
+use self::set::{MediumSet, SlotId};
+use self::shard::{Index, Reserved, Shard};
+use self::slot::{Seen, Stage};
 use self::source::Cached;
-use self::writer::Writer;
-use crate::media::{FileMedia, InUse};
-use crate::{Media, asyncio};
+use self::writer::{Store, Writer};
+use crate::Media;
+
+pub use self::health::MediumState;
+pub use self::members::{MediaSpec, MediumStatus};
 
 /// Most media in a group: four bits of a slot's number.
 const MEDIA_MAX: usize = 16;
@@ -49,29 +57,29 @@ const MEDIA_MAX: usize = 16;
 const SLOTS_PER_MEDIUM_MAX: u64 = (1 << 28) - 1;
 
 /// Slots that are worth a shard of their own.
-const SLOTS_PER_SHARD: usize = 1024;
+const SLOTS_PER_SHARD: u64 = 1024;
 
 /// Most shards: more than the cores that ever contend for them.
-const SHARDS_MAX: usize = 64;
+const SHARDS_MAX: u64 = 64;
 
-/// One local medium given to a cache group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MediaSpec {
-    /// A file, created if missing, or a block device.
-    pub path: PathBuf,
-    /// How many bytes of it may be used, everything counted.
-    pub size_bytes: u64,
-}
-
-/// Why a cache group cannot be opened.
+/// Why a cache group cannot be opened, or its media changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
     /// The medium is too small to hold anything, or there are too many.
     #[error("{0}")]
     Unusable(String),
     /// Another cache group holds the medium.
-    #[error("cache medium '{0}' is in use by another process")]
+    #[error("cache medium '{0}' is in use by another process, or under another name by this one")]
     InUse(String),
+    /// The group has the medium already, but not as it is wanted.
+    #[error("{0}")]
+    Taken(String),
+    /// The group has no such medium.
+    #[error("there is no cache medium '{0}'")]
+    Unknown(String),
+    /// Without this medium nothing would be cached.
+    #[error("cache medium '{0}' is the last one that works: add another first")]
+    Last(String),
     /// The medium holds something that is not a cache and that we will not overwrite.
     #[error("'{0}' holds data that is no VirtMan cache; erase it first if it may be used as one")]
     Foreign(String),
@@ -114,55 +122,6 @@ pub struct CacheStats {
     pub failed_media: u64,
 }
 
-/// A slot of the group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct SlotId(u32);
-
-impl SlotId {
-    fn new(medium: usize, index: u32) -> SlotId {
-        SlotId((medium as u32) << 28 | index)
-    }
-
-    fn medium(self) -> usize {
-        (self.0 >> 28) as usize
-    }
-
-    fn index(self) -> u32 {
-        self.0 & ((1 << 28) - 1)
-    }
-
-    /// The slot as a note for the next read. Never 0.
-    fn to_hint(self) -> u64 {
-        u64::from(self.0) + 1
-    }
-
-    fn from_hint(hint: u64) -> Option<SlotId> {
-        u32::try_from(hint.checked_sub(1)?).ok().map(SlotId)
-    }
-}
-
-/// The media of a group, and with them all slots.
-struct MediumSet(Box<[Medium]>);
-
-impl MediumSet {
-    fn medium(&self, id: SlotId) -> &Medium {
-        &self.0[id.medium()]
-    }
-
-    fn slot(&self, id: SlotId) -> &Slot {
-        &self.medium(id).slots()[id.index() as usize]
-    }
-
-    /// The slot, if a number from outside names one.
-    fn get(&self, id: SlotId) -> Option<&Slot> {
-        self.0.get(id.medium())?.slots().get(id.index() as usize)
-    }
-
-    fn is_failed(&self, id: SlotId) -> bool {
-        self.medium(id).is_failed()
-    }
-}
-
 #[derive(Default)]
 struct Counters {
     misses: AtomicU64,
@@ -180,7 +139,9 @@ fn add(counter: &AtomicU64, count: u64) {
 
 /// Several local media used as one cache of chunks.
 pub struct CacheGroup {
-    media: MediumSet,
+    /// The newest set of media, for those who come without a lock.
+    media: ArcSwap<MediumSet>,
+    members: Members,
     shards: Box<[Shard]>,
     writer: Writer,
     counters: Counters,
@@ -188,7 +149,7 @@ pub struct CacheGroup {
 
 /// Where a wanted chunk is.
 enum Whereabouts {
-    Stored(SlotId, Seen),
+    Stored(Arc<Medium>, SlotId, Seen),
     /// In memory, on its way to its slot.
     Arrived(Chunk),
     Coming(Waiter),
@@ -196,78 +157,48 @@ enum Whereabouts {
 
 impl CacheGroup {
     /// Opens the media, creating files that are missing. Blocks the thread while the directories are
-    /// read: 40 bytes for each 64 KiB.
-    pub fn open(media: Vec<MediaSpec>) -> Result<Arc<CacheGroup>, CacheError> {
-        let open = |spec: MediaSpec| {
-            let name = spec.path.display().to_string();
-            let (file, size_bytes) = open_file(&spec).map_err(|error| match error {
-                Ok(InUse) => CacheError::InUse(name.clone()),
-                Err(source) => CacheError::Io { medium: name.clone(), source },
-            })?;
-            Medium::open(name, Arc::new(file), size_bytes)
-        };
-        CacheGroup::over_media(media.into_iter().map(open).collect::<Result<_, _>>()?)
+    /// read: 40 bytes for each 64 KiB. Without media nothing is cached until one is added.
+    pub fn open(media: &[MediaSpec]) -> Result<Arc<CacheGroup>, CacheError> {
+        let (group, refused) = CacheGroup::open_usable(media);
+        match refused.into_iter().next() {
+            None => Ok(group),
+            Some((_, error)) => Err(error),
+        }
+    }
+
+    /// The same with those media that can be opened. The others come back.
+    pub fn open_usable(media: &[MediaSpec]) -> (Arc<CacheGroup>, Vec<(MediaSpec, CacheError)>) {
+        let opened: Vec<Result<Candidate, CacheError>> = media.iter().map(members::open_file).collect();
+        let group = CacheGroup::for_bytes(opened.iter().flatten().map(|(_, size_bytes, _)| size_bytes).sum());
+        let taken = opened.into_iter().map(|opened| opened.and_then(|medium| group.take_in(medium)));
+        let refused = media.iter().zip(taken).filter_map(|(spec, taken)| Some((spec.clone(), taken.err()?)));
+        let refused = refused.collect();
+        (Arc::new(group), refused)
     }
 
     /// A group over media that are open already, used up to their present length. Each comes with its
     /// name for messages. Blocks as [`CacheGroup::open`] does.
     pub fn from_media(media: Vec<(String, Arc<dyn Media>)>) -> Result<Arc<CacheGroup>, CacheError> {
-        let open = |(name, media): (String, Arc<dyn Media>)| {
-            let size_bytes =
-                media.len_bytes().map_err(|source| CacheError::Io { medium: name.clone(), source })?;
-            Medium::open(name, media, size_bytes)
-        };
-        CacheGroup::over_media(media.into_iter().map(open).collect::<Result<_, _>>()?)
-    }
-
-    fn over_media(media: Vec<Medium>) -> Result<Arc<CacheGroup>, CacheError> {
-        if media.len() > MEDIA_MAX {
-            return Err(CacheError::Unusable(format!(
-                "a cache group has at most {MEDIA_MAX} media, not {}",
-                media.len()
-            )));
-        }
-        let slots: usize = media.iter().map(|medium| medium.slots().len()).sum();
-        let shards = (slots / SLOTS_PER_SHARD).clamp(1, SHARDS_MAX).next_power_of_two();
-        let group = CacheGroup {
-            writer: Writer::new(media.len()),
-            media: MediumSet(media.into()),
-            shards: (0..shards).map(|_| Shard::default()).collect(),
-            counters: Counters::default(),
-        };
-        for number in 0..group.media.0.len() {
-            group.find_chunks(number);
-        }
-        for shard in &group.shards {
-            shard.lock().set_out();
-        }
+        let opened = media.into_iter().map(|(name, media)| members::whole(name, media));
+        let opened: Vec<Candidate> = opened.collect::<Result<_, _>>()?;
+        let group = CacheGroup::for_bytes(opened.iter().map(|(_, size_bytes, _)| size_bytes).sum());
+        opened.into_iter().try_for_each(|medium| group.take_in(medium))?;
         Ok(Arc::new(group))
     }
 
-    /// Enters what a medium's directory names. A directory that cannot be read makes the rest of its
-    /// medium empty.
-    fn find_chunks(&self, number: usize) {
-        let medium = &self.media.0[number];
-        let slots = medium.slots().len() as u32;
-        let mut visited = 0;
-        let read = medium.read_directory(|index, hash| {
-            visited = index + 1;
-            let id = SlotId::new(number, index);
-            let is_entered =
-                hash.is_some_and(|hash| self.shard(&hash).lock().add_found(&self.media, id, &hash));
-            if !is_entered {
-                self.add_free(id);
-            }
-        });
-        if let Err(error) = read {
-            medium.note_error(&error);
-            (visited..slots).for_each(|index| self.add_free(SlotId::new(number, index)));
+    /// A group without media, made for about so many bytes of them: each shard is to have a good number of slots. If
+    /// media that come or go change that much, shards are longer waited for, or borrow slots from each other, until the
+    /// group is opened again.
+    fn for_bytes(size_bytes: u64) -> CacheGroup {
+        let slots = size_bytes / CHUNK_BYTES as u64;
+        let shards = (slots / SLOTS_PER_SHARD).clamp(1, SHARDS_MAX).next_power_of_two();
+        CacheGroup {
+            media: ArcSwap::default(),
+            members: Members::default(),
+            shards: (0..shards).map(|_| Shard::default()).collect(),
+            writer: Writer::new(),
+            counters: Counters::default(),
         }
-    }
-
-    fn add_free(&self, id: SlotId) {
-        // Any shard may have any slot; in turn, each gets the same number.
-        self.shards[id.index() as usize % self.shards.len()].lock().add_free(id);
     }
 
     /// The chunks of `upstream`, cached. Fetches of one chunk are one fetch, also across several such
@@ -289,7 +220,8 @@ impl CacheGroup {
         let counters = &self.counters;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let fetched_chunks = get(&counters.fetched_chunks);
-        let capacity = |medium: &Medium| if medium.is_failed() { 0 } else { medium.slots().len() as u64 };
+        let media = self.media.load();
+        let usable = || media.iter().filter(|medium| medium.is_usable());
         CacheStats {
             hits: self.shards.iter().map(|shard| get(&shard.hits)).sum(),
             misses: get(&counters.misses),
@@ -300,9 +232,9 @@ impl CacheGroup {
             evicted_chunks: get(&counters.evicted),
             dropped_chunks: get(&counters.dropped),
             unstored_chunks: get(&counters.unstored),
-            resident_chunks: self.shards.iter().map(|shard| shard.lock().resident() as u64).sum(),
-            capacity_chunks: self.media.0.iter().map(capacity).sum(),
-            failed_media: self.media.0.iter().filter(|medium| medium.is_failed()).count() as u64,
+            resident_chunks: usable().map(|medium| medium.resident()).sum(),
+            capacity_chunks: usable().map(|medium| medium.slots().len() as u64).sum(),
+            failed_media: media.iter().filter(|m| m.health.state() == MediumState::Failed).count() as u64,
         }
     }
 
@@ -312,24 +244,28 @@ impl CacheGroup {
     }
 
     fn shard(&self, hash: &ChunkHash) -> &Shard {
-        // The leading bits choose the shard, the trailing ones the place in its table.
-        let shards = self.shards.len() as u64;
-        &self.shards[(hash.prefix().rotate_left(16) % shards) as usize]
+        &self.shards[self.shard_number(hash)]
     }
 
-    fn note_hit(&self, shard: &Shard, id: SlotId, seen: Seen) {
-        self.media.slot(id).count_use(seen, shard.epoch());
+    fn shard_number(&self, hash: &ChunkHash) -> usize {
+        // The leading bits choose the shard, the trailing ones the place in its table.
+        let shards = self.shards.len() as u64;
+        (hash.prefix().rotate_left(16) % shards) as usize
+    }
+
+    fn note_hit(&self, shard: &Shard, medium: &Medium, id: SlotId, seen: Seen) {
+        medium.slot(id).count_use(seen, shard.epoch());
         add(&shard.hits, 1);
     }
 
-    /// The slot that holds the chunk. A chunk on a medium that failed is dropped as it comes by.
+    /// The slot that holds the chunk. A chunk on a medium that is not used any more is dropped as it comes by.
     fn find(&self, index: &mut Index, hash: &ChunkHash) -> Option<(SlotId, Seen)> {
-        let id = index.find(&self.media, hash)?;
-        if self.media.is_failed(id) {
-            index.drop_chunk(&self.media, id);
+        let id = index.find(hash)?;
+        if !index.media().medium(id).is_usable() {
+            index.drop_chunk(id);
             return None;
         }
-        Some((id, self.media.slot(id).see()))
+        Some((id, index.media().slot(id).see()))
     }
 
     /// Finds the chunk or joins its fetch, which begins here if there is none.
@@ -342,7 +278,8 @@ impl CacheGroup {
         let shard = self.shard(&hash);
         let mut index = shard.lock();
         if let Some((id, seen)) = self.find(&mut index, &hash) {
-            return Whereabouts::Stored(id, seen);
+            let medium = Arc::clone(index.media().medium(id));
+            return Whereabouts::Stored(medium, id, seen);
         }
         if let Some(flight) = index.flights.get(&hash) {
             if let Some(chunk) = flight.arrived() {
@@ -356,6 +293,8 @@ impl CacheGroup {
         let flight = Arc::new(Flight::new(identity(upstream)));
         let waiter = flight.join(priority);
         index.flights.insert(hash, Arc::clone(&flight));
+        // A runtime that is ending drops the task at once, which takes it out of the index again.
+        drop(index);
         let journey = Journey::new(Arc::clone(self), hash, flight);
         tokio::spawn(journey.run(Arc::clone(upstream)));
         Whereabouts::Coming(waiter)
@@ -363,52 +302,83 @@ impl CacheGroup {
 
     /// Reads and verifies a stored chunk. `None` if it is not there any more, or never was what it was
     /// said to be; then it is not found again.
-    async fn read_chunk(&self, hash: ChunkHash, id: SlotId, seen: Seen) -> Option<Chunk> {
-        let medium = self.media.medium(id);
-        let mut bytes = vec![0; CHUNK_BYTES];
-        let read = asyncio::read(medium.media(), medium.slot_offset(id.index()), &mut bytes).await;
-        if let Err(error) = &read {
-            medium.note_error(error);
-        } else if let Ok(chunk) = Chunk::verify(hash, Bytes::from(bytes)) {
-            self.media.slot(id).mark_ready(seen);
-            self.note_hit(self.shard(&hash), id, seen);
-            return Some(chunk);
+    async fn read_chunk(
+        &self,
+        hash: ChunkHash,
+        medium: &Arc<Medium>,
+        id: SlotId,
+        mut seen: Seen,
+    ) -> Option<Chunk> {
+        let was_ready = seen.stage() == Stage::Ready;
+        match medium.read(id, &mut seen).await {
+            Err(error) => medium.note_error(&error),
+            Ok(bytes) => match Chunk::verify(hash, bytes.into()) {
+                Ok(chunk) => {
+                    let seen = medium.slot(id).mark_ready(seen);
+                    self.note_hit(self.shard(&hash), medium, id, seen);
+                    return Some(chunk);
+                }
+                // What was there at the start may be wrong in an honest way; see the format's page on crashes.
+                Err(_) if was_ready && medium.slot(id).is_still(seen) => medium.note_wrong_chunk(),
+                Err(_) => {}
+            },
         }
         let mut index = self.shard(&hash).lock();
-        if self.media.slot(id).is_still(seen) {
-            index.drop_chunk(&self.media, id);
+        // A slot is emptied before its number can mean another's.
+        if medium.slot(id).is_still(seen) {
+            index.drop_chunk(id);
             add(&self.counters.dropped, 1);
         }
         None
     }
 
+    /// A slot for a new chunk, emptied.
+    fn reserve(&self, hash: &ChunkHash) -> Option<Reserved> {
+        let own = self.shard_number(hash);
+        if let Some(reserved) = self.shards[own].lock().reserve() {
+            return Some(reserved);
+        }
+        // The media have become so small that no slot fell to this shard. A free one of another is better than one in use.
+        let (before, after) = self.shards.split_at(own);
+        let others = || after.iter().chain(before);
+        let free = others().find_map(|shard| shard.lock().cede_free());
+        let reserved = free.or_else(|| others().find_map(|shard| shard.lock().cede()))?;
+        self.shards[own].lock().adopt();
+        Some(reserved)
+    }
+
     /// Writes an arrived chunk to its slot and lets it be found there. Runs on the blocking pool.
-    fn store(&self, id: SlotId, chunk: &Chunk) {
-        let (medium, hash) = (self.media.medium(id), chunk.hash());
+    fn store(&self, store: &Store) {
+        let Store { medium, id, chunk, .. } = store;
+        let hash = chunk.hash();
         let shard = self.shard(&hash);
-        match medium.write(id.index(), chunk) {
-            Ok(()) => shard.enter(&self.media, id, &hash),
+        let written = if medium.is_usable() { medium.write(*id, chunk) } else { Ok(()) };
+        let is_entered = match written {
+            Ok(()) => shard.enter(medium, *id, &hash),
             Err(error) => {
                 medium.note_error(&error);
-                add(&self.counters.unstored, 1);
                 let mut index = shard.lock();
-                index.release(id);
+                index.release(medium, *id);
                 index.flights.remove(&hash);
+                false
             }
+        };
+        if !is_entered {
+            add(&self.counters.unstored, 1);
         }
     }
 
     /// Copies from the slot, if it holds the chunk, verified, and its bytes are in memory.
     fn copy_now(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> Now {
-        let Some(slot) = self.media.get(id) else { return Now::Wait };
+        let media = self.media.load();
+        let Some((medium, slot)) = media.get(id) else { return Now::Wait };
         let Some(seen) = slot.see_chunk(hash) else { return Now::Wait };
-        let medium = self.media.medium(id);
-        if seen.stage() != Stage::Ready || medium.is_failed() {
+        if seen.stage() != Stage::Ready || !medium.is_usable() {
             return Now::Wait;
         }
-        match medium.media().read_at_now(medium.slot_offset(id.index()) + offset as u64, buf) {
-            Ok(Now::Done) if slot.is_still(seen) => {
-                self.note_hit(shard, id, seen);
+        match medium.read_now(id, offset, buf) {
+            Ok(Now::Done) if slot.is_still(seen) && medium.is_usable() => {
+                self.note_hit(shard, medium, id, seen);
                 Now::Done
             }
             Ok(_) => Now::Wait,
@@ -423,17 +393,6 @@ impl CacheGroup {
 /// Which source this is, for comparing.
 fn identity(source: &Arc<dyn ChunkSource>) -> usize {
     Arc::as_ptr(source).cast::<()>() as usize
-}
-
-fn open_file(spec: &MediaSpec) -> Result<(FileMedia, u64), Result<InUse, io::Error>> {
-    let file = FileMedia::open_or_create(&spec.path).map_err(Err)?;
-    file.lock().map_err(Err)?.map_err(Ok)?;
-    let size_bytes = if file.is_device() {
-        spec.size_bytes.min(Media::len_bytes(&file).map_err(Err)?)
-    } else {
-        spec.size_bytes
-    };
-    Ok((file, size_bytes))
 }
 
 #[cfg(test)]

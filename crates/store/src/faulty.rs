@@ -4,7 +4,7 @@
 //! that it had since the last sync. At a power cut each unit keeps one of these versions, chosen from the
 //! seed and independently of all others: the medium may write back in any order, in part, or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -52,6 +52,8 @@ struct Shared {
     room_bytes: Option<u64>,
     syncs: Syncs,
     reads_now: ReadsNow,
+    /// Units that are not in memory, so that they cannot be read without waiting.
+    forgotten: BTreeSet<u64>,
     sync_count: u64,
 }
 
@@ -95,6 +97,7 @@ impl FaultyMedia {
             room_bytes: None,
             syncs: Syncs::Work,
             reads_now: ReadsNow::Often,
+            forgotten: BTreeSet::new(),
             sync_count: 0,
         };
         FaultyMedia { shared: Arc::new(Mutex::new(shared)), boot: 0 }
@@ -140,6 +143,13 @@ impl FaultyMedia {
         self.lock().operations_left = Some(count);
     }
 
+    /// From now on operations succeed again, and there is room.
+    pub fn repair(&self) {
+        let mut shared = self.lock();
+        shared.operations_left = None;
+        shared.room_bytes = None;
+    }
+
     /// After `bytes` more bytes were written there is no space left; `None` gives room again.
     pub fn set_room_bytes(&self, bytes: Option<u64>) {
         self.lock().room_bytes = bytes;
@@ -157,13 +167,16 @@ impl FaultyMedia {
 
     /// Flips one bit of the byte at `offset`, durably.
     pub fn flip_bit(&self, offset: u64, bit: u8) {
+        self.lock().flip_bit(offset, bit);
+    }
+
+    /// Flips one bit of the byte at `offset` on the device, while memory holds nothing of it: the next read of it
+    /// has to wait, and finds it wrong.
+    pub fn rot_bit(&self, offset: u64, bit: u8) {
         let mut shared = self.lock();
-        let mut byte = [0];
-        if shared.now.read(offset, &mut byte).is_ok() {
-            byte[0] ^= 1 << (bit % 8);
-            shared.now.write(offset, &byte);
-            shared.durable.write(offset, &byte);
-        }
+        shared.flip_bit(offset, bit);
+        let unit = shared.unit.bytes();
+        shared.forgotten.insert(offset / unit);
     }
 
     /// How many syncs succeeded.
@@ -188,6 +201,21 @@ impl FaultyMedia {
 }
 
 impl Shared {
+    fn flip_bit(&mut self, offset: u64, bit: u8) {
+        let mut byte = [0];
+        if self.now.read(offset, &mut byte).is_ok() {
+            byte[0] ^= 1 << (bit % 8);
+            self.now.write(offset, &byte);
+            self.durable.write(offset, &byte);
+        }
+    }
+
+    /// The units that a range touches.
+    fn units(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+        let unit = self.unit.bytes();
+        offset / unit..(offset + len).div_ceil(unit)
+    }
+
     /// Applies a change and remembers the units that it touched.
     fn change(&mut self, offset: u64, len: u64, apply: impl FnOnce(&mut SparseBytes)) {
         apply(&mut self.now);
@@ -198,18 +226,24 @@ impl Shared {
             let mut version = vec![0; bytes as usize].into_boxed_slice();
             self.now.read(index * unit, &mut version).expect("the unit begins before the end");
             self.unsynced.entry(index).or_default().push(version);
+            self.forgotten.remove(&index);
         }
     }
 }
 
 impl Media for FaultyMedia {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.operate()?.now.read(offset, buf)
+        let mut shared = self.operate()?;
+        let units = shared.units(offset, buf.len() as u64);
+        shared.forgotten.retain(|unit| !units.contains(unit));
+        shared.now.read(offset, buf)
     }
 
     fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
         let mut shared = self.operate()?;
-        if shared.reads_now == ReadsNow::Never || shared.random.below(4) == 0 {
+        let units = shared.units(offset, buf.len() as u64);
+        let is_in_memory = shared.forgotten.range(units).next().is_none();
+        if shared.reads_now == ReadsNow::Never || !is_in_memory || shared.random.below(4) == 0 {
             return Ok(Now::Wait);
         }
         shared.now.read(offset, buf).map(|()| Now::Done)

@@ -10,7 +10,8 @@
 //! Invariants:
 //! - No protocol is known here: nobody in this crate opens a socket or knows what a VM is.
 //! - No buffer of a caller is ever seen by another thread, so a future may be dropped at any await.
-//! - Opening, creating and removing block the calling thread; everything else is asynchronous.
+//! - Opening, creating and removing block the calling thread; everything else is asynchronous, also adding media to
+//!   a cache group and removing them.
 
 mod asyncio;
 mod cache;
@@ -19,7 +20,7 @@ pub mod faulty;
 mod media;
 mod overlay;
 
-pub use cache::{CacheError, CacheGroup, CacheStats, MediaSpec};
+pub use cache::{CacheError, CacheGroup, CacheStats, MediaSpec, MediumState, MediumStatus};
 pub use chain::{Chain, Frozen};
 pub use media::{FileMedia, Media, MemoryMedia};
 pub use overlay::{BootId, Freezing, Overlay, OverlayError, OverlayMedia, OverlayStats};

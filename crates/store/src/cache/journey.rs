@@ -5,6 +5,7 @@ use std::sync::Arc;
 use block::{Chunk, ChunkHash, ChunkSource, FetchError, Priority, WrongChunk};
 
 use super::flight::{Answer, Flight};
+use super::shard::Reserved;
 use super::writer::{Admission, Store};
 use super::{CacheGroup, add};
 
@@ -38,7 +39,7 @@ impl Journey {
         self.flight.answer(Ok(chunk.clone()));
         match admission.and_then(|admission| self.reserve(chunk, admission)) {
             // The flight ends when the chunk is in its slot; until then it is found in memory.
-            Some(store) => self.group.writer.push(&self.group, store),
+            Some(store) => Arc::clone(&store.medium).queue.push(&self.group, store),
             None => {
                 add(&counters.unstored, 1);
                 self.end();
@@ -81,9 +82,9 @@ impl Journey {
     }
 
     fn reserve(&self, chunk: Chunk, admission: Admission) -> Option<Store> {
-        let reserved = self.group.shard(&self.hash).lock().reserve(&self.group.media)?;
-        add(&self.group.counters.evicted, reserved.evicted);
-        Some(Store { id: reserved.id, chunk, admission })
+        let Reserved { medium, id, evicted } = self.group.reserve(&self.hash)?;
+        add(&self.group.counters.evicted, evicted);
+        Some(Store { medium, id, chunk, _admission: admission })
     }
 
     /// Takes the flight out of the index.

@@ -6,14 +6,18 @@
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::limits::CHUNK_BYTES;
-use block::{Chunk, ChunkHash};
+use block::{Chunk, ChunkHash, Now};
+use tokio::sync::watch;
 
-use super::slot::Slot;
+use super::health::Health;
+use super::set::SlotId;
+use super::slot::{Seen, Slot};
+use super::writer::Queue;
 use super::{CacheError, SLOTS_PER_MEDIUM_MAX};
-use crate::Media;
+use crate::{Media, asyncio};
 
 const MAGIC: [u8; 8] = *b"VMCHUNKS";
 const VERSION: u32 = 1;
@@ -29,13 +33,9 @@ const FOREIGN_CHECK_BYTES: u64 = 128 * 1024;
 /// Entries of the directory read at a time.
 const ENTRIES_PER_READ: usize = 16 * 1024;
 
-/// How many reads and writes may fail before the medium is given up: enough to live with a bad sector
-/// here and there, few enough that a dead disk stalls only a handful of guests' reads.
-const ERRORS_MAX: u32 = 16;
-
 /// Where everything is on a medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
+pub(super) struct Layout {
     slots: u64,
     slots_offset: u64,
 }
@@ -54,39 +54,72 @@ impl Layout {
         Layout { slots, slots_offset: Layout::slots_offset(slots) }
     }
 
+    /// The same, unless that is none at all.
+    pub(super) fn must_hold_a_chunk(name: &str, size_bytes: u64) -> Result<Layout, CacheError> {
+        let layout = Layout::within(size_bytes);
+        if layout.slots > 0 {
+            return Ok(layout);
+        }
+        Err(CacheError::Unusable(format!(
+            "cache medium '{name}' is too small: {size_bytes} bytes hold no chunk, {} do",
+            Layout::slots_offset(1) + CHUNK
+        )))
+    }
+
     fn size_bytes(&self) -> u64 {
         self.slots_offset + self.slots * CHUNK
     }
 }
 
+/// What a medium is called, and which part of its storage is used.
+pub(super) struct Terms {
+    /// Its number in the group.
+    pub(super) number: usize,
+    /// Its name: the path.
+    pub(super) name: String,
+    /// How many bytes of it may be used.
+    pub(super) size_bytes: u64,
+}
+
+/// One medium. Whoever reads or writes it holds it, so it is closed, and its file free for others, when the last has
+/// let go of it. That may be a guest's read; it then pays for giving back the slots' memory, a millisecond for
+/// each 20 GiB or so.
 pub(super) struct Medium {
-    name: String,
+    terms: Terms,
     media: Arc<dyn Media>,
     layout: Layout,
     id: u64,
     slots: Box<[Slot]>,
-    errors: AtomicU32,
-    is_full: AtomicBool,
+    /// How many slots hold a chunk.
+    resident: AtomicU64,
+    pub(super) health: Health,
+    /// Chunks on their way here.
+    pub(super) queue: Queue,
+    /// Dropped when everything above is.
+    gone: watch::Sender<()>,
 }
 
 impl Medium {
-    /// Takes a medium of `size_bytes`: as it is if it holds a cache of just this layout, else as empty.
-    pub(super) fn open(name: String, media: Arc<dyn Media>, size_bytes: u64) -> Result<Medium, CacheError> {
-        let layout = Layout::within(size_bytes);
-        if layout.slots == 0 {
-            return Err(CacheError::Unusable(format!(
-                "cache medium '{name}' is too small: {size_bytes} bytes hold no chunk"
-            )));
-        }
-        let opened = Medium::take(&*media, layout);
-        let id = match opened {
+    /// Takes a medium: as it is if it holds a cache of just this layout, else as empty.
+    pub(super) fn open(terms: Terms, media: Arc<dyn Media>) -> Result<Medium, CacheError> {
+        let Terms { name, size_bytes, .. } = &terms;
+        let layout = Layout::must_hold_a_chunk(name, *size_bytes)?;
+        let id = match Medium::take(&*media, layout) {
             Ok(Some(id)) => id,
-            Ok(None) => return Err(CacheError::Foreign(name)),
-            Err(source) => return Err(CacheError::Io { medium: name, source }),
+            Ok(None) => return Err(CacheError::Foreign(name.clone())),
+            Err(source) => return Err(CacheError::Io { medium: name.clone(), source }),
         };
-        let slots = (0..layout.slots).map(|_| Slot::default()).collect();
-        let (errors, is_full) = (AtomicU32::new(0), AtomicBool::new(false));
-        Ok(Medium { name, media, layout, id, slots, errors, is_full })
+        Ok(Medium {
+            terms,
+            media,
+            layout,
+            id,
+            slots: (0..layout.slots).map(|_| Slot::default()).collect(),
+            resident: AtomicU64::new(0),
+            health: Health::default(),
+            queue: Queue::default(),
+            gone: watch::Sender::new(()),
+        })
     }
 
     /// The id in the medium's header, which is written if there is none of this layout. `None` if the
@@ -110,17 +143,84 @@ impl Medium {
         Ok(Some(id))
     }
 
+    pub(super) fn number(&self) -> usize {
+        self.terms.number
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.terms.name
+    }
+
+    /// How many bytes of it may be used.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.terms.size_bytes
+    }
+
     pub(super) fn slots(&self) -> &[Slot] {
         &self.slots
     }
 
-    pub(super) fn media(&self) -> &Arc<dyn Media> {
-        &self.media
+    pub(super) fn slot(&self, id: SlotId) -> &Slot {
+        &self.slots[id.index() as usize]
+    }
+
+    /// How many slots hold a chunk.
+    pub(super) fn resident(&self) -> u64 {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Notes that one more slot holds a chunk.
+    pub(super) fn count_filled(&self) {
+        self.resident.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes that one slot less holds a chunk.
+    pub(super) fn count_emptied(&self) {
+        self.resident.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Says when the medium is closed: then nothing can be received any more.
+    pub(super) fn gone(&self) -> watch::Receiver<()> {
+        self.gone.subscribe()
+    }
+
+    pub(super) fn is_usable(&self) -> bool {
+        self.health.is_usable()
+    }
+
+    pub(super) fn note_error(&self, error: &io::Error) {
+        self.health.note_error(self.name(), error);
+    }
+
+    pub(super) fn note_wrong_chunk(&self) {
+        self.health.note_wrong_chunk(self.name());
     }
 
     /// Byte offset of a slot on the medium.
-    pub(super) fn slot_offset(&self, index: u32) -> u64 {
+    fn slot_offset(&self, index: u32) -> u64 {
         self.layout.slots_offset + u64::from(index) * CHUNK
+    }
+
+    /// Copies from a slot at `offset` if its bytes are in memory.
+    pub(super) fn read_now(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<Now> {
+        self.media.read_at_now(self.slot_offset(id.index()) + offset as u64, buf)
+    }
+
+    /// Reads a whole slot. What has to come from the device may have rotted there, so the slot is not ready
+    /// again, and nobody takes a part of it, before the whole was verified; `seen` follows that. What the blocking pool
+    /// reads holds the medium, also if nobody waits for it any more.
+    pub(super) async fn read(self: &Arc<Self>, id: SlotId, seen: &mut Seen) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; CHUNK_BYTES];
+        if self.read_now(id, 0, &mut bytes)? == Now::Done {
+            return Ok(bytes);
+        }
+        *seen = self.slot(id).doubt(*seen);
+        let medium = Arc::clone(self);
+        asyncio::blocking(move || {
+            medium.media.read_at(medium.slot_offset(id.index()), &mut bytes)?;
+            Ok(bytes)
+        })
+        .await
     }
 
     /// Reads the directory and calls `visit` for every slot with the chunk that its entry names, if it
@@ -140,34 +240,23 @@ impl Medium {
         Ok(())
     }
 
-    /// Writes the chunk and then its entry; whichever a crash loses, the other misleads nobody.
-    pub(super) fn write(&self, index: u32, chunk: &Chunk) -> io::Result<()> {
+    /// Writes the chunk and then its entry; whichever a crash loses, the other misleads nobody. A file that somebody
+    /// cut short would become longer again by that, with holes in the place of chunks, so it is not written to.
+    pub(super) fn write(&self, id: SlotId, chunk: &Chunk) -> io::Result<()> {
+        let index = id.index();
+        self.must_be_whole()?;
         self.media.write_at(self.slot_offset(index), chunk.bytes())?;
         let entry = encode_entry(&chunk.hash(), self.id, u64::from(index));
-        self.media.write_at(DIRECTORY_OFFSET + u64::from(index) * ENTRY_BYTES as u64, &entry)
+        self.media.write_at(DIRECTORY_OFFSET + u64::from(index) * ENTRY_BYTES as u64, &entry)?;
+        // Or cut short between the question and the write.
+        self.must_be_whole()
     }
 
-    /// Whether the medium failed too often and must not be used.
-    pub(super) fn is_failed(&self) -> bool {
-        self.errors.load(Ordering::Relaxed) >= ERRORS_MAX
-    }
-
-    /// Counts a failure. A full file system is none: what is cached there can still be read.
-    pub(super) fn note_error(&self, error: &io::Error) {
-        let medium = &self.name;
-        if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            if !self.is_full.swap(true, Ordering::Relaxed) {
-                tracing::warn!(
-                    medium,
-                    "no space left for a cache medium: it stays smaller than was asked for"
-                );
-            }
-            return;
+    fn must_be_whole(&self) -> io::Result<()> {
+        if self.media.len_bytes()? < self.layout.size_bytes() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it was cut short while it was in use"));
         }
-        tracing::debug!(medium, %error, "a cache medium failed");
-        if self.errors.fetch_add(1, Ordering::Relaxed) + 1 == ERRORS_MAX {
-            tracing::warn!(medium, %error, "a cache medium failed {ERRORS_MAX} times and is no longer used");
-        }
+        Ok(())
     }
 }
 
@@ -227,7 +316,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn open(media: &Arc<MemoryMedia>, size_bytes: u64) -> Result<Medium, CacheError> {
-        Medium::open("test".to_owned(), media.clone(), size_bytes)
+        Medium::open(Terms { number: 0, name: "test".to_owned(), size_bytes }, media.clone())
     }
 
     fn directory(medium: &Medium) -> Vec<Option<ChunkHash>> {
@@ -266,7 +355,7 @@ mod tests {
     fn a_reopened_medium_names_its_chunks_and_one_of_another_size_is_empty() {
         let media = Arc::new(MemoryMedia::new(0));
         let chunk = Chunk::of(Bytes::from(vec![5; CHUNK_BYTES]));
-        open(&media, 300_000).unwrap().write(2, &chunk).unwrap();
+        open(&media, 300_000).unwrap().write(SlotId::new(0, 2), &chunk).unwrap();
         assert_eq!(directory(&open(&media, 300_000).unwrap()), [None, None, Some(chunk.hash())]);
         assert_eq!(directory(&open(&media, 400_000).unwrap()), [None; 5]);
     }

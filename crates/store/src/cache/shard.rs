@@ -16,9 +16,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use block::ChunkHash;
 
 use super::flight::Flight;
+use super::medium::Medium;
+use super::set::{MediumSet, SlotId};
 use super::slot::Stage;
 use super::table::Table;
-use super::{MediumSet, SlotId};
 
 /// Probation's share of the slots is one in this many.
 const PROBATION_SHARE: usize = 10;
@@ -39,6 +40,8 @@ pub(super) struct Shard {
 
 /// What a shard's lock protects.
 pub(super) struct Index {
+    /// The media that slots are meant on.
+    media: Arc<MediumSet>,
     table: Table,
     pub(super) flights: HashMap<ChunkHash, Arc<Flight>>,
     free: Vec<SlotId>,
@@ -54,6 +57,7 @@ pub(super) struct Index {
 impl Default for Index {
     fn default() -> Index {
         Index {
+            media: Arc::default(),
             table: Table::new(),
             flights: HashMap::new(),
             free: Vec::new(),
@@ -68,6 +72,7 @@ impl Default for Index {
 
 /// A slot to be filled.
 pub(super) struct Reserved {
+    pub(super) medium: Arc<Medium>,
     pub(super) id: SlotId,
     /// How many chunks had to go for it.
     pub(super) evicted: u64,
@@ -82,29 +87,49 @@ impl Shard {
         self.epoch.load(Ordering::Relaxed)
     }
 
-    /// Enters a chunk that a slot now holds.
-    pub(super) fn enter(&self, media: &MediumSet, id: SlotId, hash: &ChunkHash) {
+    /// Enters a chunk that a slot now holds; `false` if its medium is not used any more.
+    pub(super) fn enter(&self, medium: &Medium, id: SlotId, hash: &ChunkHash) -> bool {
         let mut index = self.lock();
+        index.flights.remove(hash);
+        if !medium.is_usable() {
+            index.forfeit();
+            return false;
+        }
         let epoch = index.arrive(self);
-        media.slot(id).fill(hash, Stage::Ready, epoch);
-        index.table.insert(hash.prefix(), id, |id| media.slot(id).prefix());
+        index.link(id, hash, Stage::Ready, epoch);
         if index.forget_ghost(hash.prefix()) {
             index.main.push_back(id);
         } else {
             index.probation.push_back(id);
         }
-        index.flights.remove(hash);
+        true
     }
 }
 
 impl Index {
-    pub(super) fn resident(&self) -> usize {
-        self.table.len()
+    /// How many slots are in circulation here, if nothing is on its way; checked in two ways.
+    #[cfg(test)]
+    pub(super) fn slots_settled(&self) -> usize {
+        assert!(self.flights.is_empty(), "something is on its way");
+        let queued = self.probation.len() + self.main.len();
+        assert_eq!(self.table.len(), queued, "each chunk stands in one queue");
+        assert_eq!(self.free.len() + queued, self.capacity, "each slot is free or in one queue");
+        self.capacity
+    }
+
+    /// The media that slots are meant on.
+    pub(super) fn media(&self) -> &MediumSet {
+        &self.media
+    }
+
+    /// Changes the media. No slot may be known of a medium that is not in the new set.
+    pub(super) fn set_media(&mut self, media: Arc<MediumSet>) {
+        self.media = media;
     }
 
     /// The slot that holds the chunk.
-    pub(super) fn find(&self, media: &MediumSet, hash: &ChunkHash) -> Option<SlotId> {
-        self.table.find(hash.prefix(), |id| media.slot(id).see_chunk(hash).is_some())
+    pub(super) fn find(&self, hash: &ChunkHash) -> Option<SlotId> {
+        self.table.find(hash.prefix(), |id| self.media.slot(id).see_chunk(hash).is_some())
     }
 
     /// Takes over an empty slot.
@@ -113,87 +138,151 @@ impl Index {
         self.free.push(id);
     }
 
-    /// Takes over a slot with what the directory says is in it; `false` if another slot has it already.
-    pub(super) fn add_found(&mut self, media: &MediumSet, id: SlotId, hash: &ChunkHash) -> bool {
-        if self.find(media, hash).is_some() {
+    /// Takes over a slot with what the directory says is in it; `false` if another slot has it already, or is
+    /// about to.
+    pub(super) fn add_found(&mut self, id: SlotId, hash: &ChunkHash) -> bool {
+        if self.find(hash).is_some() || self.flights.contains_key(hash) {
             return false;
         }
         self.capacity += 1;
-        media.slot(id).fill(hash, Stage::Unverified, 0);
-        self.table.insert(hash.prefix(), id, |id| media.slot(id).prefix());
+        self.link(id, hash, Stage::Unverified, 0);
         // In which order they came is not known; they have all stood the test of time.
         self.main.push_back(id);
         true
     }
 
-    /// To be called once all slots are known.
+    /// To be called once all slots are known, and again when that changes.
     pub(super) fn set_out(&mut self) {
         self.ghosts = vec![0; self.capacity.next_power_of_two()].into();
     }
 
-    /// Gives back a slot that could not be filled.
-    pub(super) fn release(&mut self, id: SlotId) {
-        self.free.push(id);
+    /// Gives back a slot that is in no queue.
+    pub(super) fn release(&mut self, medium: &Medium, id: SlotId) {
+        if medium.is_usable() {
+            self.free.push(id);
+        } else {
+            self.forfeit();
+        }
+    }
+
+    /// Takes a slot out of circulation for good: its medium is not used any more.
+    fn forfeit(&mut self) {
+        self.capacity = self.capacity.saturating_sub(1);
     }
 
     /// Drops a chunk; its slot is free at once. Searches the queues, which is cheap against the read of the
     /// whole chunk that showed that it is wrong.
-    pub(super) fn drop_chunk(&mut self, media: &MediumSet, id: SlotId) {
-        self.unlink(media, id);
+    pub(super) fn drop_chunk(&mut self, id: SlotId) {
+        self.unlink(id);
         for queue in [&mut self.probation, &mut self.main] {
             if let Some(at) = queue.iter().position(|&other| other == id) {
                 queue.remove(at);
             }
         }
-        self.free.push(id);
+        let medium = Arc::clone(self.media.medium(id));
+        self.release(&medium, id);
+    }
+
+    /// Forgets slots of a medium that is not used any more, at most `most` of them, and says how many. Slots that are
+    /// just being filled are [forgotten](Shard::enter) when they are full.
+    pub(super) fn purge(&mut self, number: usize, most: usize) -> usize {
+        let mut emptied = 0;
+        let mut taken = Vec::new();
+        let mut stays = |id: &SlotId| {
+            let goes = id.medium() == number && emptied < most;
+            emptied += usize::from(goes);
+            !goes
+        };
+        self.free.retain(&mut stays);
+        for queue in [&mut self.probation, &mut self.main] {
+            queue.retain(|id| {
+                let stays = stays(id);
+                if !stays {
+                    taken.push(*id);
+                }
+                stays
+            });
+        }
+        taken.into_iter().for_each(|id| self.unlink(id));
+        self.capacity = self.capacity.saturating_sub(emptied);
+        emptied
+    }
+
+    /// Enters a chunk under the slot that holds it.
+    fn link(&mut self, id: SlotId, hash: &ChunkHash, stage: Stage, epoch: u8) {
+        let media = &self.media;
+        media.slot(id).fill(hash, stage, epoch);
+        media.medium(id).count_filled();
+        self.table.insert(hash.prefix(), id, |id| media.slot(id).prefix());
     }
 
     /// Empties a slot that is in neither queue any more.
-    fn unlink(&mut self, media: &MediumSet, id: SlotId) {
+    fn unlink(&mut self, id: SlotId) {
+        let media = &self.media;
         let slot = media.slot(id);
         self.table.remove(slot.prefix(), id, |id| media.slot(id).prefix());
         slot.empty();
+        media.medium(id).count_emptied();
     }
 
     /// A slot for a new chunk, emptied: a free one or that of the chunk which is needed least. `None` if
     /// there is no slot on a medium that works.
-    pub(super) fn reserve(&mut self, media: &MediumSet) -> Option<Reserved> {
+    pub(super) fn reserve(&mut self) -> Option<Reserved> {
         let mut evicted = 0;
-        // A slot on a failed medium is taken out of circulation as it comes by, so this ends.
+        // A slot on a medium that is not used any more is taken out of circulation as it comes by, so this ends.
         loop {
             let id = match self.free.pop() {
                 Some(id) => id,
                 None => {
-                    let id = self.choose(media)?;
-                    self.unlink(media, id);
+                    let id = self.choose()?;
+                    self.unlink(id);
                     evicted += 1;
                     id
                 }
             };
-            if !media.is_failed(id) {
-                return Some(Reserved { id, evicted });
+            let medium = self.media.medium(id);
+            if medium.is_usable() {
+                return Some(Reserved { medium: Arc::clone(medium), id, evicted });
             }
-            self.capacity = self.capacity.saturating_sub(1);
+            self.forfeit();
         }
+    }
+
+    /// A slot for a chunk of another shard, to which it belongs from now on.
+    pub(super) fn cede(&mut self) -> Option<Reserved> {
+        let reserved = self.reserve()?;
+        self.forfeit();
+        Some(reserved)
+    }
+
+    /// The same, if there is a free one.
+    pub(super) fn cede_free(&mut self) -> Option<Reserved> {
+        if self.free.is_empty() { None } else { self.cede() }
+    }
+
+    /// Takes over a slot that another shard ceded. If its medium leaves meanwhile that is noticed when it is filled.
+    pub(super) fn adopt(&mut self) {
+        self.capacity += 1;
     }
 
     /// Takes the slot that is needed least out of its queue. Ends, because each turn of main uses up one
     /// of the few uses that a slot remembers.
-    fn choose(&mut self, media: &MediumSet) -> Option<SlotId> {
+    fn choose(&mut self) -> Option<SlotId> {
         loop {
             let is_probation_full = self.probation.len() * PROBATION_SHARE > self.capacity;
             if is_probation_full || self.main.is_empty() {
                 let id = self.probation.pop_front()?;
-                let slot = media.slot(id);
+                let slot = self.media.slot(id);
                 if slot.uses() < USES_FOR_MAIN {
-                    self.remember_ghost(slot.prefix());
+                    let prefix = slot.prefix();
+                    self.remember_ghost(prefix);
                     return Some(id);
                 }
                 slot.set_uses(0);
                 self.main.push_back(id);
             } else {
                 let id = self.main.pop_front()?;
-                let slot = media.slot(id);
+                let slot = self.media.slot(id);
                 let uses = slot.uses();
                 if uses == 0 {
                     return Some(id);

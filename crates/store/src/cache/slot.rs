@@ -13,9 +13,10 @@ use block::ChunkHash;
 pub(super) enum Stage {
     /// Nothing, or something that is just being written.
     Empty,
-    /// What the directory said at the start; to be verified as a whole before it is used.
+    /// What the directory said at the start, or what is just being read from the device; to be verified as a whole before
+    /// it is used.
     Unverified,
-    /// A chunk that was verified since the start.
+    /// A chunk that was verified, and of which nothing had to be read from the device since.
     Ready,
 }
 
@@ -23,6 +24,7 @@ const GENERATION: u64 = 0xffff_ffff;
 const STAGE_SHIFT: u32 = 32;
 const USES_SHIFT: u32 = 34;
 const EPOCH_SHIFT: u32 = 36;
+const STAGE: u64 = 3 << STAGE_SHIFT;
 const USES: u64 = 3 << USES_SHIFT;
 const EPOCH: u64 = 0xff << EPOCH_SHIFT;
 
@@ -119,9 +121,21 @@ impl Slot {
         self.state.store(state, Ordering::Release);
     }
 
-    /// Notes that the chunk was verified, unless the slot was filled anew since `seen`.
-    pub(super) fn mark_ready(&self, seen: Seen) {
-        self.update(seen, |state| state & !(3 << STAGE_SHIFT) | stage_bits(Stage::Ready));
+    /// Notes that the chunk was verified, unless the slot was filled anew since `seen`. Returns what is seen if it was
+    /// not.
+    pub(super) fn mark_ready(&self, seen: Seen) -> Seen {
+        self.set_stage(seen, Stage::Ready)
+    }
+
+    /// Notes that the chunk has to be verified again; otherwise like [`Slot::mark_ready`].
+    pub(super) fn doubt(&self, seen: Seen) -> Seen {
+        self.set_stage(seen, Stage::Unverified)
+    }
+
+    fn set_stage(&self, seen: Seen, stage: Stage) -> Seen {
+        let changed = |state| state & !STAGE | stage_bits(stage);
+        self.update(seen, changed);
+        Seen(changed(seen.0))
     }
 
     /// Counts a use, at most one per epoch: the many small reads of one sequential pass are one use.
@@ -175,6 +189,23 @@ mod tests {
         slot.count_use(seen, 2);
         assert_eq!(slot.uses(), 0, "a use of what is gone does not count");
         assert!(slot.see_chunk(&hash(2)).is_none());
+    }
+
+    #[test]
+    fn a_chunk_in_doubt_is_ready_again_for_whoever_verified_it() {
+        let slot = Slot::default();
+        slot.fill(&hash(1), Stage::Ready, 0);
+        let before = slot.see();
+        let (one, other) = (slot.doubt(before), slot.doubt(before));
+        assert!(!slot.is_still(before), "who read a part meanwhile does not trust it");
+        assert!(slot.is_still(one) && slot.is_still(other));
+        slot.mark_ready(one);
+        assert_eq!(slot.see().stage(), Stage::Ready);
+        slot.empty();
+        slot.fill(&hash(2), Stage::Ready, 0);
+        let late = slot.doubt(before);
+        assert!(!slot.is_still(late), "it was filled anew");
+        assert_eq!(slot.see().stage(), Stage::Ready);
     }
 
     #[test]

@@ -6,7 +6,8 @@ use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Now, Priority,
 use futures_util::FutureExt;
 
 use super::flight::Answer;
-use super::{CacheGroup, SlotId, Whereabouts, add, identity};
+use super::set::SlotId;
+use super::{CacheGroup, Whereabouts, add, identity};
 
 /// How often one fetch looks again after it found a chunk gone, wrong, or lost with another's upstream.
 /// Each such turn is somebody's progress or a fault; beyond this many the caller asks upstream itself.
@@ -26,8 +27,8 @@ impl Cached {
         for _ in 0..TURNS_MAX {
             match self.group.locate(hash, priority, &self.upstream) {
                 Whereabouts::Arrived(chunk) => return Ok(chunk),
-                Whereabouts::Stored(id, seen) => {
-                    if let Some(chunk) = self.group.read_chunk(hash, id, seen).await {
+                Whereabouts::Stored(medium, id, seen) => {
+                    if let Some(chunk) = self.group.read_chunk(hash, &medium, id, seen).await {
                         return Ok(chunk);
                     }
                 }

@@ -3,7 +3,7 @@
 //! Chunk hashes are uniform already, so their leading bytes serve as the position. The table holds only
 //! slot numbers; the names are compared in the slots themselves.
 
-use super::SlotId;
+use super::set::SlotId;
 
 const VACANT: u32 = u32::MAX;
 const CELLS_MIN: usize = 16;
@@ -19,6 +19,7 @@ impl Table {
         Table { cells: vec![VACANT; CELLS_MIN], len: 0 }
     }
 
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.len
     }

@@ -11,9 +11,13 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::{Semaphore, watch};
 
+use super::slot::Slot;
 use super::*;
 use crate::faulty::{FaultyMedia, TearUnit};
 use block::WrongChunk;
+use bytes::Bytes;
+
+mod members;
 
 fn chunk(number: u32) -> Chunk {
     let mut bytes = vec![0x5a; CHUNK_BYTES];
@@ -300,6 +304,30 @@ async fn a_source_that_panics_leaves_nobody_waiting() {
     fetch_all(&source, [0]).await;
 }
 
+/// Fetches a chunk when it is dropped, and says what came of it at once.
+struct FetchWhenDropped(Arc<dyn ChunkSource>, std::sync::mpsc::Sender<Option<Result<Chunk, FetchError>>>);
+
+impl Drop for FetchWhenDropped {
+    fn drop(&mut self) {
+        let _ = self.1.send(self.0.fetch(hash(0), Priority::Guest).now_or_never());
+    }
+}
+
+#[test]
+fn a_fetch_that_begins_while_the_runtime_ends_is_cut_short() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+    let source = group(&[&medium(4, 1)]).over(Origin::open(1));
+    let (sender, answers) = std::sync::mpsc::channel();
+    let late = FetchWhenDropped(source, sender);
+    runtime.spawn(async move {
+        let _late = late;
+        std::future::pending::<()>().await;
+    });
+    drop(runtime);
+    let answer = answers.recv().unwrap();
+    assert!(matches!(answer, Some(Err(FetchError::Unreachable(_)))), "{answer:?}");
+}
+
 #[tokio::test]
 async fn a_restart_finds_the_chunks_again_without_upstream() {
     let media = [medium(6, 1), medium(6, 2)];
@@ -480,9 +508,10 @@ async fn random_fetches_and_restarts_agree_with_the_model() {
         // What was stored since the last restart and not evicted is there: no fetch is forgotten.
         assert!(stats.fetched_chunks <= stats.resident_chunks + stats.evicted_chunks + stats.unstored_chunks);
         // One chunk never sits in two slots.
+        let media = cache.media.load();
         for number in 0..60 {
             let holds = |slot: &&Slot| slot.see_chunk(&hash(number)).is_some();
-            let copies = cache.media.0.iter().flat_map(Medium::slots).filter(holds).count();
+            let copies = media.iter().flat_map(|medium| medium.slots()).filter(holds).count();
             assert!(copies <= 1, "seed {seed}: chunk {number} in {copies} slots");
         }
     }
@@ -491,13 +520,13 @@ async fn random_fetches_and_restarts_agree_with_the_model() {
 #[test]
 fn two_groups_cannot_have_one_file_and_a_foreign_file_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let spec = |name: &str| vec![MediaSpec { path: dir.path().join(name), size_bytes: 10 << 20 }];
-    let first = CacheGroup::open(spec("cache")).unwrap();
-    assert!(matches!(CacheGroup::open(spec("cache")), Err(CacheError::InUse(_))));
+    let spec = |name: &str| [MediaSpec { path: dir.path().join(name), size_bytes: 10 << 20 }];
+    let first = CacheGroup::open(&spec("cache")).unwrap();
+    assert!(matches!(CacheGroup::open(&spec("cache")), Err(CacheError::InUse(_))));
     assert_eq!(first.stats().capacity_chunks, 159);
     drop(first);
-    CacheGroup::open(spec("cache")).unwrap();
+    CacheGroup::open(&spec("cache")).unwrap();
     std::fs::write(dir.path().join("letter"), "Dear reader").unwrap();
-    assert!(matches!(CacheGroup::open(spec("letter")), Err(CacheError::Foreign(_))));
+    assert!(matches!(CacheGroup::open(&spec("letter")), Err(CacheError::Foreign(_))));
     assert_eq!(std::fs::read(dir.path().join("letter")).unwrap(), b"Dear reader");
 }

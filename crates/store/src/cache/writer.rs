@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use block::{Chunk, Priority};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{CacheGroup, SlotId};
+use super::CacheGroup;
+use super::medium::Medium;
+use super::set::SlotId;
 
 /// Chunks of one class that wait for their medium: 32 MiB, half a second of a slow disk or a pause of a busy one. What is
 /// not stored for want of room has to be fetched again.
@@ -27,32 +29,32 @@ pub(super) struct Admission {
 
 /// A chunk on its way to its slot.
 pub(super) struct Store {
+    pub(super) medium: Arc<Medium>,
     pub(super) id: SlotId,
     pub(super) chunk: Chunk,
-    pub(super) admission: Admission,
+    pub(super) _admission: Admission,
 }
 
 pub(super) struct Writer {
     for_guests: Arc<Semaphore>,
     for_prefetch: Arc<Semaphore>,
-    queues: Box<[Mutex<Queue>]>,
 }
 
+/// The chunks on their way to one medium.
 #[derive(Default)]
-struct Queue {
-    stores: VecDeque<Store>,
+pub(super) struct Queue(Mutex<Stores>);
+
+#[derive(Default)]
+struct Stores {
+    waiting: VecDeque<Store>,
     /// A job is at work and will look into the queue again before it ends.
     is_attended: bool,
 }
 
 impl Writer {
-    pub(super) fn new(media: usize) -> Writer {
+    pub(super) fn new() -> Writer {
         let semaphore = || Arc::new(Semaphore::new(STORES_MAX as usize));
-        Writer {
-            for_guests: semaphore(),
-            for_prefetch: semaphore(),
-            queues: (0..media).map(|_| Mutex::default()).collect(),
-        }
+        Writer { for_guests: semaphore(), for_prefetch: semaphore() }
     }
 
     fn class(&self, priority: Priority) -> &Arc<Semaphore> {
@@ -81,36 +83,35 @@ impl Writer {
             drop(class.acquire_many(STORES_MAX).await);
         }
     }
+}
 
-    /// Puts a chunk on its way.
+impl Queue {
+    /// Puts a chunk on its way to its medium, which this is the queue of.
     pub(super) fn push(&self, group: &Arc<CacheGroup>, store: Store) {
-        let medium = store.id.medium();
-        let mut queue = self.queue(medium);
-        queue.stores.push_back(store);
-        if !std::mem::replace(&mut queue.is_attended, true) {
+        let medium = Arc::clone(&store.medium);
+        let mut stores = self.stores();
+        stores.waiting.push_back(store);
+        if !std::mem::replace(&mut stores.is_attended, true) {
             let group = Arc::clone(group);
-            tokio::task::spawn_blocking(move || group.writer.work(&group, medium));
+            tokio::task::spawn_blocking(move || medium.queue.work(&group));
         }
     }
 
-    fn work(&self, group: &CacheGroup, medium: usize) {
-        loop {
-            let store = {
-                let mut queue = self.queue(medium);
-                match queue.stores.pop_front() {
-                    Some(store) => store,
-                    None => {
-                        queue.is_attended = false;
-                        return;
-                    }
-                }
-            };
-            group.store(store.id, &store.chunk);
-            drop(store.admission);
+    fn work(&self, group: &CacheGroup) {
+        while let Some(store) = self.next() {
+            group.store(&store);
         }
     }
 
-    fn queue(&self, medium: usize) -> MutexGuard<'_, Queue> {
-        self.queues[medium].lock().unwrap_or_else(PoisonError::into_inner)
+    /// The next chunk; if there is none the job that asks has ended.
+    fn next(&self) -> Option<Store> {
+        let mut stores = self.stores();
+        let next = stores.waiting.pop_front();
+        stores.is_attended = next.is_some();
+        next
+    }
+
+    fn stores(&self) -> MutexGuard<'_, Stores> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use block::{ExtentKind, Now};
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::Media;
@@ -68,6 +68,11 @@ impl FileMedia {
             Err(Errno::WOULDBLOCK) => Ok(Err(InUse)),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Keeps the kernel from reading ahead: what is in memory then was written or asked for by this process.
+    pub(crate) fn read_only_what_is_asked_for(&self) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::Random)?)
     }
 
     /// What the file system says of the open file, which may have lost its name.

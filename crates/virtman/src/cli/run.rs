@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{note, print, print_json, say};
-use super::{Cli, Command, VoltCommand, boot, clone, export, image, show, snapshot, vm};
+use super::{Cli, Command, VoltCommand, boot, cache, clone, export, image, show, snapshot, vm};
 use crate::api::volt::{NewToken, TokenIssued};
 use crate::coordinator::init::{Initialized, init};
 use crate::identity::AdminName;
@@ -73,6 +73,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Commit(args) => clone::commit(&context, args).await,
         Command::Snapshot(args) => snapshot::run(&context, args).await,
         Command::Export(command) => export::run(&context, command).await,
+        Command::Cache(command) => cache::run(&context, command).await,
         Command::Boot(args) => boot::run(&context, args).await,
         Command::Stop(args) => vm::stop(&context, args).await,
         Command::Console { vm } => vm::attach_console(&context, vm).await,

@@ -123,6 +123,6 @@ mod tests {
             pieces(chunk - 1, 2 + CHUNK_BYTES),
             [0..1, 1..1 + CHUNK_BYTES, 1 + CHUNK_BYTES..2 + CHUNK_BYTES]
         );
-        assert_eq!(pieces(5, 0), []);
+        assert!(pieces(5, 0).is_empty());
     }
 }

@@ -1,7 +1,8 @@
 //! One VM of a node: its record, its disk and its guest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use block::{ImageId, ImageName, SnapshotName, VmName};
 use serde::{Deserialize, Serialize};
@@ -12,6 +13,13 @@ use super::layers::{Layer, LayerId};
 use crate::api::compute::StartVm;
 use crate::http::ApiError;
 use crate::vm::Qemu;
+
+/// What must be free on the file system before a guest that waits for room goes on: what it wrote last and some more,
+/// or it would wait again at once.
+const ROOM_BYTES_MIN: u64 = 16 << 20;
+
+/// How long a guest's agent may take to say whether its file systems are frozen.
+const RECOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is remembered of a VM.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -173,13 +181,15 @@ impl Entry {
     }
 }
 
-/// Notes that an entry's guest runs, and when it ends.
-pub(super) fn watch(entry: &Arc<Entry>, guest: Qemu) {
+/// Notes that an entry's guest runs, and when it ends. When it waits for room on the file system of `dir`, it is
+/// resumed once there is some.
+pub(super) fn watch(entry: &Arc<Entry>, guest: Qemu, dir: PathBuf) {
     let guest = Arc::new(guest);
     *entry.guest() = Guest::Running(Arc::clone(&guest));
     let entry = Arc::downgrade(entry);
     // The task ends with the guest's process, or with the daemon.
     tokio::spawn(async move {
+        guest.resume_when(|| has_room(&dir)).await;
         if let Err(error) = guest.exited().await {
             tracing::warn!(vm = %guest.name(), %error, "cannot watch a guest's process");
             return;
@@ -189,4 +199,20 @@ pub(super) fn watch(entry: &Arc<Entry>, guest: Qemu) {
             entry.ended(&guest);
         }
     });
+}
+
+/// Puts right what a daemon may have left half-way with a guest when it died.
+pub(super) async fn recover(guest: &Qemu) {
+    if let Err(error) = guest.cancel_migration().await {
+        tracing::warn!(vm = %guest.name(), %error, "cannot look for a migration that was under way");
+    }
+    match guest.thaw_if_frozen(RECOVER_TIMEOUT).await {
+        Ok(Some(_)) => tracing::info!(vm = %guest.name(), "a guest that was left frozen goes on"),
+        Ok(None) => {}
+        Err(error) => tracing::debug!(vm = %guest.name(), %error, "whether the guest is frozen is not known"),
+    }
+}
+
+fn has_room(dir: &Path) -> bool {
+    rustix::fs::statvfs(dir).is_ok_and(|room| room.f_bavail * room.f_frsize >= ROOM_BYTES_MIN)
 }

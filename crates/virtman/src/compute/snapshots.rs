@@ -18,6 +18,10 @@ use super::vms::Vms;
 use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
 use crate::api::now_unix_ms;
 use crate::http::ApiError;
+use crate::vm::FrozenGuest;
+
+/// How long the guest may take to write out its file systems, and to go on afterwards.
+const QUIESCE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A layer that was frozen, and is held by whoever asked for it.
 pub(super) struct FrozenLayer {
@@ -124,16 +128,23 @@ impl Vms {
         next: Arc<Layer>,
         quiesce: Quiesce,
     ) -> Result<Duration, ApiError> {
-        let quiet = match quiesce {
-            Quiesce::Yes => return Err(ApiError::internal("not yet")),
-            Quiesce::No => None::<()>,
+        let quiet = match quiesced(entry, quiesce).await {
+            Ok(quiet) => quiet,
+            Err(error) => {
+                self.layers.release(next.id());
+                return Err(error);
+            }
         };
         let commit = async {
             self.save(&record).await?;
             Ok::<_, ApiError>(Arc::clone(next.overlay()))
         };
         let frozen = entry.disk.inner().freeze(commit).await;
-        drop(quiet);
+        if let Some(quiet) = quiet
+            && let Err(error) = quiet.thaw(QUIESCE_TIMEOUT).await
+        {
+            tracing::error!(vm = %record.name, %error, "a guest that was quiesced does not go on");
+        }
         match frozen {
             Ok(frozen) => {
                 entry.become_known(record, next);
@@ -240,6 +251,23 @@ impl Vms {
             tracing::warn!(%error, "a layer was not given up");
         }
     }
+}
+
+/// Has the guest write out and freeze its file systems, if that is wanted.
+async fn quiesced(entry: &Entry, quiesce: Quiesce) -> Result<Option<FrozenGuest>, ApiError> {
+    if quiesce == Quiesce::No {
+        return Ok(None);
+    }
+    let name = entry.name();
+    let guest = entry.running().ok_or_else(|| {
+        let message = format!("'{name}' has no running guest that could be quiesced");
+        ApiError::conflict("not_running", message).with_hint("leave --quiesce out")
+    })?;
+    let frozen = guest.freeze(QUIESCE_TIMEOUT).await.map_err(|error| {
+        ApiError::conflict("not_quiesced", format!("'{name}' cannot be quiesced: {error}"))
+            .with_hint("leave --quiesce out for what a power cut would leave")
+    })?;
+    Ok(Some(frozen))
 }
 
 fn find<'a>(record: &'a Record, snapshot: &SnapshotName) -> Result<&'a Snapshot, ApiError> {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use block::{Disk, ImageId, ImageName, NodeName, VmName};
 
-use super::entry::{Entry, Guest, Record, watch};
+use super::entry::{Entry, Guest, Record, recover, watch};
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::images::Attached;
@@ -256,7 +256,7 @@ impl Vms {
             other => ApiError::internal(format!("cannot start '{name}': {other}")),
         })?;
         tracing::info!(vm = %name, pid = qemu.pid(), "guest started");
-        watch(&entry, qemu);
+        watch(&entry, qemu, dir);
         let record = Record { start: Some(request.clone()), ..entry.record() };
         self.save(&record).await?;
         entry.become_known(record, entry.top());
@@ -359,7 +359,10 @@ impl Vms {
         let entry = Entry::open(record, top, socket)?;
         if let Some(guest) = Qemu::adopt(&dir) {
             tracing::info!(vm = %entry.name(), pid = guest.pid(), "guest still runs");
-            watch(&entry, guest);
+            watch(&entry, guest, dir);
+            if let Some(guest) = entry.running() {
+                tokio::spawn(async move { recover(&guest).await });
+            }
         }
         Ok(entry)
     }

@@ -39,6 +39,7 @@ mod state;
 mod tests;
 
 pub(crate) use accel::{AccelChoice, AccelWish};
+pub(crate) use agent::Frozen as FrozenGuest;
 pub(crate) use qemu::Qemu;
 pub(crate) use ready::Ready;
 pub(crate) use spec::{DirectBoot, OnFull, VmDisk, VmSpec};
