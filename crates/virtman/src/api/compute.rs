@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::export::{ChapSecret, IscsiAccess};
 use super::profile::NodeProfile;
-use crate::vm::OnFull;
+use crate::vm::{Accel, OnFull, Platform};
 
 /// Makes a node the origin of an image.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -460,4 +460,90 @@ pub(crate) struct SnapshotTaken {
     pub(crate) snapshot: SnapshotView,
     /// For how long the guest's writes had to wait, in microseconds.
     pub(crate) pause_us: u64,
+}
+
+/// Lets a VM come from another node.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct ExpectVm {
+    /// The node that has it.
+    #[schema(value_type = String)]
+    pub(crate) from: NodeName,
+    /// Where that is reached.
+    pub(crate) address: String,
+}
+
+/// Moves a VM to another node, which expects it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct MigrateVm {
+    /// The node.
+    #[schema(value_type = String)]
+    pub(crate) to: NodeName,
+    /// Where it is reached.
+    pub(crate) address: String,
+}
+
+/// What a node tells another of a VM that it brings.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandOver {
+    /// The image below its disk.
+    #[schema(value_type = String)]
+    pub(crate) image: ImageName,
+    /// That image's id.
+    #[schema(value_type = String)]
+    pub(crate) image_id: ImageId,
+    /// The image that carries what it wrote, if it wrote anything.
+    #[schema(value_type = Option<String>)]
+    pub(crate) carried: Option<ImageName>,
+    /// Size of its disk.
+    pub(crate) size_bytes: u64,
+    /// Time that making its disk took.
+    pub(crate) disk_ms: u64,
+    /// When that was.
+    pub(crate) created_unix_ms: u64,
+    /// The disk's serial number.
+    pub(crate) serial: String,
+    /// How its guest was started last.
+    pub(crate) start: Option<StartVm>,
+    /// What its guest runs on, if it runs.
+    pub(crate) live: Option<LiveGuest>,
+}
+
+/// What a running guest runs on.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct LiveGuest {
+    /// How its instructions are run.
+    #[schema(value_type = String)]
+    pub(crate) accel: Accel,
+    /// The machine that it sees.
+    #[schema(value_type = Object)]
+    pub(crate) platform: Platform,
+}
+
+/// What becomes of a VM that another node was told to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MovingState {
+    /// It is on its way.
+    Moving,
+    /// It belongs to the other node.
+    Moved,
+    /// It is not moved there.
+    Not,
+}
+
+/// A VM was moved.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Migrated {
+    /// The VM at its new node.
+    pub(crate) vm: Vm,
+    /// For how long its guest stood still.
+    pub(crate) pause_ms: u64,
+    /// How long all of it took.
+    pub(crate) total_ms: u64,
+    /// Rounds in which was sent what it wrote meanwhile.
+    pub(crate) rounds: u32,
+    /// Bytes that were sent in these.
+    pub(crate) disk_bytes: u64,
+    /// Bytes of its guest's memory that were sent.
+    pub(crate) memory_bytes: u64,
 }

@@ -6,6 +6,7 @@ mod clone;
 mod context;
 mod export;
 mod image;
+mod migrate;
 mod output;
 mod profile;
 mod run;
@@ -104,6 +105,8 @@ pub(crate) enum Command {
     List,
     /// Make copies of a VM's disk, on its node or on others
     Clone(clone::CloneArgs),
+    /// Move a VM to another node, while its guest runs or not
+    Migrate(migrate::MigrateArgs),
     /// Make an image of a VM's disk
     Commit(clone::CommitArgs),
     /// Take snapshots of VMs' disks, go back to them, and give them up

@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{note, print, print_json, say};
-use super::{Cli, Command, VoltCommand, boot, cache, clone, export, image, show, snapshot, vm};
+use super::{Cli, Command, VoltCommand, boot, cache, clone, export, image, migrate, show, snapshot, vm};
 use crate::api::volt::{NewToken, TokenIssued};
 use crate::coordinator::init::{Initialized, init};
 use crate::identity::AdminName;
@@ -70,6 +70,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Destroy { vms } => vm::destroy(&context, vms).await,
         Command::List => vm::list(&context).await,
         Command::Clone(args) => clone::clone(&context, args).await,
+        Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Commit(args) => clone::commit(&context, args).await,
         Command::Snapshot(args) => snapshot::run(&context, args).await,
         Command::Export(command) => export::run(&context, command).await,

@@ -27,6 +27,15 @@ use super::vms::NewVm;
 use crate::api::compute::{CloneVm, CommitVm, NodeImage, Vm};
 use crate::http::ApiError;
 
+/// How long an image stays in the catalog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stay {
+    /// Until somebody removes it.
+    Kept,
+    /// Until no other node uses it: it carries a VM's disk to others.
+    Passing,
+}
+
 /// An image that was made and is not known to Volt yet.
 pub(super) struct MadeImage {
     pub(super) id: ImageId,
@@ -82,20 +91,34 @@ impl Node {
         let (node, vm) = (Arc::clone(self), name.clone());
         let frozen = to_the_end(async move { node.vms.freeze_for_clones(&vm, quiesce_of(quiesce)).await });
         let (_, layer) = frozen.await?;
+        let stay = if passing { Stay::Passing } else { Stay::Kept };
+        let attached = self.make_image(layer, &image, stay, progress).await?;
+        Ok(self.describe(&attached))
+    }
+
+    /// Makes an image of a frozen layer and what is below it. The caller's hold on the layer goes over to the image,
+    /// or is given up.
+    pub(super) async fn make_image(
+        self: &Arc<Self>,
+        layer: Arc<Layer>,
+        name: &ImageName,
+        stay: Stay,
+        progress: Arc<ImportProgress>,
+    ) -> Result<Arc<Attached>, ApiError> {
         let made = self.derive(&layer, progress).await;
-        let node = Arc::clone(self);
+        let (node, name) = (Arc::clone(self), name.clone());
         to_the_end(async move {
             let published = match made {
-                Ok(Some(made)) => node.publish_derived(&image, made, &layer).await,
-                Ok(None) => node.unchanged(&layer, passing),
+                Ok(Some(made)) => node.publish_derived(&name, made, &layer).await,
+                Ok(None) => node.unchanged(&layer, stay),
                 Err(error) => Err(error),
             };
             match published {
                 Ok(attached) => {
-                    if passing && attached.derived().is_some() {
-                        node.images.let_pass(&attached, &image).map_err(ApiError::internal)?;
+                    if stay == Stay::Passing && attached.derived().is_some() {
+                        node.images.let_pass(&attached, &name).map_err(ApiError::internal)?;
                     }
-                    Ok(node.describe(&attached))
+                    Ok(attached)
                 }
                 Err(error) => {
                     node.vms.release(layer).await;
@@ -107,9 +130,9 @@ impl Node {
     }
 
     /// The disk is as its image. To carry it elsewhere that is good news.
-    fn unchanged(&self, layer: &Arc<Layer>, passing: bool) -> Result<Arc<Attached>, ApiError> {
+    fn unchanged(&self, layer: &Arc<Layer>, stay: Stay) -> Result<Arc<Attached>, ApiError> {
         let (_, base) = layer.chain();
-        if passing {
+        if stay == Stay::Passing {
             self.vms.layers.release(layer.id());
             return Ok(base);
         }
@@ -190,7 +213,11 @@ impl Node {
     }
 
     /// The layer on which clones on this node stand, held for the caller.
-    async fn landing(&self, from: &Arc<Attached>, to: &Arc<Attached>) -> Result<Arc<Layer>, ApiError> {
+    pub(super) async fn landing(
+        &self,
+        from: &Arc<Attached>,
+        to: &Arc<Attached>,
+    ) -> Result<Arc<Layer>, ApiError> {
         let _one_at_a_time = self.landing.lock().await;
         if let Some(landing) = self.vms.layers.carried(from.id, to.id)
             && self.vms.layers.hold(landing.id())
@@ -212,8 +239,14 @@ fn quiesce_of(quiesce: bool) -> Quiesce {
     if quiesce { Quiesce::Yes } else { Quiesce::No }
 }
 
+/// A name for an image that passes, which nobody else would choose.
+pub(super) fn passing_name(what: &str) -> Result<ImageName, ApiError> {
+    let name = format!("{what}:{:016x}", rand::random::<u64>());
+    name.parse().map_err(|e: block::NameError| ApiError::internal(e.to_string()))
+}
+
 /// The ranges that are in any of these lists, in order and apart from each other.
-fn union(lists: impl Iterator<Item = Vec<Range<u64>>>) -> Vec<Range<u64>> {
+pub(super) fn union(lists: impl Iterator<Item = Vec<Range<u64>>>) -> Vec<Range<u64>> {
     let mut all: Vec<Range<u64>> = lists.flatten().collect();
     all.sort_by_key(|range| range.start);
     let mut union: Vec<Range<u64>> = Vec::new();

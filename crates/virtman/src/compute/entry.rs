@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block::{ImageId, ImageName, SnapshotName, VmName};
+use block::{ImageId, ImageName, NodeName, SnapshotName, VmName};
 use serde::{Deserialize, Serialize};
 use store::Chain;
 
@@ -40,6 +40,19 @@ pub(super) struct Record {
     /// How its guest was started last.
     #[serde(default)]
     pub(super) start: Option<StartVm>,
+    /// The VM belongs to another node, which may not know it yet.
+    #[serde(default)]
+    pub(super) moved_to: Option<Member>,
+    /// Its guest came from another node, and stands still until it is told to go on.
+    #[serde(default)]
+    pub(super) arrived: bool,
+}
+
+/// A node, and where it is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Member {
+    pub(super) node: NodeName,
+    pub(super) address: String,
 }
 
 /// What is remembered of a snapshot.
@@ -66,6 +79,8 @@ pub(crate) struct Entry {
     pub(super) disk: Arc<WatchedDisk<Chain>>,
     guest: Mutex<Guest>,
     export: Mutex<Option<ExportSocket>>,
+    /// Where it is being moved.
+    moving: Mutex<Option<NodeName>>,
 }
 
 struct State {
@@ -93,6 +108,7 @@ impl Entry {
             disk,
             guest: Mutex::new(Guest::None),
             export: Mutex::new(None),
+            moving: Mutex::new(None),
         };
         entry.export_at(socket)?;
         Ok(Arc::new(entry))
@@ -113,6 +129,23 @@ impl Entry {
     /// Ends all connections to the export.
     pub(super) fn close_export(&self) {
         self.export.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Notes that the VM is being moved, until the answer is dropped. `None` if it is already.
+    pub(super) fn begin_to_move(self: &Arc<Self>, to: &NodeName) -> Option<Moving> {
+        let mut moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        match *moving {
+            Some(_) => None,
+            None => {
+                *moving = Some(to.clone());
+                Some(Moving(Arc::clone(self)))
+            }
+        }
+    }
+
+    /// Where it is being moved, if it is.
+    pub(super) fn moving(&self) -> Option<NodeName> {
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The VM's name.
@@ -181,10 +214,18 @@ impl Entry {
     }
 }
 
+/// A VM that is being moved; until this is dropped, nobody else changes it.
+pub(super) struct Moving(Arc<Entry>);
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        *self.0.moving.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
 /// Notes that an entry's guest runs, and when it ends. When it waits for room on the file system of `dir`, it is
 /// resumed once there is some.
-pub(super) fn watch(entry: &Arc<Entry>, guest: Qemu, dir: PathBuf) {
-    let guest = Arc::new(guest);
+pub(super) fn watch(entry: &Arc<Entry>, guest: Arc<Qemu>, dir: PathBuf) {
     *entry.guest() = Guest::Running(Arc::clone(&guest));
     let entry = Arc::downgrade(entry);
     // The task ends with the guest's process, or with the daemon.

@@ -2,8 +2,8 @@
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
 //! that is wanted ([`fill`]), gives VMs disks
-//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`])
-//! and what was fetched ([`cache`]), exports disks and images ([`exports`], [`iscsi`]), serves children over links, and
+//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`]),
+//! moves VMs ([`migrate`]), keeps what was fetched ([`cache`]), exports disks and images ([`exports`], [`iscsi`]), serves children over links, and
 //! keeps in touch with Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again,
 //! it has the same images, disks and exports under the same names, and its guests never noticed more than latency.
 
@@ -21,6 +21,7 @@ mod images;
 mod iscsi;
 mod layers;
 mod merge;
+mod migrate;
 mod node;
 mod profile;
 pub(crate) mod remote;
@@ -48,12 +49,13 @@ use self::files::Layout;
 use self::images::Images;
 use self::iscsi::{IscsiExports, Portals};
 use self::layers::Layers;
+use self::migrate::IncomingVms;
 use self::node::Node;
 use self::remote::RemoteDisks;
 use self::vms::Vms;
 use self::volt::{Introduction, VoltLink};
 use crate::coordinator::{listen, local_socket};
-use crate::http::{OnLink, TlsServer};
+use crate::http::{OnConnection, TlsServer};
 use crate::identity::files::{Secrecy, replace};
 use crate::identity::tls::{self, Accept, Acceptor, Admission, Alpn, Expected};
 use crate::identity::{Credentials, Identity, IdentityError, Principal, Removed, Token, enroll};
@@ -96,12 +98,20 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     if let Err(reason) = &derived_from {
         tracing::error!(reason, "what an image was derived from is not known");
     }
-    let mut complete = derived_from.is_ok();
+    let complete = derived_from.is_ok();
     for layer in derived_from.into_iter().flatten() {
         layers.hold(layer);
     }
-    complete &= vms.restore().map_err(restored)?;
-    layers.sweep(complete);
+    let found = vms.restore().await.map_err(restored)?;
+    layers.sweep(complete && found.complete);
+    let incoming = IncomingVms::default();
+    for coming in found.incoming {
+        let name = coming.record.name.clone();
+        match vms.open_incoming(coming.record) {
+            Ok((entry, guest)) => incoming.restore(coming.from, entry, guest),
+            Err(reason) => tracing::error!(vm = %name, reason, "a VM that was coming cannot be opened"),
+        }
+    }
 
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&layout.api_socket())?;
@@ -123,6 +133,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         iscsi,
         volt,
         accel,
+        credentials: Arc::clone(&credentials),
+        incoming,
         landing: tokio::sync::Mutex::new(()),
         shutdown: shutdown.clone(),
     });
@@ -139,7 +151,10 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         #[cfg(feature = "faults")]
         args.fault,
     );
-    let server = TlsServer::new(acceptor, api.clone()).with_link(on_link).with_removals(changes);
+    let server = TlsServer::new(acceptor, api.clone())
+        .with_link(on_link)
+        .with_moves(migrate::on_move(Arc::clone(&node)))
+        .with_removals(changes);
     let nbd = match args.nbd_listen {
         Some(address) => Some(TcpExports::listen(address, &credentials, Arc::clone(&node)).await?),
         None => None,
@@ -157,6 +172,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
             node.volt.renew(&credentials, &identity_dir),
             merge::run(&layers),
             settle::run(&node),
+            node.ask_for_incoming(),
+            migrate::hand_over_moved(&node),
             async {
                 loop {
                     tokio::time::sleep(node::PASSING_CHECK).await;
@@ -247,7 +264,7 @@ fn serve_children(
     images: Arc<Images>,
     links: Arc<Stats>,
     #[cfg(feature = "faults")] fault: Option<fault::Fault>,
-) -> OnLink {
+) -> OnConnection {
     Arc::new(move |peer, stream| {
         let (own, images, links) = (own.clone(), Arc::clone(&images), Arc::clone(&links));
         Box::pin(async move {

@@ -18,6 +18,7 @@ use super::clones::MadeImage;
 use super::images::{Attached, Detached, Images};
 use super::iscsi::{Exported, FindExported, IscsiExports};
 use super::layers::LayerDisks;
+use super::migrate::IncomingVms;
 use super::remote;
 use super::routes::to_the_end;
 use super::vms::Vms;
@@ -29,6 +30,7 @@ use crate::api::compute::{
 use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::api::volt::{ImageRecord, RegisterImage};
 use crate::http::{ApiError, ClientError};
+use crate::identity::Credentials;
 use crate::vm::{AccelWish, Ready};
 
 /// How long an image that carries a VM's disk waits for the first node that wants it.
@@ -49,6 +51,9 @@ pub(crate) struct Node {
     pub(crate) iscsi: IscsiExports,
     pub(crate) volt: VoltLink,
     pub(crate) accel: AccelWish,
+    pub(super) credentials: Arc<Credentials>,
+    /// VMs that other nodes bring.
+    pub(super) incoming: IncomingVms,
     /// Held while it is decided which layer clones stand on.
     pub(super) landing: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
@@ -330,6 +335,16 @@ impl Node {
         self.vms.get(name)?;
         self.iscsi.remove(&ExportName::Vm(name.clone())).await?;
         self.vms.destroy(name).await
+    }
+
+    /// A VM that initiators on the network have open cannot be moved from under them.
+    pub(super) fn must_not_be_exported(&self, name: &VmName) -> Result<(), ApiError> {
+        if !self.iscsi.contains(&ExportName::Vm(name.clone())) {
+            return Ok(());
+        }
+        let message = format!("'{name}' is exported over iSCSI by node {}", self.name);
+        Err(ApiError::conflict("exported", message)
+            .with_hint(format!("'virtman export remove {name}' ends that")))
     }
 
     /// Lets initiators on the network open a disk.

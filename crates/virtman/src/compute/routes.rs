@@ -20,12 +20,13 @@ use utoipa_axum::routes;
 use super::node::{Force, Node};
 use super::snapshots::Quiesce;
 use crate::api::compute::{
-    AddImage, AddMedium, CloneVm, CommitVm, CreateVm, ImageVerified, MediumView, NodeImage, NodeStatus,
-    Progress, RemoveMedium, SnapshotTaken, SnapshotView, StartVm, StopVm, TakeSnapshot, Vm, VmReady,
-    VmStarted, WaitReady,
+    AddImage, AddMedium, CloneVm, CommitVm, CreateVm, ExpectVm, HandOver, ImageVerified, MediumView,
+    MigrateVm, Migrated, MovingState, NodeImage, NodeStatus, Progress, RemoveMedium, SnapshotTaken,
+    SnapshotView, StartVm, StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
 };
 use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
+use crate::identity::Principal;
 
 /// How often a long operation says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -53,6 +54,12 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(revert_vm))
         .routes(routes!(clone_vm))
         .routes(routes!(commit_vm))
+        .routes(routes!(migrate_vm))
+        .routes(routes!(moving))
+        .routes(routes!(expect_vm, forget_vm))
+        .routes(routes!(receive_vm))
+        .routes(routes!(promise_vm))
+        .routes(routes!(take_vm))
         .routes(routes!(exports))
         .routes(routes!(add_export, remove_export))
 }
@@ -368,6 +375,91 @@ async fn commit_vm(
         async move { node.commit(&name, request, progress).await }
     };
     Ok(lines(reported(work, progress), shutdown))
+}
+
+/// Moves a VM to another node, which was told to expect it; its guest runs on there if it runs. Answers like adding an
+/// image, and is carried out also if the client hangs up.
+#[utoipa::path(post, path = "/v1/vms/{vm}/migrate", params(("vm" = String, Path,)), request_body = MigrateVm,
+    responses((status = 200, body = Progress<Migrated>, content_type = "application/x-ndjson")))]
+async fn migrate_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<MigrateVm>,
+) -> Result<Response, ApiError> {
+    peer.must_be_admin()?;
+    let progress = Arc::new(ImportProgress::default());
+    let shutdown = node.shutdown.clone();
+    let work = to_the_end(async move { node.migrate(&name, request, Arc::default()).await });
+    Ok(lines(reported(work, progress), shutdown))
+}
+
+/// What becomes of a VM that the node that asks was told to take.
+#[utoipa::path(get, path = "/v1/vms/{vm}/moving", params(("vm" = String, Path,)),
+    responses((status = 200, body = MovingState)))]
+async fn moving(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<MovingState> {
+    match peer {
+        Peer::Remote(Principal::Node(to)) => Ok(Json(node.moving_state(&name, &to))),
+        other => Err(ApiError::forbidden("not_a_node", format!("{other} is no node"))),
+    }
+}
+
+/// Lets a VM come from another node, within ten minutes.
+#[utoipa::path(put, path = "/v1/incoming/{vm}", params(("vm" = String, Path,)), request_body = ExpectVm,
+    responses((status = 204), (status = 409)))]
+async fn expect_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<ExpectVm>,
+) -> Result<StatusCode, ApiError> {
+    peer.must_be_admin()?;
+    node.expect_vm(&name, &request)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Prepares for a VM. For the node that brings it, as are the next three.
+#[utoipa::path(post, path = "/v1/incoming/{vm}/receive", params(("vm" = String, Path,)), request_body = HandOver,
+    responses((status = 204), (status = 403), (status = 409)))]
+async fn receive_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<HandOver>,
+) -> Result<StatusCode, ApiError> {
+    to_the_end(async move { node.receive_vm(&peer, &name, request).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Promises that a VM can be taken over.
+#[utoipa::path(post, path = "/v1/incoming/{vm}/promise", params(("vm" = String, Path,)),
+    responses((status = 204), (status = 404), (status = 409)))]
+async fn promise_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+) -> Result<StatusCode, ApiError> {
+    to_the_end(async move { node.promise_vm(&peer, &name).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Takes a VM over.
+#[utoipa::path(post, path = "/v1/incoming/{vm}/take", params(("vm" = String, Path,)),
+    responses((status = 200, body = Vm), (status = 404), (status = 409)))]
+async fn take_vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vm> {
+    to_the_end(async move { node.take_vm(&peer, &name).await.map(Json) }).await
+}
+
+/// Forgets a VM that does not come.
+#[utoipa::path(delete, path = "/v1/incoming/{vm}", params(("vm" = String, Path,)),
+    responses((status = 204), (status = 404)))]
+async fn forget_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+) -> Result<StatusCode, ApiError> {
+    to_the_end(async move { node.forget_vm(&peer, &name).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// All ways to the disks and images of the node.

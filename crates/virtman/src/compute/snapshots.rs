@@ -48,7 +48,7 @@ impl Vms {
         quiesce: Quiesce,
     ) -> Result<SnapshotTaken, ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         if entry.record().snapshots.iter().any(|known| known.name == *snapshot) {
             return Err(ApiError::conflict(
                 "snapshot_exists",
@@ -74,7 +74,7 @@ impl Vms {
         quiesce: Quiesce,
     ) -> Result<(Record, Arc<Layer>), ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         let frozen = self.freeze(&entry, quiesce, None).await?;
         tracing::info!(vm = %name, pause = ?frozen.pause, "disk frozen for clones");
         Ok((entry.record(), frozen.layer))
@@ -160,7 +160,7 @@ impl Vms {
     /// Sets a VM's disk back to a snapshot. What was written since is gone, unless another snapshot has it.
     pub(crate) async fn revert(&self, name: &VmName, snapshot: &SnapshotName) -> Result<Vm, ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         if entry.running().is_some() {
             return Err(ApiError::conflict(
                 "running",
@@ -193,7 +193,7 @@ impl Vms {
         snapshot: &SnapshotName,
     ) -> Result<(), ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         let mut record = entry.record();
         let layer = find(&record, snapshot)?.layer;
         record.snapshots.retain(|known| known.name != *snapshot);

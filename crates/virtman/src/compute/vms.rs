@@ -12,23 +12,24 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use block::{Disk, ImageId, ImageName, NodeName, VmName};
 
-use super::entry::{Entry, Guest, Record, recover, watch};
+use super::entry::{Entry, Guest, Member, Record, recover, watch};
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::images::Attached;
 use super::iscsi::Exported;
 use super::layers::{Below, Layer, Layers};
+use super::migrate::{self, IncomingRecord, Phase};
 use super::profile::BootTap;
 use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
 use crate::vm::seed::SeedError;
-use crate::vm::{AccelChoice, DirectBoot, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
+use crate::vm::{Accel, AccelChoice, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
 /// Locks that serialize operations on a VM. More than enough that two VMs seldom share one.
 const LOCKS: usize = 64;
@@ -41,6 +42,8 @@ pub(crate) struct Vms {
     layout: Layout,
     pub(super) layers: Arc<Layers>,
     vms: RwLock<BTreeMap<VmName, Arc<Entry>>>,
+    /// Those that belong to other nodes, which may not know it yet.
+    moved: Mutex<BTreeMap<VmName, Record>>,
     locks: [tokio::sync::Mutex<()>; LOCKS],
 }
 
@@ -51,20 +54,29 @@ impl Vms {
             layout,
             layers,
             vms: RwLock::default(),
+            moved: Mutex::default(),
             locks: std::array::from_fn(|_| tokio::sync::Mutex::default()),
         }
     }
 
     /// Opens the disks that were there when the daemon ended, and finds the guests that still run. What
-    /// cannot be opened is said and left as it is. Says whether all records could be read: if so, the VMs hold all
-    /// layers that they need. Blocks.
-    pub(crate) fn restore(&self) -> std::io::Result<bool> {
+    /// cannot be opened is said and left as it is.
+    pub(crate) async fn restore(&self) -> std::io::Result<Restored> {
+        let mut restored = Restored { complete: true, incoming: Vec::new() };
         let mut records = Vec::new();
-        let mut complete = true;
         for dir in files::sweep(&self.layout.vms())? {
             if !dir.join(RECORD).exists() {
-                tracing::info!(dir = %dir.display(), "removing what an unfinished create or destroy left");
-                fs::remove_dir_all(&dir)?;
+                match files::read_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
+                    Ok(coming) if coming.phase == Phase::Ready => {
+                        self.layers.hold(coming.record.top);
+                        restored.incoming.push(coming);
+                    }
+                    _ => {
+                        tracing::info!(dir = %dir.display(), "removing what an unfinished create, destroy or move left");
+                        migrate::end_guest(&dir).await;
+                        fs::remove_dir_all(&dir)?;
+                    }
+                }
                 continue;
             }
             match files::read_record::<Record>(&dir.join(RECORD)) {
@@ -75,21 +87,90 @@ impl Vms {
                     records.push(record);
                 }
                 Err(reason) => {
-                    complete = false;
+                    restored.complete = false;
                     tracing::error!(dir = %dir.display(), reason, "a VM cannot be opened; its files are left as they are");
                 }
             }
         }
         for record in records {
             let name = record.name.clone();
+            if record.moved_to.is_some() {
+                migrate::end_guest(&self.dir(&name)).await;
+                self.moved().insert(name, record);
+                continue;
+            }
             match self.open(record) {
-                Ok(entry) => self.insert(entry),
+                Ok(entry) => {
+                    self.insert(Arc::clone(&entry));
+                    self.let_arrived_go_on(&entry).await;
+                }
                 Err(reason) => {
                     tracing::error!(vm = %name, reason, "a VM's disk cannot be opened; its files are left as they are");
                 }
             }
         }
-        Ok(complete)
+        Ok(restored)
+    }
+
+    /// Opens the disk of a VM that is coming from another node, and finds its guest.
+    pub(super) fn open_incoming(&self, record: Record) -> Result<(Arc<Entry>, Option<Qemu>), String> {
+        let (dir, socket) = (self.dir(&record.name), self.disk_socket(&record.name));
+        let top = self.layers.open_top(record.top)?;
+        Ok((Entry::open(record, top, socket)?, Qemu::adopt(&dir)))
+    }
+
+    /// Lets a guest that came from another node go on, if it was not told to.
+    pub(super) async fn let_arrived_go_on(&self, entry: &Entry) {
+        let record = entry.record();
+        let Some(guest) = entry.running().filter(|_| record.arrived) else { return };
+        if let Err(error) = guest.resume().await {
+            tracing::error!(vm = %record.name, %error, "a guest that arrived does not go on");
+            return;
+        }
+        let record = Record { arrived: false, ..record };
+        match self.save(&record).await {
+            Ok(()) => entry.become_known(record, entry.top()),
+            // It is told to go on once more at the next start, which does no harm.
+            Err(error) => {
+                tracing::warn!(vm = %record.name, %error, "that a guest goes on cannot be remembered")
+            }
+        }
+    }
+
+    /// VMs that belong to other nodes, which may not know it yet.
+    pub(super) fn moved(&self) -> MutexGuard<'_, BTreeMap<VmName, Record>> {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes down that a VM belongs to another node, and ends what is here of its guest. If that fails it belongs to
+    /// this node as before.
+    pub(super) async fn give_up(&self, entry: &Entry, to: &Member) -> Result<(), ApiError> {
+        let name = entry.name();
+        let _one_at_a_time = self.lock(name).lock().await;
+        let before = entry.record();
+        let record = Record { moved_to: Some(to.clone()), ..before.clone() };
+        if let Err(error) = self.save(&record).await {
+            // It may be there all the same.
+            self.save(&before).await?;
+            return Err(error);
+        }
+        self.moved().insert(name.clone(), record);
+        self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        entry.close_export();
+        if let Some(guest) = entry.running()
+            && let Err(error) = guest.kill().await
+        {
+            tracing::error!(vm = %name, %error, "a guest that was moved cannot be ended here; it stands still");
+        }
+        Ok(())
+    }
+
+    /// Removes what is here of a VM that another node has taken.
+    pub(super) async fn forget_moved(&self, name: &VmName) {
+        let Some(record) = self.moved().remove(name) else { return };
+        if let Err(error) = self.remove_files(record).await {
+            tracing::warn!(vm = %name, %error, "what is left of a VM that was moved cannot be removed");
+        }
     }
 
     /// All VMs, by name.
@@ -106,6 +187,20 @@ impl Vms {
                 format!("there is no VM '{name}' on node {}; 'virtman list' shows all", self.node),
             )
         })
+    }
+
+    /// The VM of this name, if it may be changed.
+    pub(super) fn get_at_rest(&self, name: &VmName) -> Result<Arc<Entry>, ApiError> {
+        let entry = self.get(name)?;
+        match entry.moving() {
+            None => Ok(entry),
+            Some(to) => {
+                let message =
+                    format!("'{name}' is being moved to node {to}, and cannot be changed meanwhile");
+                Err(ApiError::conflict("moving", message)
+                    .with_hint("try again when it is there, or not moved"))
+            }
+        }
     }
 
     /// How many VM disks stand on an image.
@@ -197,15 +292,21 @@ impl Vms {
     /// Removes a VM with its disk. A running guest is ended.
     pub(crate) async fn destroy(&self, name: &VmName) -> Result<(), ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         if let Some(guest) = entry.running() {
             guest
                 .kill()
                 .await
                 .map_err(|e| ApiError::internal(format!("cannot end the guest of '{name}': {e}")))?;
         }
-        let dir = self.dir(name);
-        let (layers, record) = (Arc::clone(&self.layers), entry.record());
+        let removed = self.remove_files(entry.record()).await;
+        self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        removed
+    }
+
+    async fn remove_files(&self, record: Record) -> Result<(), ApiError> {
+        let (name, dir) = (record.name.clone(), self.dir(&record.name));
+        let layers = Arc::clone(&self.layers);
         let removed = tokio::task::spawn_blocking(move || {
             fs::remove_file(dir.join(RECORD))?;
             files::sync_dir(&dir)?;
@@ -215,7 +316,6 @@ impl Vms {
             fs::remove_dir_all(&dir)
         });
         let removed = removed.await.map_err(|e| ApiError::internal(format!("destroying '{name}': {e}")))?;
-        self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         removed.map_err(|e| ApiError::internal(format!("cannot remove the files of '{name}': {e}")))
     }
 
@@ -227,20 +327,43 @@ impl Vms {
         accel: &AccelChoice,
     ) -> Result<VmStarted, ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         let accelerator = format!("{}: {}", accel.accel, accel.reason);
         if entry.running().is_some() {
             return Ok(VmStarted { vm: self.describe(&entry), accelerator });
         }
         let dir = self.dir(name);
-        let seed = write_seed(&dir.join("seed.img"), &entry.record(), request)?;
-        let spec = VmSpec {
+        let spec = self.spec(&entry.record(), request, accel.accel, None)?;
+        entry.disk.forget_first_read();
+        let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
+            VmError::Unfit(why) => ApiError::bad_request("bad_vm", why),
+            other => ApiError::internal(format!("cannot start '{name}': {other}")),
+        })?;
+        tracing::info!(vm = %name, pid = qemu.pid(), "guest started");
+        watch(&entry, Arc::new(qemu), dir);
+        let record = Record { start: Some(request.clone()), ..entry.record() };
+        self.save(&record).await?;
+        entry.become_known(record, entry.top());
+        Ok(VmStarted { vm: self.describe(&entry), accelerator })
+    }
+
+    /// The machine that a VM's guest runs on, as it was asked for. Writes its seed disk.
+    pub(super) fn spec(
+        &self,
+        record: &Record,
+        request: &StartVm,
+        accel: Accel,
+        platform: Option<Platform>,
+    ) -> Result<VmSpec, ApiError> {
+        let name = &record.name;
+        let seed = write_seed(&self.dir(name).join("seed.img"), record, request)?;
+        Ok(VmSpec {
             name: name.clone(),
             disk: VmDisk { socket: self.disk_socket(name), export: name.to_string() },
             seed: Some(seed),
             memory_mib: request.memory_mib,
             cpus: request.cpus,
-            accel: accel.accel,
+            accel,
             boot: request.kernel.as_ref().map(|k| DirectBoot {
                 kernel: k.kernel.clone(),
                 initrd: k.initrd.clone(),
@@ -248,19 +371,8 @@ impl Vms {
             }),
             forward_ports: request.forward_ports.clone(),
             on_full: request.on_full,
-            platform: None,
-        };
-        entry.disk.forget_first_read();
-        let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
-            VmError::Unfit(why) => ApiError::bad_request("bad_vm", why),
-            other => ApiError::internal(format!("cannot start '{name}': {other}")),
-        })?;
-        tracing::info!(vm = %name, pid = qemu.pid(), "guest started");
-        watch(&entry, qemu, dir);
-        let record = Record { start: Some(request.clone()), ..entry.record() };
-        self.save(&record).await?;
-        entry.become_known(record, entry.top());
-        Ok(VmStarted { vm: self.describe(&entry), accelerator })
+            platform,
+        })
     }
 
     /// How a VM's guest was started last.
@@ -298,7 +410,7 @@ impl Vms {
     /// Ends a VM's guest; its disk stays. Ending it again changes nothing.
     pub(crate) async fn stop(&self, name: &VmName, grace: Duration) -> Result<Vm, ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
-        let entry = self.get(name)?;
+        let entry = self.get_at_rest(name)?;
         if let Some(guest) = entry.running() {
             let stopped = guest.stop(grace).await;
             let stopped = stopped.map_err(|e| ApiError::internal(format!("cannot stop '{name}': {e}")))?;
@@ -359,10 +471,9 @@ impl Vms {
         let entry = Entry::open(record, top, socket)?;
         if let Some(guest) = Qemu::adopt(&dir) {
             tracing::info!(vm = %entry.name(), pid = guest.pid(), "guest still runs");
-            watch(&entry, guest, dir);
-            if let Some(guest) = entry.running() {
-                tokio::spawn(async move { recover(&guest).await });
-            }
+            let guest = Arc::new(guest);
+            watch(&entry, Arc::clone(&guest), dir);
+            tokio::spawn(async move { recover(&guest).await });
         }
         Ok(entry)
     }
@@ -376,7 +487,7 @@ impl Vms {
         saved.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
     }
 
-    fn insert(&self, entry: Arc<Entry>) {
+    pub(super) fn insert(&self, entry: Arc<Entry>) {
         let name = entry.name().clone();
         self.vms.write().unwrap_or_else(PoisonError::into_inner).insert(name, entry);
     }
@@ -415,6 +526,14 @@ fn write_seed(file: &Path, record: &Record, request: &StartVm) -> Result<PathBuf
     Ok(file.to_owned())
 }
 
+/// What was found when the daemon started.
+pub(crate) struct Restored {
+    /// Whether all records could be read: if so, the VMs hold all layers that they need.
+    pub(crate) complete: bool,
+    /// VMs that other nodes were about to bring.
+    pub(super) incoming: Vec<IncomingRecord>,
+}
+
 /// What a VM is made from.
 pub(super) struct NewVm {
     pub(super) name: VmName,
@@ -431,8 +550,20 @@ impl NewVm {
         let identity = format!("{node}/{name}/{image_id}/{created_unix_ms}");
         let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
         let disk_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let (top, snapshots, start) = (top.id(), Vec::new(), None);
-        Record { name, image, image_id, size_bytes, disk_ms, created_unix_ms, serial, top, snapshots, start }
+        Record {
+            name,
+            image,
+            image_id,
+            size_bytes,
+            disk_ms,
+            created_unix_ms,
+            serial,
+            top: top.id(),
+            snapshots: Vec::new(),
+            start: None,
+            moved_to: None,
+            arrived: false,
+        }
     }
 }
 

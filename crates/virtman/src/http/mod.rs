@@ -26,4 +26,4 @@ pub(crate) use client::{Client, ClientError, Target};
 pub(crate) use error::ApiError;
 pub(crate) use extract::{Json, Path, Peer, Query};
 pub(crate) use lines::lines;
-pub(crate) use serve::{OnLink, TlsServer, UnixServer, bind_unix};
+pub(crate) use serve::{OnConnection, TlsServer, UnixServer, bind_unix};

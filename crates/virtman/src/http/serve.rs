@@ -115,22 +115,24 @@ impl Drop for UnixServer {
     }
 }
 
-/// Takes over a link connection; the connection is closed when the future is dropped at shutdown.
-pub(crate) type OnLink = Arc<dyn Fn(Principal, TlsStream<TcpStream>) -> BoxFuture<'static, ()> + Send + Sync>;
+/// Takes over a connection that is no HTTP; the connection is closed when the future is dropped at shutdown.
+pub(crate) type OnConnection =
+    Arc<dyn Fn(Principal, TlsStream<TcpStream>) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// What one TLS port serves.
 pub(crate) struct TlsServer {
     acceptor: Acceptor,
     api: Router,
     join: Option<Router>,
-    link: Option<OnLink>,
+    link: Option<OnConnection>,
+    moves: Option<OnConnection>,
     removals: Option<watch::Receiver<()>>,
 }
 
 impl TlsServer {
     /// Serves `api` to members; its handlers find [`Peer::Remote`].
     pub(crate) fn new(acceptor: Acceptor, api: Router) -> Self {
-        Self { acceptor, api: finished(api), join: None, link: None, removals: None }
+        Self { acceptor, api: finished(api), join: None, link: None, moves: None, removals: None }
     }
 
     /// Serves `join` to connections without a certificate that ask for nothing else. The acceptor must
@@ -140,8 +142,13 @@ impl TlsServer {
     }
 
     /// Hands link connections to `link`.
-    pub(crate) fn with_link(self, link: OnLink) -> Self {
+    pub(crate) fn with_link(self, link: OnConnection) -> Self {
         Self { link: Some(link), ..self }
+    }
+
+    /// Hands connections that bring a VM to `moves`.
+    pub(crate) fn with_moves(self, moves: OnConnection) -> Self {
+        Self { moves: Some(moves), ..self }
     }
 
     /// Whenever `removals` changes, asks the acceptor again about everybody connected, and closes the
@@ -193,13 +200,27 @@ impl TlsServer {
             }
             Ok((permit, Accepted::Link { peer, stream })) => {
                 drop(permit);
-                let Some(link) = &self.link else { return };
-                let served = link(peer.clone(), stream);
-                tokio::select! {
-                    () = shutdown.cancelled() => {}
-                    () = self.while_admitted(&peer, served) => {}
-                }
+                self.hand_over(self.link.as_ref(), peer, stream, shutdown).await;
             }
+            Ok((permit, Accepted::Move { peer, stream })) => {
+                drop(permit);
+                self.hand_over(self.moves.as_ref(), peer, stream, shutdown).await;
+            }
+        }
+    }
+
+    async fn hand_over(
+        &self,
+        to: Option<&OnConnection>,
+        peer: Principal,
+        stream: TlsStream<TcpStream>,
+        shutdown: CancellationToken,
+    ) {
+        let Some(to) = to else { return };
+        let served = to(peer.clone(), stream);
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.while_admitted(&peer, served) => {}
         }
     }
 

@@ -21,11 +21,9 @@
 //! - Whoever owns a VM calls [`Qemu::start`] and [`Qemu::stop`] of it one after the other.
 
 mod accel;
-#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
 mod agent;
 pub(crate) mod console;
 mod machine;
-#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
 mod migrate;
 mod process;
 mod qemu;
@@ -33,16 +31,17 @@ mod qmp;
 mod ready;
 pub(crate) mod seed;
 mod spec;
-#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
 mod state;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use accel::{AccelChoice, AccelWish};
+pub(crate) use accel::{Accel, AccelChoice, AccelWish};
 pub(crate) use agent::Frozen as FrozenGuest;
+pub(crate) use machine::Platform;
 pub(crate) use qemu::Qemu;
 pub(crate) use ready::Ready;
 pub(crate) use spec::{DirectBoot, OnFull, VmDisk, VmSpec};
+pub(crate) use state::RunState;
 
 use std::io;
 use std::path::PathBuf;

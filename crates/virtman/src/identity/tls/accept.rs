@@ -72,6 +72,13 @@ pub(crate) enum Accepted<S> {
         /// The connection.
         stream: TlsStream<S>,
     },
+    /// A member hands a VM over.
+    Move {
+        /// Who.
+        peer: Principal,
+        /// The connection.
+        stream: TlsStream<S>,
+    },
     /// Somebody without a certificate wants to join, over HTTP.
     Join {
         /// The connection.
@@ -119,7 +126,7 @@ impl Acceptor {
             Arc::new(config)
         };
         Ok(Self {
-            members: config(ClientCertificate::Required, &[Alpn::Http, Alpn::Link]),
+            members: config(ClientCertificate::Required, &[Alpn::Http, Alpn::Link, Alpn::Move]),
             joins: match accept {
                 Accept::Members => None,
                 Accept::MembersAndJoins => Some(config(ClientCertificate::Unasked, &[Alpn::Join])),
@@ -158,6 +165,7 @@ impl Acceptor {
             let peer = peer(&stream)?;
             match stream.get_ref().1.alpn_protocol() {
                 Some(name) if name == Alpn::Link.name() => Ok(Accepted::Link { peer, stream }),
+                Some(name) if name == Alpn::Move.name() => Ok(Accepted::Move { peer, stream }),
                 _ => Ok(Accepted::Http { peer, stream }),
             }
         })

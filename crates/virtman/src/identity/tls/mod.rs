@@ -44,6 +44,8 @@ pub(crate) enum Alpn {
     Http,
     /// Chunks between nodes.
     Link,
+    /// What a VM writes and has in memory, from the node that it leaves to the one that it goes to.
+    Move,
     /// A node that has no certificate yet; HTTP with nothing but the join in it.
     Join,
 }
@@ -54,6 +56,7 @@ impl Alpn {
         match self {
             Self::Http => b"http/1.1",
             Self::Link => b"virtman-link/1",
+            Self::Move => b"virtman-move/1",
             Self::Join => b"virtman-join/1",
         }
     }

@@ -56,6 +56,7 @@ async fn greet(listener: &TcpListener, acceptor: &Acceptor) -> Result<String, Ac
     let (who, mut stream) = match acceptor.accept(tcp).await? {
         Accepted::Http { peer, stream } => (format!("http {peer}"), stream),
         Accepted::Link { peer, stream } => (format!("link {peer}"), stream),
+        Accepted::Move { peer, stream } => (format!("move {peer}"), stream),
         Accepted::Join { stream } => ("join".to_owned(), stream),
     };
     stream.write_all(b"hello").await?;

@@ -1,0 +1,472 @@
+//! The node that a VM goes to.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use block::{Disk, NodeName, VmName};
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::super::entry::{Entry, Member, Record, watch};
+use super::super::files;
+use super::super::layers::Below;
+use super::super::node::Node;
+use super::wire::{self, Cargo};
+use crate::api::compute::{ExpectVm, HandOver, MovingState, Vm};
+use crate::http::{ApiError, OnConnection, Peer};
+use crate::identity::Principal;
+use crate::vm::{Qemu, RunState};
+
+/// What is remembered of a VM that is coming.
+pub(in crate::compute) const RECORD: &str = "incoming.json";
+
+/// How long an administrator's word that a VM may come counts.
+const EXPECTED_FOR: Duration = Duration::from_secs(600);
+
+/// How often the source of a VM that is coming is asked what became of it.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+
+/// A VM of which nothing was promised yet is forgotten when its source is silent for so long.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// How long the guest may take to be here once its source has sent everything.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// VMs that are on their way to this node.
+#[derive(Default)]
+pub(crate) struct IncomingVms {
+    expected: Mutex<BTreeMap<VmName, Expected>>,
+    coming: Mutex<BTreeMap<VmName, Arc<Coming>>>,
+    /// Held while a VM is taken over or forgotten.
+    deciding: tokio::sync::Mutex<()>,
+}
+
+/// An administrator said that a VM may come.
+struct Expected {
+    from: Member,
+    until: Instant,
+}
+
+/// A VM that is on its way.
+struct Coming {
+    from: Member,
+    entry: Arc<Entry>,
+    qemu: Option<Arc<Qemu>>,
+    phase: Mutex<Phase>,
+    /// What became of the guest's memory.
+    arrived: watch::Sender<Option<Result<(), String>>>,
+    /// When its source was last heard of.
+    heard: Mutex<Instant>,
+}
+
+/// What was promised of a VM that is on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::compute) enum Phase {
+    /// Nothing: it may be forgotten.
+    Arriving,
+    /// That it can be taken over: its source decides.
+    Ready,
+}
+
+/// What is remembered of a VM that is on its way.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(in crate::compute) struct IncomingRecord {
+    pub(in crate::compute) from: Member,
+    pub(in crate::compute) phase: Phase,
+    pub(in crate::compute) record: Record,
+}
+
+impl IncomingVms {
+    fn expected(&self) -> MutexGuard<'_, BTreeMap<VmName, Expected>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn coming(&self) -> MutexGuard<'_, BTreeMap<VmName, Arc<Coming>>> {
+        self.coming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A VM that was ready when the daemon ended.
+    pub(in crate::compute) fn restore(&self, from: Member, entry: Arc<Entry>, qemu: Option<Qemu>) {
+        let name = entry.name().clone();
+        let coming = Coming::new(from, entry, qemu, Phase::Ready);
+        coming.arrived.send_replace(Some(Ok(())));
+        self.coming().insert(name, Arc::new(coming));
+    }
+
+    /// The VM that this node brings.
+    fn of(&self, name: &VmName, from: &NodeName) -> Result<Arc<Coming>, ApiError> {
+        let coming = self.coming().get(name).cloned().filter(|coming| coming.from.node == *from);
+        let coming = coming.ok_or_else(|| {
+            ApiError::not_found("not_coming", format!("no VM '{name}' is coming from node {from}"))
+        })?;
+        *coming.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        Ok(coming)
+    }
+}
+
+impl Coming {
+    fn new(from: Member, entry: Arc<Entry>, qemu: Option<Qemu>, phase: Phase) -> Coming {
+        Coming {
+            from,
+            entry,
+            qemu: qemu.map(Arc::new),
+            phase: Mutex::new(phase),
+            arrived: watch::Sender::new(None),
+            heard: Mutex::new(Instant::now()),
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn silent_for(&self) -> Duration {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    /// Waits until the guest is here and stands still.
+    async fn guest_is_here(&self) -> Result<(), String> {
+        let Some(qemu) = &self.qemu else { return Ok(()) };
+        let mut arrived = self.arrived.subscribe();
+        let outcome = tokio::time::timeout(ARRIVAL_TIMEOUT, arrived.wait_for(Option::is_some)).await;
+        let outcome = outcome.map_err(|_| "its memory does not arrive".to_owned())?;
+        match &*outcome.map_err(|e| e.to_string())? {
+            Some(Err(reason)) => return Err(reason.clone()),
+            Some(Ok(())) | None => {}
+        }
+        match qemu.state().await.map_err(|e| e.to_string())? {
+            RunState::Paused | RunState::Prelaunch | RunState::InMigrate => Ok(()),
+            other => Err(format!("its guest is {other:?} instead of standing still")),
+        }
+    }
+
+    async fn bring_memory(&self, stream: &mut (impl Stream + Unpin)) -> Result<(), String> {
+        let qemu = self.qemu.as_ref().ok_or("its guest does not run")?;
+        let incoming = qemu.incoming_listen().await.map_err(|e| e.to_string())?;
+        let mut socket = UnixStream::connect(qemu.memory_socket()).await.map_err(|e| e.to_string())?;
+        let copy = async { tokio::io::copy_bidirectional(stream, &mut socket).await };
+        let arrive = async {
+            let arrived = incoming.arrived().await.map_err(|e| e.to_string());
+            self.arrived.send_replace(Some(arrived.clone()));
+            arrived
+        };
+        let (copied, arrived) = tokio::join!(copy, arrive);
+        arrived?;
+        copied.map(drop).map_err(|e| e.to_string())
+    }
+}
+
+/// What passes bytes in both directions.
+pub(super) trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send> Stream for T {}
+
+/// Takes what connections of other nodes bring of VMs that are coming.
+pub(in crate::compute) fn on_move(node: Arc<Node>) -> OnConnection {
+    Arc::new(move |peer, mut stream| {
+        let node = Arc::clone(&node);
+        Box::pin(async move {
+            let Principal::Node(from) = peer else {
+                tracing::warn!(%peer, "refused a VM: only nodes bring them");
+                return;
+            };
+            if let Err(reason) = bring(&node, &from, &mut stream).await {
+                tracing::warn!(%from, reason, "what a node brought of a VM is not here");
+            }
+        })
+    })
+}
+
+async fn bring(node: &Node, from: &NodeName, stream: &mut (impl Stream + Unpin)) -> Result<(), String> {
+    let (vm, cargo) = wire::read_greeting(stream).await.map_err(|e| e.to_string())?;
+    let coming = node.incoming.of(&vm, from).map_err(|e| e.to_string())?;
+    if coming.phase() != Phase::Arriving {
+        return Err(format!("'{vm}' has all that it needs"));
+    }
+    match cargo {
+        Cargo::Memory => coming.bring_memory(stream).await,
+        Cargo::Blocks => wire::receive(stream, &*coming.entry.disk).await.map_err(|e| e.to_string()),
+    }
+}
+
+/// The node that asks.
+fn node_of(peer: &Peer) -> Result<&NodeName, ApiError> {
+    match peer {
+        Peer::Remote(Principal::Node(node)) => Ok(node),
+        other => Err(ApiError::forbidden("not_a_node", format!("{other} is no node"))),
+    }
+}
+
+impl Node {
+    /// Lets a VM come from a node. It has to come soon.
+    pub(crate) fn expect_vm(&self, name: &VmName, request: &ExpectVm) -> Result<(), ApiError> {
+        self.must_be_free(name)?;
+        let from = Member { node: request.from.clone(), address: request.address.clone() };
+        let mut expected = self.incoming.expected();
+        expected.retain(|_, known| known.until > Instant::now());
+        expected.insert(name.clone(), Expected { from, until: Instant::now() + EXPECTED_FOR });
+        Ok(())
+    }
+
+    fn must_be_free(&self, name: &VmName) -> Result<(), ApiError> {
+        if !self.vms.dir(name).exists() {
+            return Ok(());
+        }
+        let message = format!("there is a VM '{name}' on node {} already", self.name);
+        Err(ApiError::conflict("vm_exists", message).with_hint("destroy that one first"))
+    }
+
+    /// Prepares for a VM that its node brings.
+    pub(crate) async fn receive_vm(
+        &self,
+        peer: &Peer,
+        name: &VmName,
+        request: HandOver,
+    ) -> Result<(), ApiError> {
+        let node = node_of(peer)?;
+        let from = {
+            let expected = self.incoming.expected();
+            let known = expected.get(name).filter(|known| known.until > Instant::now());
+            known.filter(|known| known.from.node == *node).map(|known| known.from.clone())
+        };
+        let from = from.ok_or_else(|| {
+            ApiError::forbidden(
+                "not_expected",
+                format!("no administrator said that '{name}' may come from {node}"),
+            )
+        })?;
+        let _one_at_a_time = self.incoming.deciding.lock().await;
+        self.must_be_free(name)?;
+        let record = self.make_incoming(name, &request).await?;
+        let top = record.top;
+        let received = self.open_incoming(from, record, &request).await;
+        match received {
+            Ok(coming) => {
+                self.incoming.expected().remove(name);
+                self.incoming.coming().insert(name.clone(), Arc::new(coming));
+                tracing::info!(vm = %name, %node, "a VM is coming");
+                Ok(())
+            }
+            Err(error) => {
+                let dir = self.vms.dir(name);
+                end_guest(&dir).await;
+                remove_dir(&dir);
+                self.vms.layers.release(top);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the disk of a VM that is coming; its top is held.
+    async fn make_incoming(&self, name: &VmName, request: &HandOver) -> Result<Record, ApiError> {
+        let own = self.attach(&request.image).await?;
+        if own.id != request.image_id {
+            let message = format!(
+                "'{}' is image {} here, not {}",
+                request.image,
+                own.id.short(),
+                request.image_id.short()
+            );
+            return Err(ApiError::conflict("other_image", message));
+        }
+        let (below, landing) = match &request.carried {
+            Some(carried) => {
+                let carried = self.attach(carried).await?;
+                let landing = self.landing(&carried, &own).await?;
+                (Below::Layer(Arc::clone(&landing)), Some(landing))
+            }
+            None => (Below::Image(own), None),
+        };
+        let (layers, size_bytes) = (Arc::clone(&self.vms.layers), request.size_bytes);
+        let made = tokio::task::spawn_blocking(move || layers.make(below, size_bytes)).await;
+        if let Some(landing) = landing {
+            self.vms.release(landing).await;
+        }
+        let top = made.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
+        Ok(Record {
+            name: name.clone(),
+            image: request.image.clone(),
+            image_id: request.image_id,
+            size_bytes,
+            disk_ms: request.disk_ms,
+            created_unix_ms: request.created_unix_ms,
+            serial: request.serial.clone(),
+            top: top.id(),
+            snapshots: Vec::new(),
+            start: request.start.clone(),
+            moved_to: None,
+            arrived: false,
+        })
+    }
+
+    async fn open_incoming(
+        &self,
+        from: Member,
+        record: Record,
+        request: &HandOver,
+    ) -> Result<Coming, ApiError> {
+        let name = record.name.clone();
+        let dir = self.vms.dir(&name);
+        fs::create_dir(&dir).map_err(|e| ApiError::internal(format!("{}: {e}", dir.display())))?;
+        save(&dir, &from, Phase::Arriving, &record)?;
+        let layers = Arc::clone(&self.vms.layers);
+        let top = record.top;
+        let top = tokio::task::spawn_blocking(move || layers.open_top(top)).await;
+        let top = top.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
+        let entry = Entry::open(record, top, self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
+        let qemu = match (&request.live, &request.start) {
+            (Some(live), Some(start)) => {
+                let spec = self.vms.spec(&entry.record(), start, live.accel, Some(live.platform.clone()))?;
+                let started = Qemu::start_incoming(&dir, &spec).await;
+                Some(started.map_err(|e| {
+                    ApiError::conflict(
+                        "not_startable",
+                        format!("node {} cannot run the guest: {e}", self.name),
+                    )
+                })?)
+            }
+            (Some(_), None) => {
+                return Err(ApiError::bad_request("bad_vm", "a guest that was never started cannot run"));
+            }
+            (None, _) => None,
+        };
+        Ok(Coming::new(from, entry, qemu, Phase::Arriving))
+    }
+
+    /// Promises that a VM can be taken over: all of it is here that has to be. Its source decides from here on.
+    pub(crate) async fn promise_vm(&self, peer: &Peer, name: &VmName) -> Result<(), ApiError> {
+        let coming = self.incoming.of(name, node_of(peer)?)?;
+        coming.guest_is_here().await.map_err(|reason| {
+            ApiError::conflict("not_ready", format!("'{name}' cannot go on at node {}: {reason}", self.name))
+        })?;
+        coming.entry.disk.flush().await?;
+        let _one_at_a_time = self.incoming.deciding.lock().await;
+        // It may have been forgotten meanwhile.
+        self.incoming.of(name, &coming.from.node)?;
+        save(&self.vms.dir(name), &coming.from, Phase::Ready, &coming.entry.record())?;
+        *coming.phase.lock().unwrap_or_else(PoisonError::into_inner) = Phase::Ready;
+        Ok(())
+    }
+
+    /// Takes a VM over: it is this node's from here on, and its guest goes on. Doing so again changes nothing.
+    pub(crate) async fn take_vm(&self, peer: &Peer, name: &VmName) -> Result<Vm, ApiError> {
+        let from = node_of(peer)?;
+        self.take(name, from).await
+    }
+
+    async fn take(&self, name: &VmName, from: &NodeName) -> Result<Vm, ApiError> {
+        let _one_at_a_time = self.incoming.deciding.lock().await;
+        let coming = match self.incoming.of(name, from) {
+            Ok(coming) => coming,
+            // It was taken over, and the answer was lost.
+            Err(error) => {
+                return self.vms.get(name).map(|entry| self.vms.describe(&entry)).map_err(|_| error);
+            }
+        };
+        if coming.phase() != Phase::Ready {
+            return Err(ApiError::conflict("not_ready", format!("not all of '{name}' is here")));
+        }
+        let (entry, dir) = (Arc::clone(&coming.entry), self.vms.dir(name));
+        let record = Record { arrived: coming.qemu.is_some(), ..entry.record() };
+        self.vms.save(&record).await?;
+        entry.become_known(record, entry.top());
+        self.vms.insert(Arc::clone(&entry));
+        self.incoming.coming().remove(name);
+        if let Err(error) = fs::remove_file(dir.join(RECORD)) {
+            tracing::warn!(vm = %name, %error, "what is left of a move cannot be removed");
+        }
+        if let Some(qemu) = &coming.qemu {
+            watch(&entry, Arc::clone(qemu), dir);
+            self.vms.let_arrived_go_on(&entry).await;
+        }
+        tracing::info!(vm = %name, %from, "a VM was taken over");
+        Ok(self.vms.describe(&entry))
+    }
+
+    /// Forgets a VM that is coming, as its source says.
+    pub(crate) async fn forget_vm(&self, peer: &Peer, name: &VmName) -> Result<(), ApiError> {
+        let from = node_of(peer)?;
+        self.incoming.of(name, from)?;
+        self.forget(name).await;
+        Ok(())
+    }
+
+    async fn forget(&self, name: &VmName) {
+        let _one_at_a_time = self.incoming.deciding.lock().await;
+        let Some(coming) = self.incoming.coming().remove(name) else { return };
+        if let Some(qemu) = &coming.qemu
+            && let Err(error) = qemu.kill().await
+        {
+            tracing::warn!(vm = %name, %error, "a guest that did not come cannot be ended");
+        }
+        coming.entry.close_export();
+        remove_dir(&self.vms.dir(name));
+        let (layers, top) = (Arc::clone(&self.vms.layers), coming.entry.record().top);
+        if let Err(error) = tokio::task::spawn_blocking(move || layers.release(top)).await {
+            tracing::warn!(%error, "a layer was not given up");
+        }
+        tracing::info!(vm = %name, from = %coming.from.node, "a VM does not come");
+    }
+
+    /// Asks the sources of VMs that are coming what became of them, until dropped.
+    pub(in crate::compute) async fn ask_for_incoming(&self) {
+        loop {
+            tokio::time::sleep(ASK_EVERY).await;
+            let coming: Vec<(VmName, Arc<Coming>)> = self
+                .incoming
+                .coming()
+                .iter()
+                .map(|(name, coming)| (name.clone(), Arc::clone(coming)))
+                .collect();
+            for (name, coming) in coming {
+                let path = format!("/v1/vms/{name}/moving");
+                match self.client_of(&coming.from).get::<MovingState>(&path).await {
+                    Ok(MovingState::Moving) => {
+                        *coming.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+                    }
+                    Ok(MovingState::Moved) => {
+                        if let Err(error) = self.take(&name, &coming.from.node).await {
+                            tracing::warn!(vm = %name, %error, "a VM that is ours cannot be taken over yet");
+                        }
+                    }
+                    Ok(MovingState::Not) => self.forget(&name).await,
+                    Err(error) if coming.phase() == Phase::Arriving && coming.silent_for() > SILENCE_MAX => {
+                        tracing::warn!(vm = %name, %error, "the node that a VM comes from is silent");
+                        self.forget(&name).await;
+                    }
+                    Err(_) => {}
+                }
+            }
+        }
+    }
+}
+
+fn save(dir: &Path, from: &Member, phase: Phase, record: &Record) -> Result<(), ApiError> {
+    let record = IncomingRecord { from: from.clone(), phase, record: record.clone() };
+    let file = dir.join(RECORD);
+    tokio::task::block_in_place(|| files::write_record(&file, &record))
+        .map_err(|e| ApiError::internal(format!("cannot write {}: {e}", file.display())))
+}
+
+/// Ends a guest of which only its files are known.
+pub(in crate::compute) async fn end_guest(dir: &Path) {
+    if let Some(qemu) = Qemu::adopt(dir)
+        && let Err(error) = qemu.kill().await
+    {
+        tracing::warn!(dir = %dir.display(), %error, "a guest cannot be ended");
+    }
+}
+
+fn remove_dir(dir: &Path) {
+    if let Err(error) = fs::remove_dir_all(dir)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(dir = %dir.display(), %error, "what is left of a VM cannot be removed");
+    }
+}
