@@ -18,6 +18,7 @@ use super::ready::ReadyError;
 use super::*;
 
 mod counting;
+mod counting_guest;
 mod full_disk;
 mod migration;
 mod real;

@@ -13,6 +13,7 @@ mod daemons;
 mod guests;
 mod iscsi;
 mod iscsi_guest;
+mod migrate;
 mod profiles;
 mod refusals;
 mod remote;
@@ -24,6 +25,10 @@ mod tools;
 /// `tgtd`, another iSCSI target, as the tests of the crate `iscsi` run it.
 #[path = "../../../iscsi/tests/tgt/mod.rs"]
 mod tgt;
+
+/// A guest that counts, as the unit tests of the VM runner boot it.
+#[path = "../../src/vm/tests/counting_guest.rs"]
+mod counting_guest;
 
 /// What [`tgt`] finds its programs with.
 mod common {

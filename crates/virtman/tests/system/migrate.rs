@@ -1,0 +1,110 @@
+//! VMs that move from node to node, and what happens when one of the nodes dies on the way.
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::cluster::Cluster;
+use crate::counting_guest::boot_disk;
+use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
+
+/// How long what takes a second on an idle machine may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Nodes `o`, `a` and `b` that share the image `counter:1`, whose guests count.
+fn cluster() -> Cluster {
+    let cluster = Cluster::with_nodes(&["o", "a", "b"]);
+    let image = cluster.path("counter");
+    fs::write(&image, boot_disk(4 << 20)).unwrap();
+    cluster.share(&["o", "a", "b"], "counter:1", &image);
+    cluster
+}
+
+/// Boots the VM `count-1` on node `a`.
+fn boot(cluster: &Cluster) {
+    let ready = "console:00000010";
+    let args = ["--name", "count", "--nodes", "a", "--memory", "16M", "--ready", ready, "--timeout", "60s"];
+    cluster.ok(&[&["boot", "--image", "counter:1"][..], &args].concat());
+}
+
+/// What the guest printed on a node since its hypervisor started there.
+fn console(cluster: &Cluster, node: &str) -> String {
+    let path = cluster.node_dir(node).join("vms/count-1/console.log");
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// Checks that these parts of a console show each number once and in order, and nothing else. Gives the last one.
+fn assert_counted(parts: &[String]) -> u64 {
+    let text = parts.concat();
+    let (whole, _) = text.rsplit_once('\n').expect("the guest printed");
+    for (index, line) in whole.lines().enumerate() {
+        assert_eq!(line, format!("{:08x}", index + 1), "line {index} of {parts:?}");
+    }
+    whole.lines().count() as u64
+}
+
+/// Waits until the guest has counted on since now at a node.
+fn counts_on(cluster: &Cluster, node: &str) {
+    let before = console(cluster, node).lines().count();
+    wait_for("the guest counts on", LIMIT, || {
+        (console(cluster, node).lines().count() > before + 3).then_some(())
+    });
+}
+
+fn vm(cluster: &Cluster, name: &str) -> Value {
+    let vms = cluster.json(&["list"]);
+    let found: Vec<&Value> = vms.as_array().unwrap().iter().filter(|vm| vm["name"] == name).collect();
+    assert_eq!(found.len(), 1, "the VM is on one node: {vms}");
+    found[0].clone()
+}
+
+#[test]
+fn a_running_vm_moves_back_and_forth_and_misses_nothing() {
+    let cluster = cluster();
+    boot(&cluster);
+    let mut parts = Vec::new();
+    for round in 0..10 {
+        let (from, to) = if round % 2 == 0 { ("a", "b") } else { ("b", "a") };
+        // The VM's files go with it; what its console printed is kept by another name.
+        let kept = cluster.path(&format!("console-{round}"));
+        fs::hard_link(cluster.node_dir(from).join("vms/count-1/console.log"), &kept).unwrap();
+        let moved = cluster.json(&["migrate", "count-1", "--to", to]);
+        assert!(moved["memory_bytes"].as_u64().unwrap() > 0, "{moved}");
+        assert_eq!(vm(&cluster, "count-1")["node"], to);
+        counts_on(&cluster, to);
+        parts.push(fs::read_to_string(&kept).unwrap());
+    }
+    parts.push(console(&cluster, "a"));
+    assert_counted(&parts);
+    cluster.ok(&["destroy", "count-1"]);
+}
+
+#[test]
+fn a_disk_without_a_guest_moves_and_can_be_read_at_once() {
+    let mut cluster = Cluster::with_nodes(&["o", "a", "b"]);
+    let source = cluster.path("source");
+    make_raw(&source, 24, 3);
+    cluster.share(&["o", "a"], "disk:1", &source);
+    cluster.ok(&["--node", "a", "create", "v", "--image", "disk:1"]);
+    let writes = ["write -P 1 3000 200k", "write -z 7M 3M", "write -P 2 20M 1M"];
+    qemu_io(&cluster.disk("a", "v"), &writes);
+    qemu_io(source.to_str().unwrap(), &[]);
+    let expected = cluster.path("expected");
+    fs::copy(&source, &expected).unwrap();
+    qemu_io(expected.to_str().unwrap(), &writes);
+    cluster.ok(&["migrate", "v", "--to", "b"]);
+    assert_eq!(vm(&cluster, "v")["node"], "b");
+    assert!(!cluster.node_dir("a").join("vms/v").exists(), "nothing of it is left");
+    assert_same(&cluster.disk("b", "v"), &expected);
+    wait_for("all of it is on b", LIMIT, || {
+        (cluster.json(&["--node", "b", "image", "list"]).as_array().unwrap().len() == 1).then_some(())
+    });
+    cluster.kill_node("a");
+    cluster.kill_node("b");
+    cluster.restart_node("b");
+    assert_same(&cluster.disk("b", "v"), &expected);
+    cluster.restart_node("a");
+    let said = cluster.refused(&["migrate", "v", "--to", "b"]);
+    assert!(said.contains("'v' is on node b already"), "{said}");
+}
