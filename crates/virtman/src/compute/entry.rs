@@ -12,7 +12,7 @@ use super::exports::{ExportSocket, WatchedDisk};
 use super::layers::{Layer, LayerId};
 use crate::api::compute::StartVm;
 use crate::http::ApiError;
-use crate::vm::Qemu;
+use crate::vm::{Qemu, RunState, VmError};
 
 /// What must be free on the file system before a guest that waits for room goes on: what it wrote last and some more,
 /// or it would wait again at once.
@@ -244,7 +244,7 @@ pub(super) fn watch(entry: &Arc<Entry>, guest: Arc<Qemu>, dir: PathBuf) {
 
 /// Puts right what a daemon may have left half-way with a guest when it died.
 pub(super) async fn recover(guest: &Qemu) {
-    if let Err(error) = guest.cancel_migration().await {
+    if let Err(error) = take_back(guest).await {
         tracing::warn!(vm = %guest.name(), %error, "cannot look for a migration that was under way");
     }
     match guest.thaw_if_frozen(RECOVER_TIMEOUT).await {
@@ -252,6 +252,15 @@ pub(super) async fn recover(guest: &Qemu) {
         Ok(None) => {}
         Err(error) => tracing::debug!(vm = %guest.name(), %error, "whether the guest is frozen is not known"),
     }
+}
+
+/// Has a guest go on that was about to be moved; its record says that it was not.
+async fn take_back(guest: &Qemu) -> Result<(), VmError> {
+    guest.cancel_migration().await?;
+    if guest.state().await? == RunState::PostMigrate {
+        guest.resume().await?;
+    }
+    Ok(())
 }
 
 fn has_room(dir: &Path) -> bool {

@@ -1,6 +1,9 @@
-//! Faults on purpose, for system tests: a node that lies. Compiled with the feature `faults` alone.
+//! Faults on purpose, for system tests: a node that lies, and one that dies at a certain step. Compiled with the feature
+//! `faults` alone.
 
+use std::fs;
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -16,6 +19,17 @@ const CHUNK_WRITE_BYTES_MIN: usize = 1024;
 pub(crate) enum Fault {
     /// Each chunk that it serves has a flipped bit.
     FlipBits,
+}
+
+/// File in a node's directory that names the step at which it dies, once.
+const DIE_AT: &str = "die-at";
+
+/// Ends the daemon as a power cut would, if it was told to at this step.
+pub(super) fn reached(dir: &Path, step: &str) {
+    let file = dir.join(DIE_AT);
+    if fs::read_to_string(&file).is_ok_and(|told| told == step) && fs::remove_file(&file).is_ok() {
+        std::process::abort();
+    }
 }
 
 /// A link's stream with a fault in what is sent.

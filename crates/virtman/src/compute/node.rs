@@ -337,6 +337,13 @@ impl Node {
         self.vms.destroy(name).await
     }
 
+    /// Tells tests that a step of something long was reached.
+    pub(super) fn reached(&self, step: &str) {
+        #[cfg(feature = "faults")]
+        super::fault::reached(self.vms.layout.dir(), step);
+        tracing::debug!(step, "reached");
+    }
+
     /// A VM that initiators on the network have open cannot be moved from under them.
     pub(super) fn must_not_be_exported(&self, name: &VmName) -> Result<(), ApiError> {
         if !self.iscsi.contains(&ExportName::Vm(name.clone())) {

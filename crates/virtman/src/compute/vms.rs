@@ -39,7 +39,7 @@ const RECORD: &str = "vm.json";
 /// All VMs of a node.
 pub(crate) struct Vms {
     pub(super) node: NodeName,
-    layout: Layout,
+    pub(super) layout: Layout,
     pub(super) layers: Arc<Layers>,
     vms: RwLock<BTreeMap<VmName, Arc<Entry>>>,
     /// Those that belong to other nodes, which may not know it yet.

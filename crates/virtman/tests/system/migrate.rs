@@ -108,3 +108,46 @@ fn a_disk_without_a_guest_moves_and_can_be_read_at_once() {
     let said = cluster.refused(&["migrate", "v", "--to", "b"]);
     assert!(said.contains("'v' is on node b already"), "{said}");
 }
+
+/// Steps at which the node dies that a VM leaves, and those at which the one dies that it goes to.
+#[cfg(feature = "faults")]
+const SOURCE_STEPS: [&str; 8] =
+    ["carried", "received", "paused", "disk sent", "memory sent", "promised", "given up", "taken"];
+#[cfg(feature = "faults")]
+const TARGET_STEPS: [&str; 5] = ["receiving", "promising", "has promised", "taking", "has taken"];
+
+/// Needs the feature `faults`, which `scripts/test` sets.
+#[cfg(feature = "faults")]
+#[test]
+fn a_vm_is_on_one_node_whichever_dies_at_whatever_step() {
+    let mut cluster = cluster();
+    boot(&cluster);
+    let steps =
+        SOURCE_STEPS.iter().map(|step| (step, true)).chain(TARGET_STEPS.iter().map(|step| (step, false)));
+    for (step, source_dies) in steps {
+        let from = vm(&cluster, "count-1")["node"].as_str().unwrap().to_owned();
+        let to = if from == "a" { "b" } else { "a" };
+        let dies = if source_dies { &*from } else { to };
+        fs::write(cluster.node_dir(dies).join("die-at"), step).unwrap();
+        // It succeeds if the other node has it by then.
+        let said = cluster.run(&["migrate", "count-1", "--to", to]);
+        assert!(!cluster.node_dir(dies).join("die-at").exists(), "{step} was not reached: {said:?}");
+        cluster.kill_node(dies);
+        cluster.restart_node(dies);
+        cluster.wait_up(dies);
+        let node = wait_for(&format!("{step}: the VM is on one node, and on no other"), LIMIT, || {
+            let vms = cluster.json(&["list"]);
+            let [vm] = vms.as_array()?.as_slice() else { return None };
+            let node = vm["node"].as_str()?;
+            let other = if node == "a" { "b" } else { "a" };
+            let left = cluster.node_dir(other).join("vms/count-1").exists();
+            (vm["state"] == "running" && !left).then(|| node.to_owned())
+        });
+        counts_on(&cluster, &node);
+        let printed = console(&cluster, &node);
+        assert!(!printed.contains("lost") && !printed.contains("error"), "{step}: {printed}");
+        // Up to the moment at which it is given up in writing it stays; from then on it is the other's.
+        let moved = ["given up", "taken", "taking", "has taken"].contains(step);
+        assert_eq!(node == *to, moved, "{step}: it is on {node}, and was to go from {from} to {to}");
+    }
+}

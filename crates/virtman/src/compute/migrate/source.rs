@@ -111,6 +111,7 @@ impl Node {
     /// Has the node that a VM belongs to take it, and forgets it here.
     async fn hand_over(&self, name: &VmName, to: &Member) -> Result<Vm, ClientError> {
         let vm: Vm = self.client_of(to).post(&format!("/v1/incoming/{name}/take"), &()).await?;
+        self.reached("taken");
         self.vms.forget_moved(name).await;
         Ok(vm)
     }
@@ -152,6 +153,7 @@ impl Move<'_> {
         let mut since = self.freeze().await?;
         let done = async {
             let carried = self.carry(&since, progress).await?;
+            self.node.reached("carried");
             self.with_target(guest.as_deref(), carried, &mut since).await
         };
         let done = done.await;
@@ -188,6 +190,7 @@ impl Move<'_> {
         let offer = self.offer(guest, carried)?;
         let path = format!("/v1/incoming/{}", self.name());
         self.target.post::<()>(&format!("{path}/receive"), &offer).await.map_err(|e| self.refused(e))?;
+        self.node.reached("received");
         let moved = match guest {
             Some(guest) => self.live(guest, since).await,
             None => self.still(since).await,
@@ -272,8 +275,11 @@ impl Move<'_> {
             }
         };
         let began = Instant::now();
+        self.node.reached("paused");
         self.round(since, &mut sent).await?;
+        self.node.reached("disk sent");
         let memory = paused.complete().await.map_err(failed)?;
+        self.node.reached("memory sent");
         let moved = self.give_up_to_target(Some(guest)).await;
         tunnel.abort();
         moved.map(|vm| self.migrated(vm, began.elapsed(), &sent, memory.transferred_bytes))
@@ -369,6 +375,7 @@ impl Move<'_> {
         let promised = async {
             let path = format!("/v1/incoming/{}/promise", self.name());
             self.target.post::<()>(&path, &()).await.map_err(|e| self.refused(e))?;
+            self.node.reached("promised");
             self.node.vms.give_up(self.entry, self.to).await
         };
         if let Err(error) = promised.await {
@@ -379,6 +386,7 @@ impl Move<'_> {
             }
             return Err(error);
         }
+        self.node.reached("given up");
         let taken = self.node.hand_over(self.name(), self.to).await;
         taken.map_err(|error| {
             let message = format!(

@@ -251,6 +251,7 @@ impl Node {
                 self.incoming.expected().remove(name);
                 self.incoming.coming().insert(name.clone(), Arc::new(coming));
                 tracing::info!(vm = %name, %node, "a VM is coming");
+                self.reached("receiving");
                 Ok(())
             }
             Err(error) => {
@@ -349,7 +350,9 @@ impl Node {
         let _one_at_a_time = self.incoming.deciding.lock().await;
         // It may have been forgotten meanwhile.
         self.incoming.of(name, &coming.from.node)?;
+        self.reached("promising");
         save(&self.vms.dir(name), &coming.from, Phase::Ready, &coming.entry.record())?;
+        self.reached("has promised");
         *coming.phase.lock().unwrap_or_else(PoisonError::into_inner) = Phase::Ready;
         Ok(())
     }
@@ -374,7 +377,9 @@ impl Node {
         }
         let (entry, dir) = (Arc::clone(&coming.entry), self.vms.dir(name));
         let record = Record { arrived: coming.qemu.is_some(), ..entry.record() };
+        self.reached("taking");
         self.vms.save(&record).await?;
+        self.reached("has taken");
         entry.become_known(record, entry.top());
         self.vms.insert(Arc::clone(&entry));
         self.incoming.coming().remove(name);
