@@ -216,7 +216,7 @@ fn assert_knows_its_name(agent: &mut Agent, vm: &str) {
 }
 
 /// Neither the guest's kernel nor its console has seen a disk fail.
-fn assert_no_disk_errors(cluster: &Cluster, node: &str, vm: &str, agent: &mut Agent) {
+pub(crate) fn assert_no_disk_errors(cluster: &Cluster, node: &str, vm: &str, agent: &mut Agent) {
     let kernel = agent.run("dmesg");
     assert!(kernel.contains("EXT4-fs (vda2): mounted"), "the kernel's log is whole: {kernel}");
     for text in [kernel, console(cluster, node, vm)] {

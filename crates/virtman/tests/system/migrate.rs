@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::counting_guest::boot_disk;
-use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
+use crate::guests::assert_no_disk_errors;
+use crate::tools::{assert_same, guest_image, make_raw, qemu_io, wait_for};
 
 /// How long what takes a second on an idle machine may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -150,4 +152,74 @@ fn a_vm_is_on_one_node_whichever_dies_at_whatever_step() {
         let moved = ["given up", "taken", "taking", "has taken"].contains(step);
         assert_eq!(node == *to, moved, "{step}: it is on {node}, and was to go from {from} to {to}");
     }
+}
+
+/// Writes files of noise with their checksums, each flushed, until there is `/run/stop`; says how many in `/run/beat`.
+const WRITER: &str = "mkdir -p /root/noise; n=0; while [ ! -e /run/stop ]; do n=$((n + 1)); \
+    head -c 200000 /dev/urandom >/root/noise/$((n % 100)); cd /root/noise; sha256sum $((n % 100)) >/root/noise/$((n % 100)).sum; \
+    sync; echo $n >/run/beat; done";
+
+/// Waits until the writer has written on.
+fn writes_on(agent: &mut Agent) {
+    let beat =
+        |agent: &mut Agent| agent.run("cat /run/beat 2>/dev/null || echo 0").trim().parse::<u64>().unwrap();
+    let before = beat(agent);
+    wait_for("the guest writes on", LIMIT, || (beat(agent) > before).then_some(()));
+}
+
+#[test]
+fn debian_moves_ten_times_while_it_writes() {
+    let cluster = Cluster::with_nodes(&["o", "a", "b"]);
+    let file = guest_image();
+    cluster.share(&["o", "a", "b"], "debian:12", &file);
+    let kernel = file.with_extension("vmlinuz");
+    let initrd = file.with_extension("initrd");
+    let [kernel, initrd] = [&kernel, &initrd].map(|path| path.to_str().unwrap());
+    let append =
+        "root=/dev/vda2 ro console=ttyS0 quiet systemd.show_status=0 mitigations=off random.trust_cpu=on";
+    cluster.ok(&[
+        "boot",
+        "--image",
+        "debian:12",
+        "--name",
+        "d",
+        "--nodes",
+        "a",
+        "--memory",
+        "256M",
+        "--timeout",
+        "280s",
+        "--kernel",
+        kernel,
+        "--initrd",
+        initrd,
+        "--append",
+        append,
+    ]);
+    let mut agent = Agent::of(&cluster, "a", "d-1");
+    let boot_id = agent.run("cat /proc/sys/kernel/random/boot_id");
+    agent.start(WRITER);
+    let mut at = "a";
+    for _ in 0..10 {
+        writes_on(&mut agent);
+        drop(agent);
+        at = if at == "a" { "b" } else { "a" };
+        let moved = cluster.json(&["migrate", "d-1", "--to", at]);
+        println!(
+            "moved: stood still for {} ms of {} ms; {} rounds, {} bytes of the disk, {} of memory",
+            moved["pause_ms"], moved["total_ms"], moved["rounds"], moved["disk_bytes"], moved["memory_bytes"]
+        );
+        agent = Agent::of(&cluster, at, "d-1");
+    }
+    writes_on(&mut agent);
+    agent.run("touch /run/stop");
+    assert_eq!(agent.run("cat /proc/sys/kernel/random/boot_id"), boot_id, "it never booted anew");
+    // From the disk, not from memory.
+    agent.run("sync; echo 3 >/proc/sys/vm/drop_caches; cd /root/noise; for sum in *.sum; do sha256sum -c --quiet $sum || exit 1; done");
+    assert_no_disk_errors(&cluster, at, "d-1", &mut agent);
+    let image = cluster.path("disk.raw");
+    cluster.ok(&["stop", "d-1"]);
+    crate::tools::tool("libnbd-bin", "nbdcopy", &[&cluster.disk(at, "d-1"), image.to_str().unwrap()]);
+    let check = format!("{}?offset=68157440", image.display());
+    crate::tools::tool("e2fsprogs", "e2fsck", &["-fn", &check]);
 }
