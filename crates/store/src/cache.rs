@@ -43,7 +43,7 @@ use self::members::{Candidate, Members};
 use self::set::{MediumSet, SlotId};
 use self::shard::{Index, Reserved, Shard};
 use self::slot::{Seen, Stage};
-use self::source::Cached;
+use self::source::{Cached, Reader};
 use self::writer::{Store, Writer};
 use crate::Media;
 
@@ -204,7 +204,13 @@ impl CacheGroup {
     /// The chunks of `upstream`, cached. Fetches of one chunk are one fetch, also across several such
     /// sources of one group. The futures need a Tokio runtime.
     pub fn over(self: &Arc<Self>, upstream: Arc<dyn ChunkSource>) -> Arc<dyn ChunkSource> {
-        Arc::new(Cached { group: Arc::clone(self), upstream })
+        Arc::new(Cached { group: Arc::clone(self), upstream, reader: Reader::Own })
+    }
+
+    /// The same for children, who may have their place above this node in another image's hierarchy: what they ask
+    /// for never waits for another upstream alone.
+    pub fn over_for_children(self: &Arc<Self>, upstream: Arc<dyn ChunkSource>) -> Arc<dyn ChunkSource> {
+        Arc::new(Cached { group: Arc::clone(self), upstream, reader: Reader::Child })
     }
 
     /// Whether the chunk is here, in its slot or on the way to it. Reads nothing and counts as no use; a chunk

@@ -17,6 +17,16 @@ const TURNS_MAX: usize = 16;
 pub(super) struct Cached {
     pub(super) group: Arc<CacheGroup>,
     pub(super) upstream: Arc<dyn ChunkSource>,
+    pub(super) reader: Reader,
+}
+
+/// Who reads from a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reader {
+    /// This node's own disks and streams.
+    Own,
+    /// Children, whose requests come from other nodes.
+    Child,
 }
 
 impl Cached {
@@ -30,6 +40,17 @@ impl Cached {
                 Whereabouts::Stored(medium, id, seen) => {
                     if let Some(chunk) = self.group.read_chunk(hash, &medium, id, seen).await {
                         return Ok(chunk);
+                    }
+                }
+                // Our fetch for another image may wait for the child that asks, which has its place above us in that
+                // image's hierarchy. In each hierarchy alone nobody waits for those below.
+                Whereabouts::Coming(mut waiter)
+                    if self.reader == Reader::Child && waiter.is_elsewhere(identity(&self.upstream)) =>
+                {
+                    tokio::select! {
+                        biased;
+                        Ok(chunk) = waiter.answer() => return Ok(chunk),
+                        answer = self.upstream.fetch(hash, priority) => return answer,
                     }
                 }
                 Whereabouts::Coming(mut waiter) => match waiter.answer().await {

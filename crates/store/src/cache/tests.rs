@@ -284,6 +284,34 @@ async fn who_joined_the_fetch_of_another_upstream_asks_his_own_when_it_fails() {
     assert_eq!(found.unwrap(), chunk(0));
 }
 
+/// A source whose upstream is known later.
+#[derive(Default)]
+struct Later(std::sync::OnceLock<Arc<dyn ChunkSource>>);
+
+impl ChunkSource for Later {
+    fn fetch(&self, chunk: ChunkHash, priority: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        self.0.get().expect("it is set before it is asked").fetch(chunk, priority)
+    }
+}
+
+#[tokio::test]
+async fn two_nodes_each_above_the_other_in_one_image_do_not_wait_for_each_other() {
+    let origin = Origin::open(1);
+    let [near, far] = [1, 2].map(|seed| group(&[&medium(4, seed)]));
+    // The near node is below the far one for an image, which has the chunk of another: for that the near one is above.
+    let for_other = near.over_for_children(origin.clone());
+    let at_far = far.over_for_children(for_other);
+    let upstream = Arc::new(Later::default());
+    let own = near.over(Arc::clone(&upstream) as _);
+    assert!(upstream.0.set(at_far).is_ok());
+    let fetch = tokio::spawn(async move { own.fetch(hash(0), Priority::Background).await });
+    for _ in 0..10_000 {
+        tokio::task::yield_now().await;
+    }
+    assert!(fetch.is_finished(), "they wait for each other");
+    assert_eq!(fetch.await.unwrap().unwrap(), chunk(0));
+}
+
 #[tokio::test]
 async fn a_chunk_that_is_not_the_wanted_one_is_an_error() {
     let mut origin = Origin::open(0);

@@ -71,7 +71,8 @@ pub(crate) struct Attached {
     /// Its boot profile.
     pub(crate) profile: Arc<Profile>,
     upstream: Arc<Switch>,
-    source: Arc<dyn ChunkSource>,
+    /// Its chunks, as children get them.
+    served: Arc<dyn ChunkSource>,
     /// How many stripes its placement has.
     stripes: watch::Sender<usize>,
     way: Way,
@@ -391,6 +392,7 @@ impl Images {
         let id = root.id();
         let upstream = Arc::new(Switch(RwLock::new(self.upstream(&id, &placement)?)));
         let source = self.cache.over(Arc::clone(&upstream) as _);
+        let served = self.cache.over_for_children(Arc::clone(&upstream) as _);
         let volume = Arc::new(ImageVolume::new(root.clone(), Arc::clone(&source)));
         let stripes = watch::Sender::new(placement.stripes.len());
         let way = Way {
@@ -418,7 +420,7 @@ impl Images {
             volume,
             profile,
             upstream,
-            source,
+            served,
             stripes,
             way,
             since: Instant::now(),
@@ -634,7 +636,7 @@ impl link::Sources for Images {
                 }
             };
             let attached = tokio::time::timeout(ATTACH_WAIT, attached).await.ok()?;
-            Some(Arc::clone(&attached.source))
+            Some(Arc::clone(&attached.served))
         })
     }
 }
