@@ -12,7 +12,7 @@
 //! | 4 | the caller moves the rest of the disk | |
 //! | 5 | [`Paused::complete`] | [`Incoming::arrived`] |
 //! | 6 | | [`Qemu::resume`]: from here on, and no sooner, the guest is there |
-//! | 7 | the caller ends the process | |
+//! | 7 | the caller kills the process | |
 //!
 //! - *Consistency:* when step 3 ends, every write of the guest was answered and a flush after them too (QEMU drains
 //!   and flushes all disks when it stops a guest), and the source writes nothing any more. The destination reads
@@ -39,7 +39,7 @@ use tokio::time::Instant;
 use super::qmp::Qmp;
 use super::spec::told_socket;
 use super::state::RunState;
-use super::{Qemu, VmError};
+use super::{Qemu, VmError, machine};
 
 /// What QEMU says whenever a migration comes to its next step.
 const EVENT: &str = "MIGRATION";
@@ -121,7 +121,8 @@ pub(crate) struct Incoming<'a> {
 }
 
 impl Qemu {
-    /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen.
+    /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen, who
+    /// takes it away afterwards.
     pub(crate) fn memory_socket(&self) -> PathBuf {
         self.files().memory_socket()
     }
@@ -134,6 +135,8 @@ impl Qemu {
         bytes_per_second_max: Option<u64>,
     ) -> Result<Migration<'_>, VmError> {
         let uri = format!("unix:{}", told_socket(socket)?);
+        // Without one there may be no control socket for this either.
+        self.spec().ok_or_else(machine::unknown)?;
         let turn = self.run_turn().await;
         let before = self.state().await?;
         if !matches!(before, RunState::Running | RunState::Paused | RunState::IoError) {

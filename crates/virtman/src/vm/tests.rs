@@ -140,6 +140,11 @@ impl Drop for Bench {
     }
 }
 
+/// The daemon runs each of these futures on a task of its own.
+fn sendable<F: Future + Send>(future: F) -> F {
+    future
+}
+
 async fn wait_for(vm: &Qemu, pattern: &str) -> Result<Duration, ReadyError> {
     format!("console:{pattern}").parse::<Ready>().unwrap().wait(vm, PATIENCE).await
 }
@@ -191,6 +196,8 @@ async fn what_was_started_is_remembered_and_a_vm_of_a_version_that_did_not_is_ad
     fs::write(&record, json.to_string()).unwrap();
     let vm = Qemu::adopt(&bench.vm_dir()).expect("an older record is enough to find the guest");
     assert_eq!(vm.spec(), None);
+    let migrated = vm.begin_migration(&vm.memory_socket(), None).await.map(drop);
+    assert!(matches!(migrated, Err(VmError::Unfit(_))), "{migrated:?}");
     let elsewhere = Qemu::start_incoming(&bench.path("elsewhere"), &bench.spec()).await;
     assert!(matches!(elsewhere, Err(VmError::Unfit(_))), "no machine type is known: {elsewhere:?}");
     vm.kill().await.unwrap();

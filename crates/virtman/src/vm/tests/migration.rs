@@ -9,7 +9,7 @@ use super::super::migrate::Paused;
 use super::super::state::RunState;
 use super::super::*;
 use super::counting::{Asked, Site, assert_counted};
-use super::wait_for;
+use super::{sendable, wait_for};
 
 /// A destination for this guest, that listens for it at its memory socket.
 async fn destination(site: &Site, vm: &Qemu) -> Qemu {
@@ -49,8 +49,8 @@ async fn a_busy_guest_goes_on_elsewhere_and_neither_its_console_nor_its_disk_has
     let incoming = target.incoming_listen().await.unwrap();
 
     let mut reports = Vec::new();
-    let migration = source.begin_migration(&target.memory_socket(), None).await.unwrap();
-    let paused = migration.until_paused(|progress| reports.push(progress)).await.unwrap();
+    let migration = sendable(source.begin_migration(&target.memory_socket(), None)).await.unwrap();
+    let paused = sendable(migration.until_paused(|progress| reports.push(progress))).await.unwrap();
     assert_eq!(source.state().await.unwrap(), RunState::FinishMigrate);
     assert!(
         paused.progress().transferred_bytes > 0 && paused.progress().passes > 0,
@@ -63,7 +63,7 @@ async fn a_busy_guest_goes_on_elsewhere_and_neither_its_console_nor_its_disk_has
     assert!(flushed > wrote, "all that was written is flushed: {flushed:?}, {wrote:?}");
     there.disk.copy_from(&here.disk);
 
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
+    let (completed, arrived) = tokio::join!(sendable(paused.complete()), sendable(incoming.arrived()));
     completed.unwrap();
     arrived.unwrap();
     assert_eq!(source.state().await.unwrap(), RunState::PostMigrate);
