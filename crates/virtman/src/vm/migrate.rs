@@ -36,10 +36,11 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
+use super::machine::{self, Platform};
 use super::qmp::Qmp;
-use super::spec::told_socket;
+use super::spec::{Begin, told_socket};
 use super::state::RunState;
-use super::{Qemu, VmError, machine};
+use super::{Qemu, VmError, VmSpec};
 
 /// What QEMU says whenever a migration comes to its next step.
 const EVENT: &str = "MIGRATION";
@@ -121,6 +122,14 @@ pub(crate) struct Incoming<'a> {
 }
 
 impl Qemu {
+    /// Starts the VM `spec` of a guest that runs elsewhere, to take that guest over; see
+    /// [`incoming_listen`](Self::incoming_listen). Its kernel, if it has one from outside, has to be here under the
+    /// same path.
+    pub(crate) async fn start_incoming(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+        Platform::must_take(spec.platform.as_ref(), spec.accel).await?;
+        Qemu::begin(dir, spec, Begin::Incoming).await
+    }
+
     /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen, who
     /// takes it away afterwards.
     pub(crate) fn memory_socket(&self) -> PathBuf {

@@ -21,11 +21,12 @@
 //! - Whoever owns a VM calls [`Qemu::start`] and [`Qemu::stop`] of it one after the other.
 
 mod accel;
-#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots and migrations"))]
 mod agent;
 pub(crate) mod console;
+#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots and migrations"))]
 mod machine;
-#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots and migrations"))]
 mod migrate;
 mod process;
 mod qemu;
@@ -33,7 +34,7 @@ mod qmp;
 mod ready;
 pub(crate) mod seed;
 mod spec;
-#[cfg_attr(not(test), allow(dead_code, reason = "snapshots and migrations use it all"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "for snapshots and migrations"))]
 mod state;
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::accel::Accel;
+use super::migrate::{Incoming, Paused, Progress};
 use super::qemu::Stopped;
 use super::ready::ReadyError;
 use super::*;
@@ -138,6 +139,13 @@ impl Drop for Bench {
         }
         self.kill_disk_server();
     }
+}
+
+/// The end of a migration on both sides.
+async fn hand_over(paused: Paused<'_>, incoming: Incoming<'_>) -> Progress {
+    let (completed, arrived) = tokio::join!(sendable(paused.complete()), sendable(incoming.arrived()));
+    arrived.unwrap();
+    completed.unwrap()
 }
 
 /// The daemon runs each of these futures on a task of its own.

@@ -9,7 +9,7 @@ use super::super::migrate::Paused;
 use super::super::state::RunState;
 use super::super::*;
 use super::counting::{Asked, Site, assert_counted};
-use super::{sendable, wait_for};
+use super::{hand_over, sendable, wait_for};
 
 /// A destination for this guest, that listens for it at its memory socket.
 async fn destination(site: &Site, vm: &Qemu) -> Qemu {
@@ -63,9 +63,7 @@ async fn a_busy_guest_goes_on_elsewhere_and_neither_its_console_nor_its_disk_has
     assert!(flushed > wrote, "all that was written is flushed: {flushed:?}, {wrote:?}");
     there.disk.copy_from(&here.disk);
 
-    let (completed, arrived) = tokio::join!(sendable(paused.complete()), sendable(incoming.arrived()));
-    completed.unwrap();
-    arrived.unwrap();
+    hand_over(paused, incoming).await;
     assert_eq!(source.state().await.unwrap(), RunState::PostMigrate);
     assert_eq!(target.state().await.unwrap(), RunState::Paused);
     let writes = |asked: &[Asked]| asked.iter().filter(|&&asked| asked == Asked::Write).count();
@@ -94,8 +92,7 @@ async fn a_guest_that_changes_its_memory_faster_than_it_leaves_arrives_all_the_s
     let migration = source.begin_migration(&target.memory_socket(), Some(512 << 10)).await.unwrap();
     let paused = migration.until_paused(|_| {}).await.unwrap();
     there.disk.copy_from(&here.disk);
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     target.resume().await.unwrap();
     wait_for(&target, r"(?:^[0-9a-f]{8}\n){5}").await.unwrap();
     assert_counted(&[&here, &there]);
@@ -183,8 +180,7 @@ async fn a_destination_that_is_lost_before_it_was_resumed_leaves_a_guest_that_go
     let target = destination(&there, &source).await;
     let incoming = target.incoming_listen().await.unwrap();
     let paused = paused(&source, &target.memory_socket()).await;
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     target.kill().await.unwrap();
     source.resume().await.unwrap();
     here.counts_on(&source).await;
@@ -222,8 +218,7 @@ async fn a_guest_that_waits_for_room_finds_it_elsewhere() {
     let incoming = target.incoming_listen().await.unwrap();
     let paused = paused(&source, &target.memory_socket()).await;
     there.disk.copy_from(&here.disk);
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     target.resume().await.unwrap();
     wait_for(&target, r"(?:^[0-9a-f]{8}\n){5}").await.unwrap();
     assert_counted(&[&here, &there]);

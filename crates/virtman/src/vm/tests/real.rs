@@ -71,9 +71,7 @@ async fn a_debian_guest_is_frozen_and_thawed_and_moves_while_it_writes() {
     let incoming = target.incoming_listen().await.unwrap();
     let migration = source.begin_migration(&target.memory_socket(), None).await.unwrap();
     let paused = migration.until_paused(|progress| println!("{progress:?}")).await.unwrap();
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    arrived.unwrap();
-    println!("{:?}", completed.unwrap());
+    println!("{:?}", hand_over(paused, incoming).await);
     source.kill().await.unwrap();
     target.resume().await.unwrap();
     assert_eq!(target.state().await.unwrap(), RunState::Running);
@@ -111,8 +109,7 @@ async fn a_guest_whose_kernel_came_from_outside_moves_to_where_the_same_kernel_i
     let incoming = target.incoming_listen().await.unwrap();
     let migration = source.begin_migration(&target.memory_socket(), None).await.unwrap();
     let paused = migration.until_paused(|_| {}).await.unwrap();
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     source.kill().await.unwrap();
     target.resume().await.unwrap();
     Ready::Agent.wait(&target, PATIENCE).await.unwrap();
