@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
@@ -26,6 +27,29 @@ fn sink(path: &Path) -> JoinHandle<()> {
             // However it ends.
             let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
         }
+    })
+}
+
+/// Takes all of a guest's memory, to the last byte, and leaves without saying that it has it.
+fn mute(path: &Path) -> JoinHandle<()> {
+    // The stream ends with a description of all that was in it: the byte 6, its length, and JSON in which this
+    // comes early.
+    const EARLY: &[u8] = b"\"page_size\":";
+    let listener = UnixListener::bind(path).unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut taken = Vec::new();
+        let early = loop {
+            let new = taken.len().saturating_sub(EARLY.len());
+            assert_ne!(stream.read_buf(&mut taken).await.unwrap(), 0, "the stream has no end");
+            if let Some(found) = taken[new..].windows(EARLY.len()).position(|window| window == EARLY) {
+                break new + found;
+            }
+        };
+        let head = taken[..early].windows(7).rposition(|head| head[0] == 6 && head[5..] == *b"{\"").unwrap();
+        let len = u32::from_be_bytes(taken[head + 1..head + 5].try_into().unwrap());
+        let mut rest = vec![0; head + 5 + len as usize - taken.len()];
+        stream.read_exact(&mut rest).await.unwrap();
     })
 }
 
@@ -170,6 +194,20 @@ async fn a_destination_that_is_lost_before_it_has_everything_leaves_the_guest_ru
         let ended = incoming.arrived().await;
         assert!(matches!(ended, Err(VmError::Migration(_))), "{loss}: {ended:?}");
     }
+    assert_counted(&[&here]);
+}
+
+#[tokio::test]
+async fn a_destination_that_took_everything_and_left_without_a_word_does_not_have_the_guest() {
+    let Some(here) = Site::with_guest() else { return };
+    let source = here.start().await;
+    let socket = source.memory_socket();
+    let mute = mute(&socket);
+    let failed = paused(&source, &socket).await.complete().await;
+    assert!(matches!(failed, Err(VmError::Migration(_))), "{failed:?}");
+    mute.await.expect("it took everything");
+    assert_eq!(source.state().await.unwrap(), RunState::Running);
+    here.counts_on(&source).await;
     assert_counted(&[&here]);
 }
 
