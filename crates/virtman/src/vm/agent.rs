@@ -77,6 +77,7 @@ pub(crate) enum AgentError {
 /// A guest whose file systems are consistent on its disk and stay so: what it writes waits. Thaws when dropped.
 #[must_use = "a frozen guest does next to nothing"]
 pub(crate) struct Frozen {
+    vm: VmName,
     /// What it takes to thaw it, until it is.
     held: Option<(Agent, OwnedMutexGuard<()>)>,
     filesystems: u64,
@@ -87,7 +88,7 @@ impl Qemu {
     pub(crate) async fn freeze(&self, timeout: Duration) -> Result<Frozen, AgentError> {
         let begun = Instant::now();
         let (agent, channel) = self.agent(timeout).await?;
-        Frozen::freeze(self.name(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
+        Frozen::freeze(self.name().clone(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
     }
 
     /// Thaws the guest's file systems if they are frozen, as they are after a daemon died between
@@ -96,7 +97,7 @@ impl Qemu {
         let begun = Instant::now();
         let (agent, channel) = self.agent(timeout).await?;
         let rest = || timeout.saturating_sub(begun.elapsed());
-        match Frozen::find(agent, channel, rest()).await? {
+        match Frozen::find(self.name().clone(), agent, channel, rest()).await? {
             Some(frozen) => frozen.thaw(rest()).await.map(Some),
             None => Ok(None),
         }
@@ -136,13 +137,13 @@ async fn ping(stream: UnixStream) -> io::Result<()> {
 
 impl Frozen {
     async fn freeze(
-        vm: &VmName,
+        vm: VmName,
         agent: Agent,
         channel: OwnedMutexGuard<()>,
         timeout: Duration,
     ) -> Result<Frozen, AgentError> {
         // Thaws on every way out from here on.
-        let mut frozen = Frozen { held: Some((agent, channel)), filesystems: 0 };
+        let mut frozen = Frozen { vm: vm.clone(), held: Some((agent, channel)), filesystems: 0 };
         match frozen.agent().execute_within(timeout, "guest-fsfreeze-freeze").await {
             Ok(count) => frozen.filesystems = count.as_u64().unwrap_or_default(),
             Err(AgentError::Unable(command)) => {
@@ -161,12 +162,13 @@ impl Frozen {
 
     /// What an earlier client left frozen.
     async fn find(
+        vm: VmName,
         mut agent: Agent,
         channel: OwnedMutexGuard<()>,
         timeout: Duration,
     ) -> Result<Option<Frozen>, AgentError> {
         let status = agent.execute_within(timeout, "guest-fsfreeze-status").await?;
-        Ok((status == "frozen").then(|| Frozen { held: Some((agent, channel)), filesystems: 0 }))
+        Ok((status == "frozen").then(|| Frozen { vm, held: Some((agent, channel)), filesystems: 0 }))
     }
 
     /// How many file systems are frozen; 0 if the guest has none that can be.
@@ -195,9 +197,10 @@ impl Drop for Frozen {
         // QEMU forgets what it was told by a client that has left, so an answer has to be waited for. Where that
         // is impossible the daemon ends, and the next one finds the guest.
         if let Ok(runtime) = Handle::try_current() {
+            let vm = self.vm.clone();
             runtime.spawn(async move {
                 if !matches!(tokio::time::timeout(THAW_TIMEOUT, agent.thaw()).await, Ok(Ok(_))) {
-                    tracing::warn!("a guest that was frozen and forgotten does not thaw");
+                    tracing::warn!(%vm, "a guest that was frozen and forgotten does not thaw");
                 }
                 drop(channel);
             });
@@ -331,7 +334,7 @@ mod tests {
     async fn frozen(client: UnixStream, channel: &Arc<Mutex<()>>) -> Result<Frozen, AgentError> {
         let agent = Agent::over(client).await.unwrap();
         let channel = Arc::clone(channel).lock_owned().await;
-        Frozen::freeze(&"vm-1".parse().unwrap(), agent, channel, MOMENT).await
+        Frozen::freeze("vm-1".parse().unwrap(), agent, channel, MOMENT).await
     }
 
     #[tokio::test]
@@ -391,7 +394,9 @@ mod tests {
             };
             let asked = agent(server, answers);
             let agent = Agent::over(client).await.unwrap();
-            let guest = Frozen::find(agent, channel.lock_owned().await, MOMENT).await.unwrap();
+            let guest = Frozen::find("vm-1".parse().unwrap(), agent, channel.lock_owned().await, MOMENT)
+                .await
+                .unwrap();
             assert_eq!(guest.is_some(), found, "{status}");
             if let Some(guest) = guest {
                 assert_eq!(guest.thaw(MOMENT).await.unwrap(), 2);

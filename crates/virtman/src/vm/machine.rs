@@ -68,13 +68,7 @@ impl Platform {
 
     /// Says why a guest that runs on the platform `there` could not go on here.
     pub(super) async fn must_take(there: Option<&Platform>, accel: Accel) -> Result<(), VmError> {
-        let there = there.ok_or_else(|| {
-            VmError::Unfit(
-                "the VM was started by another version of VirtMan, which noted no machine type: stop it and start \
-                 it again before it is migrated"
-                    .to_owned(),
-            )
-        })?;
+        let there = there.ok_or_else(unknown)?;
         let here = Platform::here(Some(there), accel).await?;
         match (&here.host_cpu, &there.host_cpu) {
             (here, there) if here == there => Ok(()),
@@ -90,6 +84,15 @@ impl Platform {
     pub(super) fn machine(&self) -> &MachineType {
         &self.machine
     }
+}
+
+/// Says that nobody knows what a running guest runs on.
+pub(super) fn unknown() -> VmError {
+    VmError::Unfit(
+        "the VM was started by another version of VirtMan, which noted no machine type: stop it and start it again \
+         before it is migrated"
+            .to_owned(),
+    )
 }
 
 impl MachineType {

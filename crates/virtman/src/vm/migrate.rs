@@ -12,7 +12,7 @@
 //! | 4 | the caller moves the rest of the disk | |
 //! | 5 | [`Paused::complete`] | [`Incoming::arrived`] |
 //! | 6 | | [`Qemu::resume`]: from here on, and no sooner, the guest is there |
-//! | 7 | the caller ends the process | |
+//! | 7 | the caller kills the process | |
 //!
 //! - *Consistency:* when step 3 ends, every write of the guest was answered and a flush after them too (QEMU drains
 //!   and flushes all disks when it stops a guest), and the source writes nothing any more. The destination reads
@@ -20,7 +20,9 @@
 //!   resumed; QEMU caches nothing above NBD. Its device has the requests that were in flight.
 //! - *Failure:* until step 6 the guest belongs to the source. Whatever fails before leaves it there as it was,
 //!   running if it ran. If the destination is lost between 5 and 6, [`Qemu::resume`] brings it back at the source.
-//!   The source says that it is complete only after the destination said that it has everything.
+//!   The source says that it is complete only after the destination said that it has everything. While the last
+//!   of the memory leaves, the source's QEMU hears nobody; if the stream is stuck then, only its end helps, so
+//!   whoever carries it ends it when the other side is gone.
 //! - *Cancellation:* a [`Migration`] or [`Paused`] that is dropped is cancelled by a task of its own. A dropped
 //!   [`Incoming`] changes nothing: the caller ends the process.
 //! - *Retries:* none; the caller may begin anew with another destination.
@@ -36,10 +38,11 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
+use super::machine::{self, Platform};
 use super::qmp::Qmp;
-use super::spec::told_socket;
+use super::spec::{Begin, told_socket};
 use super::state::RunState;
-use super::{Qemu, VmError};
+use super::{Qemu, VmError, VmSpec};
 
 /// What QEMU says whenever a migration comes to its next step.
 const EVENT: &str = "MIGRATION";
@@ -50,6 +53,10 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// A migration of which nothing arrived for this long is given up: TCP has by then given up too, or the other
 /// side has. Nothing is lost by it but the way that was made.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long QEMU may be silent. While the last of the memory leaves it answers nobody, which takes as long as the
+/// pause that is allowed, or twice if the way became slower since.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2 * DOWNTIME_MAX.as_secs());
 
 /// How long QEMU may take to end what was cancelled.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -121,7 +128,16 @@ pub(crate) struct Incoming<'a> {
 }
 
 impl Qemu {
-    /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen.
+    /// Starts the VM `spec` of a guest that runs elsewhere, to take that guest over; see
+    /// [`incoming_listen`](Self::incoming_listen). Its kernel, if it has one from outside, has to be here under the
+    /// same path.
+    pub(crate) async fn start_incoming(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+        Platform::must_take(spec.platform.as_ref(), spec.accel).await?;
+        Qemu::begin(dir, spec, Begin::Incoming).await
+    }
+
+    /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen, who
+    /// takes it away afterwards.
     pub(crate) fn memory_socket(&self) -> PathBuf {
         self.files().memory_socket()
     }
@@ -134,6 +150,8 @@ impl Qemu {
         bytes_per_second_max: Option<u64>,
     ) -> Result<Migration<'_>, VmError> {
         let uri = format!("unix:{}", told_socket(socket)?);
+        // Without one there may be no control socket for this either.
+        self.spec().ok_or_else(machine::unknown)?;
         let turn = self.run_turn().await;
         let before = self.state().await?;
         if !matches!(before, RunState::Running | RunState::Paused | RunState::IoError) {
@@ -141,7 +159,7 @@ impl Qemu {
                 "its guest neither runs nor is paused, but is {before:?}"
             )));
         }
-        let mut qmp = Qmp::connect(&self.files().migrate_socket()).await?;
+        let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
         let on = ["events", "return-path", "pause-before-switchover", "auto-converge"];
         qmp.execute("migrate-set-capabilities", capabilities(&on)).await?;
         let limits = json!({
@@ -174,7 +192,7 @@ impl Qemu {
     pub(crate) async fn incoming_listen(&self) -> Result<Incoming<'_>, VmError> {
         let socket = self.memory_socket();
         let uri = format!("unix:{}", told_socket(&socket)?);
-        let mut qmp = Qmp::connect(&self.files().migrate_socket()).await?;
+        let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
         // The disk is opened for writing when the guest is resumed, and no sooner.
         let on = ["events", "return-path", "late-block-activate"];
         qmp.execute("migrate-set-capabilities", capabilities(&on)).await?;
@@ -208,7 +226,8 @@ impl Paused<'_> {
     }
 
     /// Sends the rest. When this returns, the destination has said that it has everything, and the guest stands
-    /// still on both sides: the caller lets it go on at one of them.
+    /// still on both sides: the caller lets it go on at one of them. If it fails, the guest goes on at the source,
+    /// and must not at the destination, whatever that says.
     pub(crate) async fn complete(mut self) -> Result<Progress, VmError> {
         let go_on = json!({ "state": "pre-switchover" });
         let completed = match self.driver.qmp().execute("migrate-continue", go_on).await {
@@ -338,19 +357,29 @@ impl Drop for Driver<'_> {
 async fn end_migration(vm: &Qemu) -> Result<(), VmError> {
     let ended = async {
         loop {
-            let status = Status::of(&vm.control("query-migrate", json!({})).await?);
-            // A failure is known before the guest goes on.
-            if status.is_over() && vm.state().await? != RunState::FinishMigrate {
-                return Ok(());
+            match cancel_once(vm).await {
+                Ok(true) => return Ok(()),
+                // It answers nobody while the last of the memory leaves.
+                Ok(false) | Err(VmError::Control(_)) => tokio::time::sleep(CANCEL_INTERVAL).await,
+                Err(error) => return Err(error),
             }
-            vm.control("migrate_cancel", json!({})).await?;
-            tokio::time::sleep(CANCEL_INTERVAL).await;
         }
     };
     tokio::time::timeout(CANCEL_TIMEOUT, ended).await.unwrap_or_else(|_| {
         let seconds = CANCEL_TIMEOUT.as_secs();
         Err(VmError::Migration(format!("it did not end within {seconds} s after it was cancelled")))
     })
+}
+
+/// Cancels unless all is over, and says whether it is.
+async fn cancel_once(vm: &Qemu) -> Result<bool, VmError> {
+    let status = Status::of(&vm.control("query-migrate", json!({})).await?);
+    if !status.is_over() {
+        vm.control("migrate_cancel", json!({})).await?;
+        return Ok(false);
+    }
+    // A failure is known before the guest goes on.
+    Ok(vm.state().await? != RunState::FinishMigrate)
 }
 
 /// Exactly these capabilities; those that QEMU knows besides stay off.

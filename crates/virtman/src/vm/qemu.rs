@@ -91,14 +91,8 @@ impl Qemu {
         Qemu::begin(dir, spec, Begin::AtOnce).await
     }
 
-    /// Starts the VM `spec` of a guest that runs elsewhere, to take that guest over; see
-    /// [`incoming_listen`](Self::incoming_listen). The disk is opened, and only its first sector is read.
-    pub(crate) async fn start_incoming(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
-        Platform::must_take(spec.platform.as_ref(), spec.accel).await?;
-        Qemu::begin(dir, spec, Begin::Incoming).await
-    }
-
-    async fn begin(dir: &Path, spec: &VmSpec, begin: Begin) -> Result<Qemu, VmError> {
+    /// Starts the VM `spec` in this manner.
+    pub(super) async fn begin(dir: &Path, spec: &VmSpec, begin: Begin) -> Result<Qemu, VmError> {
         fs::create_dir_all(dir).map_err(VmError::file(dir))?;
         let dir = dir.canonicalize().map_err(VmError::file(dir))?;
         let files = VmFiles::new(dir.clone());

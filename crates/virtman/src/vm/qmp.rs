@@ -38,6 +38,8 @@ const EVENTS_KEPT_MAX: usize = 100;
 pub(super) struct Qmp {
     lines: BufReader<Take<OwnedReadHalf>>,
     writer: OwnedWriteHalf,
+    /// How long QEMU may take for an answer.
+    patience: Duration,
     /// What came of the line that is being read, so that a cancelled read loses nothing.
     partial: Vec<u8>,
     /// The names of the events that came and were not asked for yet.
@@ -47,6 +49,11 @@ pub(super) struct Qmp {
 impl Qmp {
     /// Connects to the control socket at `path`.
     pub(super) async fn connect(path: &Path) -> Result<Qmp, VmError> {
+        Qmp::connect_patiently(path, ANSWER_TIMEOUT).await
+    }
+
+    /// The same for who does what keeps QEMU from answering for longer.
+    pub(super) async fn connect_patiently(path: &Path, patience: Duration) -> Result<Qmp, VmError> {
         let stream = match UnixStream::connect(path).await {
             Ok(stream) => stream,
             Err(error)
@@ -58,7 +65,7 @@ impl Qmp {
         };
         let (reader, writer) = stream.into_split();
         let lines = BufReader::new(reader.take(ANSWER_BYTES_MAX));
-        let mut qmp = Qmp { lines, writer, partial: Vec::new(), events: VecDeque::new() };
+        let mut qmp = Qmp { lines, writer, patience, partial: Vec::new(), events: VecDeque::new() };
         let greeting = qmp.line_in_time().await?;
         if greeting.get("QMP").is_none() {
             return Err(VmError::Control("it did not greet as QEMU does".to_owned()));
@@ -109,9 +116,10 @@ impl Qmp {
     }
 
     async fn line_in_time(&mut self) -> Result<Value, VmError> {
-        match tokio::time::timeout(ANSWER_TIMEOUT, self.line()).await {
+        let patience = self.patience;
+        match tokio::time::timeout(patience, self.line()).await {
             Ok(line) => line,
-            Err(_) => Err(VmError::Control(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()))),
+            Err(_) => Err(VmError::Control(format!("no answer within {} s", patience.as_secs()))),
         }
     }
 
@@ -235,5 +243,15 @@ mod tests {
         qmp.keep_event(&json!({ "event": "STOP" }));
         assert_eq!(qmp.events.len(), EVENTS_KEPT_MAX);
         qmp.happened("STOP").await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_needs_more_time_for_an_answer_waits_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp.sock");
+        let _silent = UnixListener::bind(&path).unwrap();
+        let connected = Qmp::connect_patiently(&path, Duration::from_secs(77)).await;
+        let error = connected.map(drop).unwrap_err();
+        assert!(error.to_string().contains("within 77 s"), "{error}");
     }
 }

@@ -13,6 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::accel::Accel;
+use super::migrate::{Incoming, Paused, Progress};
 use super::qemu::Stopped;
 use super::ready::ReadyError;
 use super::*;
@@ -141,6 +142,18 @@ impl Drop for Bench {
     }
 }
 
+/// The end of a migration on both sides.
+async fn hand_over(paused: Paused<'_>, incoming: Incoming<'_>) -> Progress {
+    let (completed, arrived) = tokio::join!(sendable(paused.complete()), sendable(incoming.arrived()));
+    arrived.unwrap();
+    completed.unwrap()
+}
+
+/// The daemon runs each of these futures on a task of its own.
+fn sendable<F: Future + Send>(future: F) -> F {
+    future
+}
+
 async fn wait_for(vm: &Qemu, pattern: &str) -> Result<Duration, ReadyError> {
     format!("console:{pattern}").parse::<Ready>().unwrap().wait(vm, PATIENCE).await
 }
@@ -192,6 +205,8 @@ async fn what_was_started_is_remembered_and_a_vm_of_a_version_that_did_not_is_ad
     fs::write(&record, json.to_string()).unwrap();
     let vm = Qemu::adopt(&bench.vm_dir()).expect("an older record is enough to find the guest");
     assert_eq!(vm.spec(), None);
+    let migrated = vm.begin_migration(&vm.memory_socket(), None).await.map(drop);
+    assert!(matches!(migrated, Err(VmError::Unfit(_))), "{migrated:?}");
     let elsewhere = Qemu::start_incoming(&bench.path("elsewhere"), &bench.spec()).await;
     assert!(matches!(elsewhere, Err(VmError::Unfit(_))), "no machine type is known: {elsewhere:?}");
     vm.kill().await.unwrap();

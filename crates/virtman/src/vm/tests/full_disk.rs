@@ -3,7 +3,7 @@
 use super::super::state::RunState;
 use super::super::*;
 use super::counting::{Site, assert_counted};
-use super::wait_for;
+use super::{sendable, wait_for};
 
 async fn waits_for_room(vm: &Qemu) {
     while vm.state().await.unwrap() != RunState::IoError {
@@ -15,7 +15,7 @@ async fn waits_for_room(vm: &Qemu) {
 async fn a_guest_without_room_is_paused_and_goes_on_without_an_error_once_there_is_some() {
     let Some(site) = Site::with_guest() else { return };
     let vm = site.start().await;
-    let watched = vm.resume_when(|| !site.disk.is_full());
+    let watched = sendable(vm.resume_when(|| !site.disk.is_full()));
     let guest = async {
         for _ in 0..2 {
             site.disk.set_full(true);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
@@ -9,7 +10,7 @@ use super::super::migrate::Paused;
 use super::super::state::RunState;
 use super::super::*;
 use super::counting::{Asked, Site, assert_counted};
-use super::wait_for;
+use super::{hand_over, sendable, wait_for};
 
 /// A destination for this guest, that listens for it at its memory socket.
 async fn destination(site: &Site, vm: &Qemu) -> Qemu {
@@ -26,6 +27,29 @@ fn sink(path: &Path) -> JoinHandle<()> {
             // However it ends.
             let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
         }
+    })
+}
+
+/// Takes all of a guest's memory, to the last byte, and leaves without saying that it has it.
+fn mute(path: &Path) -> JoinHandle<()> {
+    // The stream ends with a description of all that was in it: the byte 6, its length, and JSON in which this
+    // comes early.
+    const EARLY: &[u8] = b"\"page_size\":";
+    let listener = UnixListener::bind(path).unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut taken = Vec::new();
+        let early = loop {
+            let new = taken.len().saturating_sub(EARLY.len());
+            assert_ne!(stream.read_buf(&mut taken).await.unwrap(), 0, "the stream has no end");
+            if let Some(found) = taken[new..].windows(EARLY.len()).position(|window| window == EARLY) {
+                break new + found;
+            }
+        };
+        let head = taken[..early].windows(7).rposition(|head| head[0] == 6 && head[5..] == *b"{\"").unwrap();
+        let len = u32::from_be_bytes(taken[head + 1..head + 5].try_into().unwrap());
+        let mut rest = vec![0; head + 5 + len as usize - taken.len()];
+        stream.read_exact(&mut rest).await.unwrap();
     })
 }
 
@@ -49,8 +73,8 @@ async fn a_busy_guest_goes_on_elsewhere_and_neither_its_console_nor_its_disk_has
     let incoming = target.incoming_listen().await.unwrap();
 
     let mut reports = Vec::new();
-    let migration = source.begin_migration(&target.memory_socket(), None).await.unwrap();
-    let paused = migration.until_paused(|progress| reports.push(progress)).await.unwrap();
+    let migration = sendable(source.begin_migration(&target.memory_socket(), None)).await.unwrap();
+    let paused = sendable(migration.until_paused(|progress| reports.push(progress))).await.unwrap();
     assert_eq!(source.state().await.unwrap(), RunState::FinishMigrate);
     assert!(
         paused.progress().transferred_bytes > 0 && paused.progress().passes > 0,
@@ -63,9 +87,7 @@ async fn a_busy_guest_goes_on_elsewhere_and_neither_its_console_nor_its_disk_has
     assert!(flushed > wrote, "all that was written is flushed: {flushed:?}, {wrote:?}");
     there.disk.copy_from(&here.disk);
 
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    completed.unwrap();
-    arrived.unwrap();
+    hand_over(paused, incoming).await;
     assert_eq!(source.state().await.unwrap(), RunState::PostMigrate);
     assert_eq!(target.state().await.unwrap(), RunState::Paused);
     let writes = |asked: &[Asked]| asked.iter().filter(|&&asked| asked == Asked::Write).count();
@@ -94,8 +116,7 @@ async fn a_guest_that_changes_its_memory_faster_than_it_leaves_arrives_all_the_s
     let migration = source.begin_migration(&target.memory_socket(), Some(512 << 10)).await.unwrap();
     let paused = migration.until_paused(|_| {}).await.unwrap();
     there.disk.copy_from(&here.disk);
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     target.resume().await.unwrap();
     wait_for(&target, r"(?:^[0-9a-f]{8}\n){5}").await.unwrap();
     assert_counted(&[&here, &there]);
@@ -177,14 +198,27 @@ async fn a_destination_that_is_lost_before_it_has_everything_leaves_the_guest_ru
 }
 
 #[tokio::test]
+async fn a_destination_that_took_everything_and_left_without_a_word_does_not_have_the_guest() {
+    let Some(here) = Site::with_guest() else { return };
+    let source = here.start().await;
+    let socket = source.memory_socket();
+    let mute = mute(&socket);
+    let failed = paused(&source, &socket).await.complete().await;
+    assert!(matches!(failed, Err(VmError::Migration(_))), "{failed:?}");
+    mute.await.expect("it took everything");
+    assert_eq!(source.state().await.unwrap(), RunState::Running);
+    here.counts_on(&source).await;
+    assert_counted(&[&here]);
+}
+
+#[tokio::test]
 async fn a_destination_that_is_lost_before_it_was_resumed_leaves_a_guest_that_goes_on_at_the_source() {
     let (Some(here), Some(there)) = (Site::with_guest(), Site::empty()) else { return };
     let source = here.start().await;
     let target = destination(&there, &source).await;
     let incoming = target.incoming_listen().await.unwrap();
     let paused = paused(&source, &target.memory_socket()).await;
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     target.kill().await.unwrap();
     source.resume().await.unwrap();
     here.counts_on(&source).await;
@@ -222,8 +256,7 @@ async fn a_guest_that_waits_for_room_finds_it_elsewhere() {
     let incoming = target.incoming_listen().await.unwrap();
     let paused = paused(&source, &target.memory_socket()).await;
     there.disk.copy_from(&here.disk);
-    let (completed, arrived) = tokio::join!(paused.complete(), incoming.arrived());
-    (completed.unwrap(), arrived.unwrap());
+    hand_over(paused, incoming).await;
     target.resume().await.unwrap();
     wait_for(&target, r"(?:^[0-9a-f]{8}\n){5}").await.unwrap();
     assert_counted(&[&here, &there]);
