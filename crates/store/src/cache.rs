@@ -377,7 +377,7 @@ impl CacheGroup {
             return Now::Wait;
         }
         match medium.read_now(id, offset, buf) {
-            Ok(Now::Done) if slot.is_still(seen) => {
+            Ok(Now::Done) if slot.is_still(seen) && medium.is_usable() => {
                 self.note_hit(shard, medium, id, seen);
                 Now::Done
             }

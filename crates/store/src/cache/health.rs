@@ -64,14 +64,24 @@ impl Health {
         self.state.store(LEAVING, Ordering::Relaxed);
     }
 
-    /// Counts an error. A full file system is none: what is cached there can still be read.
+    /// Counts an error. A full file system is none: what is cached there can still be read. A medium that ends before its
+    /// end has failed at once: if it became longer again there would be holes where chunks were.
     pub(super) fn note_error(&self, medium: &str, error: &io::Error) {
-        if !matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            return self.count(medium, &error.to_string());
-        }
-        if !self.is_full.swap(true, Ordering::Relaxed) {
-            tracing::warn!(medium, "no space left for a cache medium: it stays smaller than was asked for");
-            self.set_reason(&error.to_string());
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                if !self.is_full.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        medium,
+                        "no space left for a cache medium: it stays smaller than was asked for"
+                    );
+                    self.set_reason(&error.to_string());
+                }
+            }
+            io::ErrorKind::UnexpectedEof => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                self.fail(medium, "it was cut short while it was in use");
+            }
+            _ => self.count(medium, &error.to_string()),
         }
     }
 
@@ -82,21 +92,26 @@ impl Health {
 
     fn count(&self, medium: &str, reason: &str) {
         tracing::debug!(medium, reason, "a cache medium failed");
-        // The reason first: who sees that the medium failed finds it.
-        self.set_reason(reason);
-        if self.failures.fetch_add(1, Ordering::Relaxed) + 1 == FAILURES_MAX {
-            let fail = (Ordering::Relaxed, Ordering::Relaxed);
-            if self.state.compare_exchange(HEALTHY, FAILED, fail.0, fail.1).is_ok() {
-                tracing::warn!(
-                    medium,
-                    reason,
-                    "a cache medium failed {FAILURES_MAX} times and is no longer used"
-                );
-            }
+        if self.failures.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES_MAX {
+            self.fail(medium, reason);
+        } else {
+            self.set_reason(reason);
         }
     }
 
+    fn fail(&self, medium: &str, reason: &str) {
+        // The reason first: who sees that the medium failed finds it.
+        self.set_reason(reason);
+        if self.state.compare_exchange(HEALTHY, FAILED, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            tracing::warn!(medium, reason, "a cache medium failed and is no longer used");
+        }
+    }
+
+    /// What goes wrong after the medium failed does not change why it did.
     fn set_reason(&self, reason: &str) {
+        if !self.is_usable() {
+            return;
+        }
         *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
     }
 }
@@ -118,6 +133,15 @@ mod tests {
         health.note_wrong_chunk("test");
         assert_eq!((health.state(), health.failures()), (MediumState::Failed, FAILURES_MAX));
         assert!(health.reason().unwrap().contains("other bytes"), "{:?}", health.reason());
+    }
+
+    #[test]
+    fn a_medium_that_was_cut_short_has_failed_at_once_and_for_this_reason() {
+        let health = Health::default();
+        health.note_error("test", &io::ErrorKind::UnexpectedEof.into());
+        assert_eq!(health.state(), MediumState::Failed);
+        (0..FAILURES_MAX).for_each(|_| health.note_wrong_chunk("test"));
+        assert!(health.reason().unwrap().contains("cut short"), "{:?}", health.reason());
     }
 
     #[test]

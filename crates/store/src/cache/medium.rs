@@ -35,7 +35,7 @@ const ENTRIES_PER_READ: usize = 16 * 1024;
 
 /// Where everything is on a medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Layout {
+pub(super) struct Layout {
     slots: u64,
     slots_offset: u64,
 }
@@ -52,6 +52,18 @@ impl Layout {
             slots -= 1;
         }
         Layout { slots, slots_offset: Layout::slots_offset(slots) }
+    }
+
+    /// The same, unless that is none at all.
+    pub(super) fn must_hold_a_chunk(name: &str, size_bytes: u64) -> Result<Layout, CacheError> {
+        let layout = Layout::within(size_bytes);
+        if layout.slots > 0 {
+            return Ok(layout);
+        }
+        Err(CacheError::Unusable(format!(
+            "cache medium '{name}' is too small: {size_bytes} bytes hold no chunk, {} do",
+            Layout::slots_offset(1) + CHUNK
+        )))
     }
 
     fn size_bytes(&self) -> u64 {
@@ -91,12 +103,7 @@ impl Medium {
     /// Takes a medium: as it is if it holds a cache of just this layout, else as empty.
     pub(super) fn open(terms: Terms, media: Arc<dyn Media>) -> Result<Medium, CacheError> {
         let Terms { name, size_bytes, .. } = &terms;
-        let layout = Layout::within(*size_bytes);
-        if layout.slots == 0 {
-            return Err(CacheError::Unusable(format!(
-                "cache medium '{name}' is too small: {size_bytes} bytes hold no chunk"
-            )));
-        }
+        let layout = Layout::must_hold_a_chunk(name, *size_bytes)?;
         let id = match Medium::take(&*media, layout) {
             Ok(Some(id)) => id,
             Ok(None) => return Err(CacheError::Foreign(name.clone())),
@@ -233,12 +240,23 @@ impl Medium {
         Ok(())
     }
 
-    /// Writes the chunk and then its entry; whichever a crash loses, the other misleads nobody.
+    /// Writes the chunk and then its entry; whichever a crash loses, the other misleads nobody. A file that somebody
+    /// cut short would become longer again by that, with holes in the place of chunks, so it is not written to.
     pub(super) fn write(&self, id: SlotId, chunk: &Chunk) -> io::Result<()> {
         let index = id.index();
+        self.must_be_whole()?;
         self.media.write_at(self.slot_offset(index), chunk.bytes())?;
         let entry = encode_entry(&chunk.hash(), self.id, u64::from(index));
-        self.media.write_at(DIRECTORY_OFFSET + u64::from(index) * ENTRY_BYTES as u64, &entry)
+        self.media.write_at(DIRECTORY_OFFSET + u64::from(index) * ENTRY_BYTES as u64, &entry)?;
+        // Or cut short between the question and the write.
+        self.must_be_whole()
+    }
+
+    fn must_be_whole(&self) -> io::Result<()> {
+        if self.media.len_bytes()? < self.layout.size_bytes() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it was cut short while it was in use"));
+        }
+        Ok(())
     }
 }
 

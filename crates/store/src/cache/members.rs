@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::watch;
 
 use super::health::MediumState;
-use super::medium::{Medium, Terms};
+use super::medium::{Layout, Medium, Terms};
 use super::set::{MediumSet, SlotId};
 use super::{CacheError, CacheGroup, MEDIA_MAX};
 use crate::media::{FileMedia, InUse};
@@ -88,6 +88,8 @@ pub(super) type Candidate = (String, u64, Arc<dyn Media>);
 /// Opens the storage of a medium, for this group alone.
 pub(super) fn open_file(spec: &MediaSpec) -> Result<Candidate, CacheError> {
     let name = spec.name();
+    // Before a file is made that is of no use.
+    Layout::must_hold_a_chunk(&name, spec.size_bytes)?;
     let failed = |source| CacheError::Io { medium: name.clone(), source };
     let file = FileMedia::open_or_create(&spec.path).map_err(failed)?;
     file.lock().map_err(failed)?.map_err(|InUse| CacheError::InUse(name.clone()))?;
@@ -166,16 +168,13 @@ impl CacheGroup {
                 "cache medium '{name}' is still leaving: reads of it are on their way; try again when it is not listed any more"
             )));
         }
+        self.free_number(name)?;
         self.take_in(open()?)
     }
 
     /// Takes in an open medium. One change at a time.
     pub(super) fn take_in(&self, (name, size_bytes, media): Candidate) -> Result<(), CacheError> {
-        let number = self.free_number().ok_or_else(|| {
-            CacheError::Unusable(format!(
-                "a cache group has at most {MEDIA_MAX} media: there is no room for '{name}'"
-            ))
-        })?;
+        let number = self.free_number(&name)?;
         let medium = Arc::new(Medium::open(Terms { number, name, size_bytes }, media)?);
         self.set_media(self.media.load().with(Arc::clone(&medium)));
         self.find_chunks(&medium);
@@ -183,11 +182,15 @@ impl CacheGroup {
         Ok(())
     }
 
-    /// A number that neither a medium has nor one that was taken out and is still in use.
-    fn free_number(&self) -> Option<usize> {
+    /// A number for one more medium: one that neither a medium has nor one that was taken out and is still in use.
+    fn free_number(&self, name: &str) -> Result<usize, CacheError> {
         let (set, left) = (self.media.load(), self.members.left());
         let taken = |number: &usize| set.iter().chain(&left).any(|medium| medium.number() == *number);
-        (0..MEDIA_MAX).find(|number| !taken(number))
+        (0..MEDIA_MAX).find(|number| !taken(number)).ok_or_else(|| {
+            CacheError::Unusable(format!(
+                "a cache group has at most {MEDIA_MAX} media: there is no room for '{name}'"
+            ))
+        })
     }
 
     /// Enters what a medium's directory names. A directory that cannot be read makes the rest of its

@@ -294,6 +294,63 @@ pub(crate) struct CacheStatus {
     pub(crate) dropped_chunks: u64,
     /// Chunks that arrived and could not be stored.
     pub(crate) unstored_chunks: u64,
+    /// Media that failed and are not used.
+    #[serde(default)]
+    pub(crate) failed_media: u64,
+}
+
+/// Adds a medium to a node's cache group.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct AddMedium {
+    /// The file, created if missing, or block device on the node, absolute.
+    #[schema(value_type = String)]
+    pub(crate) path: PathBuf,
+    /// How many bytes of it may be used, everything counted.
+    pub(crate) size_bytes: u64,
+}
+
+/// Removes a medium from a node's cache group. Its file stays.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct RemoveMedium {
+    /// The path that it was added with.
+    #[schema(value_type = String)]
+    pub(crate) path: PathBuf,
+}
+
+/// A medium of a node's cache group.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct MediumView {
+    /// The node.
+    #[schema(value_type = String)]
+    pub(crate) node: NodeName,
+    /// The file or block device.
+    pub(crate) path: String,
+    /// How many bytes of it may be used.
+    pub(crate) size_bytes: u64,
+    /// Room for chunks.
+    pub(crate) capacity_bytes: u64,
+    /// Room taken.
+    pub(crate) resident_bytes: u64,
+    /// Chunks on it.
+    pub(crate) resident_chunks: u64,
+    /// Whether it is used.
+    pub(crate) state: MediumState,
+    /// How many reads and writes of it failed or brought wrong bytes, since it was added or the daemon started.
+    pub(crate) failures: u32,
+    /// What went wrong last; that it is full is told here too, and is no failure.
+    pub(crate) reason: Option<String>,
+}
+
+/// What a medium is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MediumState {
+    /// It is used.
+    Healthy,
+    /// It failed too often, or could not be opened, and is not used.
+    Failed,
+    /// It was removed and is not used, but reads of it are still on their way.
+    Leaving,
 }
 
 /// Links in numbers, since the daemon started.

@@ -1,6 +1,7 @@
 //! The command line: its grammar and help texts. What each command does stands in the module beside it.
 
 mod boot;
+mod cache;
 mod context;
 mod export;
 mod image;
@@ -102,6 +103,9 @@ pub(crate) enum Command {
     /// List the ways to disks and images, and export them over iSCSI
     #[command(subcommand)]
     Export(export::ExportCommand),
+    /// List, add and remove the files and devices in which a node keeps chunks
+    #[command(subcommand, after_help = cache::EXAMPLES)]
+    Cache(cache::CacheCommand),
     /// Boot many VMs from an image, spread over the nodes, and wait until they are ready
     Boot(Box<boot::BootArgs>),
     /// Stop guests; their disks stay

@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{note, print, print_json, say};
-use super::{Cli, Command, VoltCommand, boot, export, image, show, vm};
+use super::{Cli, Command, VoltCommand, boot, cache, export, image, show, vm};
 use crate::api::volt::{NewToken, TokenIssued};
 use crate::coordinator::init::{Initialized, init};
 use crate::identity::AdminName;
@@ -70,6 +70,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Destroy { vms } => vm::destroy(&context, vms).await,
         Command::List => vm::list(&context).await,
         Command::Export(command) => export::run(&context, command).await,
+        Command::Cache(command) => cache::run(&context, command).await,
         Command::Boot(args) => boot::run(&context, args).await,
         Command::Stop(args) => vm::stop(&context, args).await,
         Command::Console { vm } => vm::attach_console(&context, vm).await,

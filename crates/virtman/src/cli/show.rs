@@ -108,7 +108,11 @@ fn show_node(context: &Context, status: &NodeStatus) -> Outcome {
     say(&format!("volt     {volt}"));
     say(&format!("vms      {} ({} running)", status.vms, status.running));
     let (resident, capacity) = (status.cache.resident_bytes, status.cache.capacity_bytes);
-    say(&format!("cache    {} of {}", ByteSize(resident), ByteSize(capacity)));
+    let failed = match status.cache.failed_media {
+        0 => "",
+        _ => "; media have failed, see 'virtman cache list'",
+    };
+    say(&format!("cache    {} of {}{failed}", ByteSize(resident), ByteSize(capacity)));
     say(&format!("fetched  {}", ByteSize(status.links.received_wire_bytes)));
     say(&format!("sent     {}", ByteSize(status.links.sent_wire_bytes)));
     say(&format!("memory   {}", ByteSize(status.memory_bytes)));

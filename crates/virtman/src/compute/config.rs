@@ -35,7 +35,8 @@ pub(crate) struct ComputeArgs {
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Option<String>,
     /// A file or block device for cached chunks and how much of it to use (repeatable); one file of
-    /// 10G in the node's directory if absent
+    /// 10G in the node's directory if absent. What `virtman cache add` and `virtman cache remove` said last
+    /// counts more, also at the next start
     #[arg(long, value_parser = crate::cli::parse_cache_medium, value_name = "PATH=SIZE")]
     pub(crate) cache: Vec<CacheMedium>,
     /// Where this host stands, as ZONE/RACK/HOST

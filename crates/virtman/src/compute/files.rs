@@ -4,6 +4,7 @@
 //! DIR/api.sock            the node's API for this host's administrator
 //! DIR/identity/           certificate and key
 //! DIR/cache/              chunks, if no other media were named
+//! DIR/cache.json          media that were added to the cache group or removed from it while the node ran
 //! DIR/images/ID/          images whose origin this node is
 //! DIR/attached/ID.json    images that this node serves, and from whom it fetches them
 //! DIR/vms/NAME/vm.json    a VM; its private layer, seed and hypervisor's files lie beside it
@@ -115,6 +116,14 @@ impl Layout {
 
     pub(crate) fn images(&self) -> PathBuf {
         self.dir.join("images")
+    }
+
+    pub(crate) fn cache(&self) -> PathBuf {
+        self.dir.join("cache")
+    }
+
+    pub(crate) fn cache_record(&self) -> PathBuf {
+        self.dir.join("cache.json")
     }
 
     pub(crate) fn attached(&self) -> PathBuf {

@@ -274,7 +274,7 @@ impl Images {
                     bytes(room)
                 ),
             )
-            .with_hint("give the node more room with --cache"));
+            .with_hint("give the node more room with 'virtman cache add' or --cache"));
         }
         attached.fill();
         self.save(attached).map_err(ApiError::internal)

@@ -2,10 +2,11 @@
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
 //! that is wanted ([`fill`]), gives VMs disks
-//! and runs guests ([`vms`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
+//! and runs guests ([`vms`]), keeps what was fetched on local media ([`cache`]), exports both ([`exports`], [`iscsi`]), serves children over links, and keeps in touch with
 //! Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again, it has the
 //! same images, disks and exports under the same names, and its guests never noticed more than latency.
 
+mod cache;
 pub(crate) mod config;
 mod exports;
 #[cfg(feature = "faults")]
@@ -29,10 +30,10 @@ use std::sync::Arc;
 
 use block::{BoxFuture, NodeName};
 use link::{Dial, ParentAddr, Stats, Stream, Tally, Uplinks};
-use store::{CacheGroup, MediaSpec};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use self::cache::CacheMedia;
 use self::config::ComputeArgs;
 use self::exports::TcpExports;
 use self::files::Layout;
@@ -47,9 +48,6 @@ use crate::http::{OnLink, TlsServer};
 use crate::identity::files::{Secrecy, replace};
 use crate::identity::tls::{self, Accept, Acceptor, Admission, Alpn, Expected};
 use crate::identity::{Credentials, Identity, IdentityError, Principal, Removed, Token, enroll};
-
-/// Size of the cache if none was given, in bytes. The file is sparse: it takes what is cached.
-const CACHE_BYTES_DEFAULT: u64 = 10 << 30;
 
 /// Records of boots that wait for Volt: as many as it keeps of an image. Further ones are dropped.
 const RECORDS_WAITING_MAX: usize = 8;
@@ -69,7 +67,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let credentials = Credentials::new(identity);
     let shutdown = CancellationToken::new();
 
-    let cache = CacheGroup::open(cache_media(&layout, args)?).map_err(|e| e.to_string())?;
+    let cache = CacheMedia::open(&name, &layout, &args.cache)?;
     let links = Arc::new(Stats::default());
     let removed = Arc::new(Removed::default());
     let dialer = TlsDialer { credentials: Arc::clone(&credentials), removed: Arc::clone(&removed) };
@@ -77,7 +75,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), args.fetch_settings());
     let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
     let remotes = Arc::new(RemoteDisks::new(layout.remotes()));
-    let images = Images::new(layout.clone(), Arc::clone(&cache), uplinks, Arc::clone(&remotes), records);
+    let images =
+        Images::new(layout.clone(), Arc::clone(cache.group()), uplinks, Arc::clone(&remotes), records);
     let images = Arc::new(images);
     let vms = Vms::new(name.clone(), layout.clone());
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
@@ -149,7 +148,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         portals.serve(&node.iscsi, shutdown.clone()),
         crate::daemon::stop_on_signal(shutdown.clone()),
     );
-    node.cache.settled().await;
+    node.cache.group().settled().await;
     tracing::info!("node has stopped; guests run on and reconnect when it is back");
     Ok(())
 }
@@ -211,16 +210,6 @@ fn advertised(args: &ComputeArgs, listening: SocketAddr) -> Result<String, Strin
         }
         None => Ok(listening.to_string()),
     }
-}
-
-fn cache_media(layout: &Layout, args: &ComputeArgs) -> Result<Vec<MediaSpec>, String> {
-    if !args.cache.is_empty() {
-        let spec = |m: &config::CacheMedium| MediaSpec { path: m.path.clone(), size_bytes: m.size_bytes };
-        return Ok(args.cache.iter().map(spec).collect());
-    }
-    let dir = layout.dir().join("cache");
-    fs::create_dir_all(&dir).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-    Ok(vec![MediaSpec { path: dir.join("chunks"), size_bytes: CACHE_BYTES_DEFAULT }])
 }
 
 /// Serves the link connections of other nodes. Nobody else gets a chunk.

@@ -9,11 +9,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{ImageName, NodeName, VmName};
 use image::{ImportProgress, ImportRequest, Keep, RemoteRequest};
 use link::Stats;
-use store::CacheGroup;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use volt::Role;
 
+use super::cache::CacheMedia;
 use super::images::{Attached, Detached, Images};
 use super::iscsi::{Exported, FindExported, IscsiExports};
 use super::remote;
@@ -34,7 +34,7 @@ pub(crate) struct Node {
     pub(crate) name: NodeName,
     pub(crate) address: String,
     pub(crate) images_dir: PathBuf,
-    pub(crate) cache: Arc<CacheGroup>,
+    pub(crate) cache: CacheMedia,
     pub(crate) links: Arc<Stats>,
     pub(crate) images: Arc<Images>,
     pub(crate) vms: Vms,
@@ -358,7 +358,7 @@ impl Node {
     }
 
     fn cache_status(&self) -> CacheStatus {
-        let stats = self.cache.stats();
+        let stats = self.cache.group().stats();
         let chunk_bytes = block::limits::CHUNK_BYTES as u64;
         CacheStatus {
             capacity_bytes: stats.capacity_chunks * chunk_bytes,
@@ -371,6 +371,7 @@ impl Node {
             evicted_chunks: stats.evicted_chunks,
             dropped_chunks: stats.dropped_chunks,
             unstored_chunks: stats.unstored_chunks,
+            failed_media: self.cache.failed_media(),
         }
     }
 

@@ -19,8 +19,8 @@ use utoipa_axum::routes;
 
 use super::node::{Force, Node};
 use crate::api::compute::{
-    AddImage, CreateVm, ImageVerified, NodeImage, NodeStatus, Progress, StartVm, StopVm, Vm, VmReady,
-    VmStarted, WaitReady,
+    AddImage, AddMedium, CreateVm, ImageVerified, MediumView, NodeImage, NodeStatus, Progress, RemoveMedium,
+    StartVm, StopVm, Vm, VmReady, VmStarted, WaitReady,
 };
 use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
@@ -35,6 +35,8 @@ type Answer<T> = Result<Json<T>, ApiError>;
 pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
     OpenApiRouter::new()
         .routes(routes!(status))
+        .routes(routes!(cache, add_medium))
+        .routes(routes!(remove_medium))
         .routes(routes!(images))
         .routes(routes!(add_image, remove_image))
         .routes(routes!(verify_image))
@@ -53,6 +55,34 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
 async fn status(State(node): Shared, peer: Peer) -> Answer<NodeStatus> {
     peer.must_be_admin()?;
     Ok(Json(node.status()))
+}
+
+/// The media of the node's cache group.
+#[utoipa::path(get, path = "/v1/cache", responses((status = 200, body = Vec<MediumView>)))]
+async fn cache(State(node): Shared, peer: Peer) -> Answer<Vec<MediumView>> {
+    peer.must_be_admin()?;
+    Ok(Json(node.cache.list()))
+}
+
+/// Adds a medium to the node's cache group, with the chunks that are on it. Repeating it changes nothing.
+#[utoipa::path(put, path = "/v1/cache", request_body = AddMedium,
+    responses((status = 200, body = MediumView), (status = 400), (status = 409)))]
+async fn add_medium(State(node): Shared, peer: Peer, Json(request): Json<AddMedium>) -> Answer<MediumView> {
+    peer.must_be_admin()?;
+    to_the_end(async move { node.cache.add(&request).await.map(Json) }).await
+}
+
+/// Removes a medium from the node's cache group; its file stays. Answers with the medium if reads of it are still
+/// on their way, else with `null`. The path is in the body, as no address holds every path; hence no `DELETE`.
+#[utoipa::path(post, path = "/v1/cache/remove", request_body = RemoveMedium,
+    responses((status = 200, body = Option<MediumView>), (status = 404), (status = 409)))]
+async fn remove_medium(
+    State(node): Shared,
+    peer: Peer,
+    Json(request): Json<RemoveMedium>,
+) -> Answer<Option<MediumView>> {
+    peer.must_be_admin()?;
+    to_the_end(async move { node.cache.remove(&request).await.map(Json) }).await
 }
 
 /// The images that the node has attached.

@@ -317,6 +317,33 @@ async fn rotten_bits_reach_nobody_and_a_medium_that_brings_too_many_has_failed()
 }
 
 #[tokio::test]
+async fn no_hole_of_a_medium_that_was_cut_short_is_taken_for_a_chunk() {
+    for first in [0, 30] {
+        let cut = medium(40, 1);
+        let group = named(&[("cut", &cut)]);
+        let source = group.over(Origin::open(CHUNKS));
+        let hints: Vec<SlotHint> = (0..CHUNKS).map(|_| SlotHint::default()).collect();
+        fetch_all(&source, 0..30).await;
+        group.settled().await;
+        cut.set_len(10 * CHUNK).unwrap();
+        // Chunks that are there are read, or new ones stored, which would make the medium longer again.
+        fetch_all(&source, first..30 + first).await;
+        group.settled().await;
+        for number in 0..CHUNKS {
+            let mut buf = [0; 100];
+            if source.read_now(&hash(number), &hints[number as usize], 8, &mut buf) == Now::Done {
+                assert_eq!(buf, chunk(number).bytes()[8..108], "chunk {number}");
+            }
+        }
+        let status = status(&group, "cut").unwrap();
+        assert_eq!(status.state, MediumState::Failed, "{status:?}");
+        assert!(status.reason.unwrap().contains("cut short"));
+        assert_eq!(cut.len_bytes().unwrap(), 10 * CHUNK, "it was not made longer");
+        fetch_all(&source, 0..CHUNKS).await;
+    }
+}
+
+#[tokio::test]
 async fn adding_is_repeatable_and_contradictions_are_refused() {
     let group = named(&[("one", &medium(4, 1))]);
     add(&group, "one", &medium(4, 2)).await.unwrap();
