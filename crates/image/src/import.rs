@@ -116,12 +116,14 @@ impl ImportProgress {
         }
     }
 
-    pub(crate) fn begin(&self, bytes_total: u64) {
+    /// Begins with so many bytes before it.
+    pub fn begin(&self, bytes_total: u64) {
         self.bytes_done.store(0, Ordering::Relaxed);
         self.bytes_total.store(bytes_total, Ordering::Relaxed);
     }
 
-    pub(crate) fn add_done(&self, bytes: u64) {
+    /// So many bytes more are done.
+    pub fn add_done(&self, bytes: u64) {
         self.bytes_done.fetch_add(bytes, Ordering::Relaxed);
     }
 }

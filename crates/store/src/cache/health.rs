@@ -100,16 +100,18 @@ impl Health {
     }
 
     fn fail(&self, medium: &str, reason: &str) {
-        // The reason first: who sees that the medium failed finds it. What fails afterwards does not change it.
-        if self.is_usable() {
-            self.set_reason(reason);
-        }
+        // The reason first: who sees that the medium failed finds it.
+        self.set_reason(reason);
         if self.state.compare_exchange(HEALTHY, FAILED, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
             tracing::warn!(medium, reason, "a cache medium failed and is no longer used");
         }
     }
 
+    /// What goes wrong after the medium failed does not change why it did.
     fn set_reason(&self, reason: &str) {
+        if !self.is_usable() {
+            return;
+        }
         *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
     }
 }

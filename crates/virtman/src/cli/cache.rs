@@ -17,18 +17,16 @@ const ADD_TIME_MAX: Duration = Duration::from_secs(600);
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  virtman cache add /mnt/ssd/chunks=200G     use 200 GiB more for cached chunks, in a file that is made if missing
-  virtman cache add /dev/nvme1n1=1T          the same with a block device, which must be empty
-  virtman cache list                         see what is cached where, and which media have failed, and why
-  virtman cache remove /mnt/ssd/chunks       use it no longer; the file stays and can be added again with its chunks
+  virtman cache add /mnt/ssd/chunks=200G   keep chunks in this file, made if missing
+  virtman cache add /dev/nvme1n1=1T        the same on a block device, which must be empty
+  virtman cache list                       see what is cached where, what failed, and why
+  virtman cache remove /mnt/ssd/chunks     use it no longer; the file stays as it is
 
-A medium fails when reads and writes of it fail, or bring wrong bytes, too often. It is not used from then on, and guests
-do not notice: what was on it is fetched again. Remove it, mend it, and add it again.
-To give a medium another size, add another one, remove the first and add it again.";
+A medium whose reads and writes fail, or bring wrong bytes, too often is not used any
+more. Guests do not notice: what was on it is fetched again. Remove it, mend it, and add
+it again. To give a medium another size, add another, remove the first and add it again.";
 
-/// Local files and block devices in which a node keeps chunks. They may come and go while guests run.
-///
-/// What `add` and `remove` say is remembered, and counts more than `compute --cache`, also at the next start.
+/// The media of a node's cache group.
 #[derive(Debug, Subcommand)]
 pub(crate) enum CacheCommand {
     /// List the media of all nodes, or with --node of one

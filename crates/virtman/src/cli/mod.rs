@@ -115,6 +115,9 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Export(export::ExportCommand),
     /// List, add and remove the files and devices in which a node keeps chunks
+    ///
+    /// They may come and go while guests run. What `add` and `remove` say is remembered, and counts more than
+    /// `compute --cache`, also at the next start.
     #[command(subcommand, after_help = cache::EXAMPLES)]
     Cache(cache::CacheCommand),
     /// Boot many VMs from an image, spread over the nodes, and wait until they are ready

@@ -169,7 +169,7 @@ impl CacheMedia {
         let mut said = self.said.lock().await;
         let spec = MediaSpec { path: path.clone(), size_bytes: request.size_bytes };
         let name = spec.name();
-        self.group.add(spec).await.map_err(|error| self.refusal(error))?;
+        self.group.add(spec).await.map_err(|error| self.refusal(&error))?;
         self.refused().remove(&path);
         self.remember(&mut said, &path, Some(request.size_bytes), "in use")?;
         tracing::info!(medium = name, "cache medium added");
@@ -189,7 +189,7 @@ impl CacheMedia {
             Err(_) => true,
             Ok(Ok(())) => false,
             Ok(Err(CacheError::Unknown(_))) if was_refused || is_remembered => false,
-            Ok(Err(error)) => return Err(self.refusal(error)),
+            Ok(Err(error)) => return Err(self.refusal(&error)),
         };
         self.remember(&mut said, &path, None, "not in use any more")?;
         tracing::info!(medium = name, "cache medium removed");
@@ -252,7 +252,7 @@ impl CacheMedia {
     }
 
     /// What the cache group's refusal means to somebody who asked this node.
-    fn refusal(&self, error: CacheError) -> ApiError {
+    fn refusal(&self, error: &CacheError) -> ApiError {
         let message = error.to_string();
         match error {
             CacheError::Unusable(_) | CacheError::Io { .. } => {

@@ -378,7 +378,7 @@ async fn commit_vm(
 }
 
 /// Moves a VM to another node, which was told to expect it; its guest runs on there if it runs. Answers like adding an
-/// image, and is carried out also if the client hangs up.
+/// image. A client that hangs up cancels it as long as the disk is hashed; from then on it is carried out.
 #[utoipa::path(post, path = "/v1/vms/{vm}/migrate", params(("vm" = String, Path,)), request_body = MigrateVm,
     responses((status = 200, body = Progress<Migrated>, content_type = "application/x-ndjson")))]
 async fn migrate_vm(
@@ -390,7 +390,10 @@ async fn migrate_vm(
     peer.must_be_admin()?;
     let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = to_the_end(async move { node.migrate(&name, request, Arc::default()).await });
+    let work = {
+        let progress = Arc::clone(&progress);
+        to_the_end(async move { node.migrate(&name, request, progress).await })
+    };
     Ok(lines(reported(work, progress), shutdown))
 }
 

@@ -267,6 +267,7 @@ async fn quiesced(entry: &Entry, quiesce: Quiesce) -> Result<Option<FrozenGuest>
         ApiError::conflict("not_quiesced", format!("'{name}' cannot be quiesced: {error}"))
             .with_hint("leave --quiesce out for what a power cut would leave")
     })?;
+    tracing::info!(vm = %name, filesystems = frozen.filesystems(), "guest quiesced");
     Ok(Some(frozen))
 }
 

@@ -174,7 +174,8 @@ impl Qemu {
         Ok(Migration { driver })
     }
 
-    /// How far the migration of this guest is that is under way or was the last; `None` if there was none.
+    /// For tests: how far the migration of this guest is that is under way or was the last; `None` if there was none.
+    #[cfg(test)]
     pub(crate) async fn migration_progress(&self) -> Result<Option<Progress>, VmError> {
         let answer = self.control("query-migrate", json!({})).await?;
         Ok((Status::of(&answer) != Status::None).then(|| Progress::of(&answer)))
@@ -214,6 +215,7 @@ impl<'a> Migration<'a> {
     }
 
     /// Gives it up. Returns when the guest is as it was before.
+    #[cfg(test)]
     pub(crate) async fn cancel(mut self) -> Result<(), VmError> {
         self.driver.cancel().await
     }

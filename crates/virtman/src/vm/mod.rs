@@ -38,6 +38,7 @@ mod tests;
 pub(crate) use accel::{Accel, AccelChoice, AccelWish};
 pub(crate) use agent::Frozen as FrozenGuest;
 pub(crate) use machine::Platform;
+pub(crate) use migrate::Progress as MemoryProgress;
 pub(crate) use qemu::Qemu;
 pub(crate) use ready::Ready;
 pub(crate) use spec::{DirectBoot, OnFull, VmDisk, VmSpec};

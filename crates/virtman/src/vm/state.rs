@@ -87,6 +87,7 @@ impl Qemu {
     }
 
     /// Pauses the guest once what it asked its disk for is done. One that waits for room goes on doing that.
+    #[cfg(test)]
     pub(crate) async fn pause(&self) -> Result<(), VmError> {
         let _turn = self.run_turn().await;
         self.control("stop", json!({})).await?;

@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic like tests")]
 
 mod agent;
+mod cache;
 mod clones;
 mod cluster;
 mod daemons;

@@ -11,9 +11,11 @@ const CHUNKS: u32 = 60;
 
 const CHUNK: u64 = CHUNK_BYTES as u64;
 
-/// A medium that holds up everything that has to wait for a device, from when it is closed until it is opened.
+/// A medium that can be closed. Then what it holds is not in memory any more, and whatever has to wait for the device is
+/// held up until the medium is opened: reads when they have brought the bytes into memory, writes before.
 struct Gated {
     media: MemoryMedia,
+    is_in_memory: AtomicBool,
     is_closed: Mutex<bool>,
     opened: Condvar,
     waiting: watch::Sender<u32>,
@@ -23,19 +25,17 @@ impl Gated {
     fn new(slots: u64) -> Arc<Gated> {
         Arc::new(Gated {
             media: MemoryMedia::new((slots + 1) * CHUNK),
+            is_in_memory: AtomicBool::new(true),
             is_closed: Mutex::new(false),
             opened: Condvar::new(),
             waiting: watch::Sender::new(0),
         })
     }
 
-    fn close(&self) {
+    fn close(self: &Arc<Self>) -> Closed {
+        self.is_in_memory.store(false, Ordering::SeqCst);
         *self.is_closed.lock().unwrap() = true;
-    }
-
-    fn open(&self) {
-        *self.is_closed.lock().unwrap() = false;
-        self.opened.notify_all();
+        Closed(Arc::clone(self))
     }
 
     fn pass(&self) {
@@ -49,14 +49,28 @@ impl Gated {
     }
 }
 
+/// A medium is closed. Dropping this opens it, also when a test fails: else its runtime would never end.
+struct Closed(Arc<Gated>);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        *self.0.is_closed.lock().unwrap() = false;
+        self.0.opened.notify_all();
+    }
+}
+
 impl Media for Gated {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.is_in_memory.store(true, Ordering::SeqCst);
         self.pass();
         self.media.read_at(offset, buf)
     }
 
-    fn read_at_now(&self, _: u64, _: &mut [u8]) -> io::Result<Now> {
-        Ok(Now::Wait)
+    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
+        if !self.is_in_memory.load(Ordering::SeqCst) {
+            return Ok(Now::Wait);
+        }
+        self.media.read_at_now(offset, buf)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -187,7 +201,7 @@ async fn who_reads_from_a_medium_that_is_removed_finishes_and_only_then_is_it_cl
     group.settled().await;
     add(&group, "spare", &spare).await.unwrap();
 
-    gated.close();
+    let closed = gated.close();
     let reader = tokio::spawn(async move {
         fetch_all(&source, [0]).await;
         source
@@ -205,7 +219,7 @@ async fn who_reads_from_a_medium_that_is_removed_finishes_and_only_then_is_it_cl
     assert!(matches!(&again, Err(CacheError::Taken(why)) if why.contains("still leaving")), "{again:?}");
     assert!(!remover.is_finished() && !reader.is_finished());
 
-    gated.open();
+    drop(closed);
     let source = reader.await.unwrap();
     remover.await.unwrap().unwrap();
     assert_eq!(status(&group, "slow"), None);
@@ -222,16 +236,17 @@ async fn a_chunk_on_its_way_to_a_medium_that_is_removed_is_answered_and_not_stor
     let group = CacheGroup::from_media(vec![("slow".to_owned(), gated.clone() as _)]).unwrap();
     let origin = Origin::open(3);
     let source = group.over(origin.clone());
-    gated.close();
+    let closed = gated.close();
     fetch_all(&source, 0..2).await;
     gated.until_waiting(1).await;
     add(&group, "spare", &medium(4, 1)).await.unwrap();
-    let (removed, ()) = tokio::join!(group.remove("slow"), async {
-        while status(&group, "slow").unwrap().state != MediumState::Leaving {
+    let (still, leaving) = (&source, &group);
+    let (removed, ()) = tokio::join!(group.remove("slow"), async move {
+        while status(leaving, "slow").unwrap().state != MediumState::Leaving {
             tokio::task::yield_now().await;
         }
-        fetch_all(&source, 0..2).await;
-        gated.open();
+        fetch_all(still, 0..2).await;
+        drop(closed);
     });
     removed.unwrap();
     group.settled().await;
@@ -242,6 +257,33 @@ async fn a_chunk_on_its_way_to_a_medium_that_is_removed_is_answered_and_not_stor
     group.settled().await;
     fetch_all(&source, 0..3).await;
     assert_eq!(origin.asked().len(), 5);
+}
+
+#[tokio::test]
+async fn what_comes_from_the_device_is_read_by_nobody_before_it_is_verified() {
+    let gated = Gated::new(4);
+    let group = CacheGroup::from_media(vec![("rotten".to_owned(), gated.clone() as _)]).unwrap();
+    let origin = Origin::open(1);
+    let source = group.over(origin.clone());
+    fetch_all(&source, [0]).await;
+    group.settled().await;
+    let (hint, mut buf) = (SlotHint::default(), [0; 100]);
+    assert_eq!(source.read_now(&hash(0), &hint, 0, &mut buf), Now::Done);
+    assert_eq!(buf, chunk(0).bytes()[..100]);
+
+    let closed = gated.close();
+    for slot in 1..5 {
+        gated.media.write_at(slot * CHUNK, &[0xbb; 100]).unwrap();
+    }
+    let whole = {
+        let source = Arc::clone(&source);
+        tokio::spawn(async move { fetch_all(&source, [0]).await })
+    };
+    gated.until_waiting(1).await;
+    assert_eq!(source.read_now(&hash(0), &hint, 0, &mut buf), Now::Wait, "{buf:x?}");
+    drop(closed);
+    whole.await.unwrap();
+    assert_eq!((origin.asked().len(), group.media()[0].failures), (2, 1));
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use crate::api::compute::{HandOver, LiveGuest, MigrateVm, Migrated, MovingState,
 use crate::http::{ApiError, Client, ClientError, Target};
 use crate::identity::Principal;
 use crate::identity::tls::{self, Alpn, Expected};
-use crate::vm::Qemu;
+use crate::vm::{MemoryProgress, Qemu};
 
 /// Most rounds in which what a guest writes is sent after it. One that writes faster than that is left to the last.
 pub(super) const ROUNDS_MAX: u32 = 60;
@@ -152,9 +152,9 @@ impl Move<'_> {
         // All that is above this layer is still to be sent. It is held, so that it is not merged.
         let mut since = self.freeze().await?;
         let done = async {
-            let carried = self.carry(&since, progress).await?;
+            let carried = self.carry(&since, Arc::clone(&progress)).await?;
             self.node.reached("carried");
-            self.with_target(guest.as_deref(), carried, &mut since).await
+            self.with_target(guest.as_deref(), carried, &mut since, &progress).await
         };
         let done = done.await;
         self.node.vms.release(since).await;
@@ -186,13 +186,14 @@ impl Move<'_> {
         guest: Option<&Qemu>,
         carried: Option<ImageName>,
         since: &mut Arc<Layer>,
+        progress: &ImportProgress,
     ) -> Result<Migrated, ApiError> {
         let offer = self.offer(guest, carried)?;
         let path = format!("/v1/incoming/{}", self.name());
         self.target.post::<()>(&format!("{path}/receive"), &offer).await.map_err(|e| self.refused(e))?;
         self.node.reached("received");
         let moved = match guest {
-            Some(guest) => self.live(guest, since).await,
+            Some(guest) => self.live(guest, since, progress).await,
             None => self.still(since).await,
         };
         if moved.is_err() && !self.node.vms.moved().contains_key(self.name()) {
@@ -254,7 +255,12 @@ impl Move<'_> {
     }
 
     /// Moves a VM whose guest runs on.
-    async fn live(&self, guest: &Qemu, since: &mut Arc<Layer>) -> Result<Migrated, ApiError> {
+    async fn live(
+        &self,
+        guest: &Qemu,
+        since: &mut Arc<Layer>,
+        progress: &ImportProgress,
+    ) -> Result<Migrated, ApiError> {
         let failed = |e: crate::vm::VmError| {
             ApiError::conflict("not_moved", format!("'{}' stays on this node: {e}", self.name()))
         };
@@ -264,7 +270,11 @@ impl Move<'_> {
         let tunnel = self.tunnel(&socket).await?;
         let migration = guest.begin_migration(&socket, None).await.map_err(failed)?;
         let paused = {
-            let mut paused = pin!(migration.until_paused(|_| {}));
+            let report = |memory: MemoryProgress| {
+                progress.begin(memory.transferred_bytes + memory.remaining_bytes);
+                progress.add_done(memory.transferred_bytes);
+            };
+            let mut paused = pin!(migration.until_paused(report));
             loop {
                 tokio::select! {
                     paused = &mut paused => break paused.map_err(failed)?,
@@ -275,8 +285,14 @@ impl Move<'_> {
             }
         };
         let began = Instant::now();
+        tracing::info!(vm = %self.name(), progress = ?paused.progress(), rounds = sent.rounds, "the guest stands still");
         self.node.reached("paused");
-        self.round(since, &mut sent).await?;
+        if let Err(error) = self.round(since, &mut sent).await {
+            if let Err(error) = paused.cancel().await {
+                tracing::error!(vm = %self.name(), %error, "a guest that is not moved does not go on");
+            }
+            return Err(error);
+        }
         self.node.reached("disk sent");
         let memory = paused.complete().await.map_err(failed)?;
         self.node.reached("memory sent");
