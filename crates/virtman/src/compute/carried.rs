@@ -117,7 +117,7 @@ mod tests {
     fn a_read_is_cut_at_chunks() {
         let chunk = CHUNK_BYTES as u64;
         let pieces = |offset, len| Carried::pieces(offset, len).collect::<Vec<_>>();
-        assert_eq!(pieces(0, 10), [0..10]);
+        assert_eq!(pieces(7, CHUNK_BYTES - 7).len(), 1);
         assert_eq!(pieces(chunk - 1, 2), [0..1, 1..2]);
         assert_eq!(
             pieces(chunk - 1, 2 + CHUNK_BYTES),

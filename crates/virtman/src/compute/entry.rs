@@ -100,7 +100,7 @@ pub(super) enum Guest {
 
 impl Entry {
     /// The VM of this record, whose disk has `top` as its topmost layer. It is exported at `socket`.
-    pub(super) fn open(record: Record, top: Arc<Layer>, socket: PathBuf) -> Result<Arc<Entry>, String> {
+    pub(super) fn open(record: Record, top: Arc<Layer>, socket: &Path) -> Result<Arc<Entry>, String> {
         let disk = Arc::new(WatchedDisk::new(Chain::new(Arc::clone(top.overlay()))));
         let entry = Entry {
             name: record.name.clone(),
@@ -115,11 +115,11 @@ impl Entry {
     }
 
     /// Exports the disk, if it is not.
-    pub(super) fn export_at(&self, socket: PathBuf) -> Result<(), String> {
+    pub(super) fn export_at(&self, socket: &Path) -> Result<(), String> {
         let mut export = self.export.lock().unwrap_or_else(PoisonError::into_inner);
         if export.is_none() {
             let opened =
-                ExportSocket::open(socket.clone(), self.name.to_string(), Arc::clone(&self.disk) as _);
+                ExportSocket::open(socket.to_owned(), self.name.to_string(), Arc::clone(&self.disk) as _);
             let opened = opened.map_err(|e| format!("cannot open the socket {}: {e}", socket.display()))?;
             *export = Some(opened);
         }

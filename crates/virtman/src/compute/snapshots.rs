@@ -179,7 +179,7 @@ impl Vms {
         entry.close_export();
         let changed = Record { top: next.id(), ..record };
         let done = self.put_on_top(&entry, changed, next, Quiesce::No).await;
-        entry.export_at(self.disk_socket(name)).map_err(ApiError::internal)?;
+        entry.export_at(&self.disk_socket(name)).map_err(ApiError::internal)?;
         done?;
         self.release(old).await;
         tracing::info!(vm = %name, %snapshot, "disk set back to a snapshot");

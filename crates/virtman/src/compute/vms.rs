@@ -116,7 +116,7 @@ impl Vms {
     pub(super) fn open_incoming(&self, record: Record) -> Result<(Arc<Entry>, Option<Qemu>), String> {
         let (dir, socket) = (self.dir(&record.name), self.disk_socket(&record.name));
         let top = self.layers.open_top(record.top)?;
-        Ok((Entry::open(record, top, socket)?, Qemu::adopt(&dir)))
+        Ok((Entry::open(record, top, &socket)?, Qemu::adopt(&dir)))
     }
 
     /// Lets a guest that came from another node go on, if it was not told to.
@@ -132,7 +132,7 @@ impl Vms {
             Ok(()) => entry.become_known(record, entry.top()),
             // It is told to go on once more at the next start, which does no harm.
             Err(error) => {
-                tracing::warn!(vm = %record.name, %error, "that a guest goes on cannot be remembered")
+                tracing::warn!(vm = %record.name, %error, "that a guest goes on cannot be remembered");
             }
         }
     }
@@ -275,7 +275,7 @@ impl Vms {
         let made = tokio::task::spawn_blocking(move || {
             let top = make()?;
             let id = top.id();
-            let added = add_files(&dir, new.record(&node, &top, asked), top, socket);
+            let added = add_files(&dir, &new.record(&node, &top, asked), top, &socket);
             if added.is_err() {
                 layers.release(id);
             }
@@ -468,7 +468,7 @@ impl Vms {
         let dir = self.dir(&record.name);
         let socket = self.disk_socket(&record.name);
         let top = self.layers.open_top(record.top)?;
-        let entry = Entry::open(record, top, socket)?;
+        let entry = Entry::open(record, top, &socket)?;
         if let Some(guest) = Qemu::adopt(&dir) {
             tracing::info!(vm = %entry.name(), pid = guest.pid(), "guest still runs");
             let guest = Arc::new(guest);
@@ -568,13 +568,13 @@ impl NewVm {
 }
 
 /// Makes a VM's directory with its record, and opens its export. Leaves nothing behind if it fails.
-fn add_files(dir: &Path, record: Record, top: Arc<Layer>, socket: PathBuf) -> Result<Arc<Entry>, String> {
+fn add_files(dir: &Path, record: &Record, top: Arc<Layer>, socket: &Path) -> Result<Arc<Entry>, String> {
     // A directory that is there belongs to a VM that could not be opened: it is not ours to touch.
     fs::create_dir(dir).map_err(|e| format!("{}: {e}; see the node's log", dir.display()))?;
     let add = || {
         let entry = Entry::open(record.clone(), top, socket)?;
         let file = dir.join(RECORD);
-        files::write_record(&file, &record).map_err(|e| format!("{}: {e}", file.display()))?;
+        files::write_record(&file, record).map_err(|e| format!("{}: {e}", file.display()))?;
         let parent = dir.parent().unwrap_or(dir);
         files::sync_dir(parent).map_err(|e| format!("{}: {e}", parent.display()))?;
         Ok(entry)

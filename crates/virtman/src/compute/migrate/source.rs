@@ -247,7 +247,7 @@ impl Move<'_> {
             Err(error) => {
                 if self.node.vms.get(self.name()).is_ok() {
                     let socket = self.node.vms.disk_socket(self.name());
-                    self.entry.export_at(socket).map_err(ApiError::internal)?;
+                    self.entry.export_at(&socket).map_err(ApiError::internal)?;
                 }
                 Err(error)
             }

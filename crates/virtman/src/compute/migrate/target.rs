@@ -137,9 +137,8 @@ impl Coming {
         let mut arrived = self.arrived.subscribe();
         let outcome = tokio::time::timeout(ARRIVAL_TIMEOUT, arrived.wait_for(Option::is_some)).await;
         let outcome = outcome.map_err(|_| "its memory does not arrive".to_owned())?;
-        match &*outcome.map_err(|e| e.to_string())? {
-            Some(Err(reason)) => return Err(reason.clone()),
-            Some(Ok(())) | None => {}
+        if let Some(Err(reason)) = &*outcome.map_err(|e| e.to_string())? {
+            return Err(reason.clone());
         }
         match qemu.state().await.map_err(|e| e.to_string())? {
             RunState::Paused | RunState::Prelaunch | RunState::InMigrate => Ok(()),
@@ -320,7 +319,7 @@ impl Node {
         let top = record.top;
         let top = tokio::task::spawn_blocking(move || layers.open_top(top)).await;
         let top = top.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
-        let entry = Entry::open(record, top, self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
+        let entry = Entry::open(record, top, &self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
         let qemu = match (&request.live, &request.start) {
             (Some(live), Some(start)) => {
                 let spec = self.vms.spec(&entry.record(), start, live.accel, Some(live.platform.clone()))?;
