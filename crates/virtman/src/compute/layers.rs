@@ -504,18 +504,23 @@ impl Layers {
         })
     }
 
-    /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed.
+    /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed. Refused if
+    /// somebody came to need `lower` meanwhile.
     pub(super) fn merged(&self, Merge { lower, upper }: &Merge) -> Result<(), String> {
-        {
+        let unneeded = {
             let mut forest = self.forest();
-            let below = lower.below();
-            self.stand(&mut forest, upper, below)?;
+            let known = forest.layers.get(&lower.id).ok_or("the layer was removed meanwhile")?;
+            if known.holders > 0 || !known.children.iter().eq([&upper.id]) {
+                return Err(format!("layer {} is needed by itself now", lower.id));
+            }
+            self.stand(&mut forest, upper, lower.below())?;
             if let Some(known) = forest.layers.get_mut(&lower.id) {
                 known.children.remove(&upper.id);
             }
-        }
-        // Nobody holds it: counting down from nothing leaves nothing.
-        self.release(lower.id);
+            forest.take_unneeded(lower.id)
+        };
+        self.remove(&unneeded);
+        self.merges.notify_one();
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! A node's HTTP API: who may ask what, and what follows.
 //!
 //! Only administrators may: the one on this host through the UNIX socket, others by certificate. Nodes
-//! have nothing to command each other; they speak over links.
+//! have nothing to command each other; they speak over links. But a node takes a VM from the node that an administrator
+//! named to it.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -299,11 +299,61 @@ fn refusals_a_removed_node_gets_no_answer_from_volt_or_from_other_nodes() {
     says(&refused, &["removed from the cluster"]);
 }
 
+#[test]
+fn refusals_a_node_brings_no_vm_that_no_administrator_named() {
+    let cluster = Cluster::with_nodes(&["o", "n", "m"]);
+    let source = cluster.path("source");
+    make_raw(&source, 1, 9);
+    let image = cluster.json(&["--node", "o", "image", "add", "disk:1", source.to_str().unwrap()]);
+    let request = |method: &str, path: &str, body: &str| {
+        let length = body.len();
+        format!(
+            "{method} {path} HTTP/1.1\r\nHost: virtman\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+    };
+    let id = image["id"].as_str().unwrap();
+    let offer = format!(
+        "{{\"image\":\"disk:1\",\"image_id\":\"{id}\",\"size_bytes\":1048576,\"disk_ms\":0,\"created_unix_ms\":0,\"serial\":\"s\"}}"
+    );
+    let node = cluster.node_dir("n").join("identity");
+    let target = cluster.node_address("o");
+    let asks = |method: &str, path: &str, body: &str| {
+        s_client_asks(target, Some(&node), &request(method, path, body))
+    };
+    let expect = format!("{{\"from\":\"n\",\"address\":\"{}\"}}", cluster.node_address("n"));
+    says(&asks("PUT", "/v1/incoming/x", &expect), &["HTTP/1.1 403", "no administrator"]);
+    says(
+        &asks("POST", "/v1/incoming/x/receive", &offer),
+        &["HTTP/1.1 403", "no administrator said that 'x' may come from n"],
+    );
+    says(&asks("POST", "/v1/incoming/x/take", "null"), &["HTTP/1.1 404"]);
+
+    // What was said of another node is of no use to this one.
+    let other = format!("{{\"from\":\"m\",\"address\":\"{}\"}}", cluster.node_address("m"));
+    let admin = cluster.path("admin");
+    says(&s_client_asks(target, Some(&admin), &request("PUT", "/v1/incoming/x", &other)), &["HTTP/1.1 204"]);
+    says(&asks("POST", "/v1/incoming/x/receive", &offer), &["HTTP/1.1 403"]);
+    assert_eq!(entries(&cluster.node_dir("o").join("vms")), 0);
+
+    says(&s_client_asks(target, Some(&admin), &request("PUT", "/v1/incoming/x", &expect)), &["HTTP/1.1 204"]);
+    says(&asks("POST", "/v1/incoming/x/receive", &offer), &["HTTP/1.1 204"]);
+    says(&asks("POST", "/v1/incoming/x/take", "null"), &["HTTP/1.1 409", "not all of 'x' is here"]);
+    // Its node knows of no move, so it is forgotten.
+    wait_for("nothing is left of what does not come", Duration::from_secs(30), || {
+        (entries(&cluster.node_dir("o").join("vms")) == 0).then_some(())
+    });
+}
+
 /// What a raw client asks for.
 const REQUEST: &str = "GET /v1/status HTTP/1.1\r\nHost: virtman\r\nConnection: close\r\n\r\n";
 
 /// What `openssl s_client` has to tell after it sent a request, with these credentials or with none.
 fn s_client(address: &str, credentials: Option<&Path>) -> String {
+    s_client_asks(address, credentials, REQUEST)
+}
+
+/// The same with another request.
+fn s_client_asks(address: &str, credentials: Option<&Path>, request: &str) -> String {
     let mut command = Command::new("timeout");
     command.args(["30", "openssl", "s_client", "-connect", address, "-alpn", "http/1.1", "-ign_eof"]);
     if let Some(dir) = credentials {
@@ -313,7 +363,7 @@ fn s_client(address: &str, credentials: Option<&Path>) -> String {
     let mut client = command.spawn().unwrap();
     let mut stdin = client.stdin.take().unwrap();
     // A client that was refused may be gone already.
-    let _ = stdin.write_all(REQUEST.as_bytes());
+    let _ = stdin.write_all(request.as_bytes());
     drop(stdin);
     both(&client.wait_with_output().unwrap())
 }
