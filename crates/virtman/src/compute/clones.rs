@@ -208,12 +208,12 @@ impl Node {
     }
 }
 
-fn quiesce_of(quiesce: bool) -> Quiesce {
+pub(super) fn quiesce_of(quiesce: bool) -> Quiesce {
     if quiesce { Quiesce::Yes } else { Quiesce::No }
 }
 
 /// The ranges that are in any of these lists, in order and apart from each other.
-fn union(lists: impl Iterator<Item = Vec<Range<u64>>>) -> Vec<Range<u64>> {
+pub(super) fn union(lists: impl Iterator<Item = Vec<Range<u64>>>) -> Vec<Range<u64>> {
     let mut all: Vec<Range<u64>> = lists.flatten().collect();
     all.sort_by_key(|range| range.start);
     let mut union: Vec<Range<u64>> = Vec::new();

@@ -38,7 +38,7 @@ const RECORD: &str = "vm.json";
 /// All VMs of a node.
 pub(crate) struct Vms {
     pub(super) node: NodeName,
-    layout: Layout,
+    pub(super) layout: Layout,
     pub(super) layers: Arc<Layers>,
     vms: RwLock<BTreeMap<VmName, Arc<Entry>>>,
     locks: [tokio::sync::Mutex<()>; LOCKS],
@@ -250,7 +250,7 @@ impl Vms {
             on_full: request.on_full,
             platform: None,
         };
-        entry.disk.forget_first_read();
+        entry.boots_anew();
         let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
             VmError::Unfit(why) => ApiError::bad_request("bad_vm", why),
             other => ApiError::internal(format!("cannot start '{name}': {other}")),
@@ -292,7 +292,10 @@ impl Vms {
         })?;
         let started = unix_ms(guest.started());
         let first_read_ms = entry.disk.first_read_unix_ms().map(|ms| ms.saturating_sub(started));
-        Ok(VmReady { first_read_ms, ready_ms: u64::try_from(ready.as_millis()).unwrap_or(u64::MAX) })
+        let ready_ms = u64::try_from(ready.as_millis()).unwrap_or(u64::MAX);
+        let ready = VmReady { first_read_ms, ready_ms };
+        entry.note_ready(ready);
+        Ok(ready)
     }
 
     /// Ends a VM's guest; its disk stays. Ending it again changes nothing.
