@@ -40,7 +40,7 @@ mod volume;
 pub use derived::{DeriveRequest, Derived, DerivedDescription, DerivedImage, Kind, derive, kind};
 pub use difference::{Difference, difference};
 pub use error::ImportError;
-pub use export::{Backing, ExportError, Exported, Qcow2Request, write_qcow2};
+pub use export::{BACKING_NAME_MAX, Backing, ExportError, Exported, Qcow2Request, write_qcow2};
 pub use import::{ImportProgress, ImportRequest, Imported, RemoteRequest, import, import_remote};
 pub use layout::{Keep, Novelty, list, remove, sweep};
 pub use manifest::{ManifestError, ROOT_PAGE_BYTES_MAX, RootPage};

@@ -72,7 +72,7 @@ fn facts(details: &VmDetails, now: u64) -> Vec<(&'static str, String)> {
         "cache",
         format!("{} hits, {} misses, of all VMs on node {}", cache.hits, cache.misses, vm.node),
     ));
-    facts.push(("boot", boot(&details.boot)));
+    facts.push(("boot", boot(&details.boot, now)));
     facts
 }
 
@@ -102,10 +102,11 @@ fn parents(details: &VmDetails) -> String {
 }
 
 /// How far the last boot came, in the order in which it happens.
-fn boot(boot: &BootTimeline) -> String {
+fn boot(boot: &BootTimeline, now: u64) -> String {
     let mut steps = vec![format!("disk after {} ms", boot.disk_ms)];
-    steps.extend(boot.first_read_ms.map(|ms| format!("first read {ms} ms after the start")));
-    steps.extend(boot.ready_ms.map(|ms| format!("ready {ms} ms after the start")));
+    steps.extend(boot.started_unix_ms.map(|at| format!("guest started {}", ago(now, at))));
+    steps.extend(boot.first_read_ms.map(|ms| format!("first read {ms} ms later")));
+    steps.extend(boot.ready_ms.map(|ms| format!("ready {ms} ms after its start")));
     steps.join(", ")
 }
 
@@ -162,12 +163,13 @@ mod tests {
     #[test]
     fn a_boot_is_told_as_far_as_it_came() {
         let mut timeline = BootTimeline { disk_ms: 4, ..BootTimeline::default() };
-        assert_eq!(boot(&timeline), "disk after 4 ms");
+        assert_eq!(boot(&timeline, 0), "disk after 4 ms");
+        timeline.started_unix_ms = Some(1_000);
         timeline.first_read_ms = Some(90);
         timeline.ready_ms = Some(9000);
         assert_eq!(
-            boot(&timeline),
-            "disk after 4 ms, first read 90 ms after the start, ready 9000 ms after the start"
+            boot(&timeline, 61_000),
+            "disk after 4 ms, guest started 1 min ago, first read 90 ms later, ready 9000 ms after its start"
         );
     }
 }

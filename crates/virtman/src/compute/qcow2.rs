@@ -16,8 +16,8 @@ use std::time::Instant;
 use block::limits::CHUNK_BYTES;
 use block::{ChunkIndex, SnapshotName, VmName};
 use image::{
-    Backing, ExportError, Exported, Format, ImportError, ImportProgress, Keep, Qcow2Layer, Qcow2Request,
-    TakeOverError, difference,
+    BACKING_NAME_MAX, Backing, ExportError, Exported, Format, ImportError, ImportProgress, Keep, Qcow2Layer,
+    Qcow2Request, TakeOverError, difference,
 };
 use tokio::runtime::Handle;
 
@@ -31,9 +31,6 @@ use crate::api::compute::Vm;
 use crate::api::export::ExportName;
 use crate::api::qcow2::{BackingFile, ExportBacking, ExportSnapshot, ImportVm, SnapshotExported, VmImported};
 use crate::http::ApiError;
-
-/// Longest name of a backing file that qcow2 has room for, in bytes.
-const BACKING_NAME_MAX: usize = 1023;
 
 impl Node {
     /// Writes a snapshot as a qcow2 file.
@@ -86,11 +83,11 @@ impl Node {
             ));
         }
         if path.symlink_metadata().is_ok() {
-            return Err(export_refused(ExportError::Exists(path.to_owned())));
+            return Err(export_refused(&ExportError::Exists(path.to_owned())));
         }
         let dir = path.parent().unwrap_or(path).canonicalize().map_err(|error| {
             let (path, reason) = (path.to_owned(), error.to_string());
-            export_refused(ExportError::Unwritable { path, reason })
+            export_refused(&ExportError::Unwritable { path, reason })
         })?;
         if dir.starts_with(self.vms.layout.dir()) {
             return Err(ApiError::bad_request(
@@ -119,7 +116,7 @@ impl Node {
         let request = Qcow2Request { path, disk, runtime: Handle::current(), data, backing: backing.clone() };
         let written = tokio::task::spawn_blocking(move || image::write_qcow2(&request, &progress));
         let written = written.await.map_err(|e| ApiError::internal(e.to_string()))?;
-        Ok((written.map_err(export_refused)?, backing))
+        Ok((written.map_err(|error| export_refused(&error))?, backing))
     }
 
     /// What a file with a VM's disk builds upon.
@@ -249,7 +246,7 @@ fn format_by_name(name: &str) -> Format {
     format.unwrap_or(Format::Raw)
 }
 
-fn export_refused(error: ExportError) -> ApiError {
+fn export_refused(error: &ExportError) -> ApiError {
     let message = error.to_string();
     match error {
         ExportError::Exists(_) => ApiError::conflict("file_exists", message),
