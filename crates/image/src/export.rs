@@ -37,7 +37,7 @@ const CLUSTER_BYTES: usize = CHUNK_BYTES;
 const SECTOR_BYTES: u64 = 512;
 
 /// Longest name of a backing file in bytes; the format has no more room.
-const BACKING_NAME_MAX: usize = 1023;
+pub const BACKING_NAME_MAX: usize = 1023;
 
 /// What to write, and where.
 #[derive(Clone)]

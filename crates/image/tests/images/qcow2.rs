@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::{Access, BoxFuture, Disk, DiskError, Extent};
 use image::{
     Backing, ExportError, Exported, ImportError, ImportProgress, LayerExtent, Qcow2Layer, Qcow2Request,
-    write_qcow2,
+    TakeOverError, take_over, write_qcow2,
 };
 use proptest::prelude::*;
 use tokio::runtime::Runtime;
@@ -316,6 +316,115 @@ fn overlay(options: &str) -> Bench {
         bench.qemu_io(command, "overlay.qcow2");
     }
     bench
+}
+
+/// A disk that takes writes until something happens, at the first one behind its first mebibytes.
+struct Written {
+    disk: Sparse,
+    event: Option<Event>,
+    flushed: AtomicBool,
+}
+
+impl Written {
+    fn over(base: &Sparse, event: Option<Event>) -> Written {
+        Written { disk: base.grown(0), event, flushed: AtomicBool::new(false) }
+    }
+
+    fn change(&self, offset: u64, data: &[u8]) -> BoxFuture<'_, Result<(), DiskError>> {
+        match &self.event {
+            _ if offset < 20 * MIB => {}
+            Some(Event::Fails) => return Box::pin(async { Err(DiskError::NoSpace) }),
+            Some(Event::Cancelled(progress)) => {
+                progress.cancel();
+                return Box::pin(std::future::pending());
+            }
+            Some(Event::Overtaken(path)) => fs::write(path, b"another").unwrap(),
+            None => {}
+        }
+        self.disk.put(offset, data);
+        Box::pin(async { Ok(()) })
+    }
+}
+
+impl Disk for Written {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes()
+    }
+
+    fn access(&self) -> Access {
+        Access::ReadWrite
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        self.disk.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
+        assert!(data.len() as u64 <= MIB, "nobody holds more in memory");
+        self.change(offset, data)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.change(offset, &vec![0; len as usize])
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.disk.discard(offset, len)
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
+        self.flushed.store(true, Ordering::SeqCst);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
+        self.disk.extents(offset, len)
+    }
+}
+
+/// A disk of noise with data and zeroes written over it, and the file in which these are.
+fn changed(bench: &Bench, runtime: &Runtime) -> (Sparse, Arc<Sparse>, Qcow2Layer) {
+    let base = Sparse::new(30 * MIB);
+    base.put(0, &noise(1, 30 << 20));
+    let disk = Arc::new(base.grown(0));
+    let writes = [(3, noise(2, 3_000_000)), (9 * MIB, vec![0; 200_000]), (25 * MIB, noise(3, 1_500_000))];
+    let data = writes.iter().map(|(at, bytes)| disk.put(*at, bytes)).collect();
+    let request = request(bench, runtime, &disk, data, Some("base.raw"));
+    write(&request).unwrap();
+    (base, disk, Qcow2Layer::open(&request.path).unwrap())
+}
+
+#[test]
+fn what_a_file_has_of_its_own_is_taken_over_whole_and_durable() {
+    let (bench, runtime) = (Bench::new(), runtime());
+    let (base, disk, layer) = changed(&bench, &runtime);
+    let (target, progress) = (Written::over(&base, None), ImportProgress::default());
+    let bytes = take_over(&layer, &target, runtime.handle(), &progress).unwrap();
+    let own = layer.extents().map(|extent| range_of(&extent.unwrap())).map(|range| range.end - range.start);
+    assert_eq!(bytes, own.sum::<u64>());
+    assert_eq!((progress.bytes_done(), progress.bytes_total()), (30 * MIB, 30 * MIB));
+    assert!(target.flushed.load(Ordering::SeqCst));
+    assert_eq!(target.disk.positions(), disk.positions());
+    for position in disk.positions() {
+        assert!(target.disk.chunk(position) == disk.chunk(position), "chunk {position} differs");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_taken_over_says_why() {
+    let (bench, runtime) = (Bench::new(), runtime());
+    let (base, _, layer) = changed(&bench, &runtime);
+    let progress = Arc::new(ImportProgress::default());
+    let run = |event| take_over(&layer, &Written::over(&base, Some(event)), runtime.handle(), &progress);
+    let full = run(Event::Fails);
+    assert!(matches!(full, Err(TakeOverError::Disk(DiskError::NoSpace))), "{full:?}");
+    let changed = run(Event::Overtaken(bench.file("out.qcow2")));
+    assert!(matches!(changed, Err(TakeOverError::File(_))), "{changed:?}");
+    fs::remove_file(bench.file("out.qcow2")).unwrap();
+    let (_, _, layer) = self::changed(&bench, &runtime);
+    let target = Written::over(&base, Some(Event::Cancelled(Arc::clone(&progress))));
+    let cancelled = take_over(&layer, &target, runtime.handle(), &progress);
+    assert!(matches!(cancelled, Err(TakeOverError::File(ImportError::Cancelled))), "{cancelled:?}");
 }
 
 fn range_of(extent: &LayerExtent) -> Range<u64> {

@@ -270,7 +270,7 @@ pub(crate) struct WaitReady {
 }
 
 /// A guest is ready.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
 pub(crate) struct VmReady {
     /// Time from its hypervisor's start to its first read of the disk.
     pub(crate) first_read_ms: Option<u64>,

@@ -4,8 +4,10 @@
 //! durations milliseconds, times milliseconds since the UNIX epoch; a field's name says so.
 
 pub(crate) mod compute;
+pub(crate) mod details;
 pub(crate) mod export;
 pub(crate) mod profile;
+pub(crate) mod qcow2;
 pub(crate) mod volt;
 
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -279,7 +279,8 @@ pub(super) async fn follow<T: DeserializeOwned + Send + 'static>(
     Err(Failure::new("the node ended before it was done: see its log, then try again"))
 }
 
-fn absolute(path: &Path) -> Outcome<PathBuf> {
+/// The path of a file that is there, as a node on this host can open it.
+pub(super) fn absolute(path: &Path) -> Outcome<PathBuf> {
     fs::canonicalize(path).map_err(|e| Failure::new(format!("cannot open {}: {e}", path.display())))
 }
 

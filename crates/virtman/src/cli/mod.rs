@@ -4,6 +4,7 @@ mod boot;
 mod cache;
 mod clone;
 mod context;
+mod details;
 mod export;
 mod image;
 mod migrate;
@@ -103,6 +104,11 @@ pub(crate) enum Command {
     },
     /// List VMs
     List,
+    /// Show everything about a VM: its disk's layers, snapshots, exports, and how it came up
+    Show {
+        /// The VM
+        vm: VmName,
+    },
     /// Make copies of a VM's disk, on its node or on others
     Clone(clone::CloneArgs),
     /// Move a VM to another node, while its guest runs or not
@@ -264,8 +270,11 @@ pub(crate) struct CreateArgs {
     /// The image below its disk
     #[arg(long)]
     pub(crate) image: ImageName,
+    /// Go on where this qcow2 file ends, which was made on the image; the backing file that it names is not opened
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from: Option<PathBuf>,
     /// Size of the disk, such as 20G; may exceed the image's
-    #[arg(long)]
+    #[arg(long, conflicts_with = "from")]
     pub(crate) size: Option<ByteSize>,
     /// Also let hypervisors elsewhere open it over this protocol; over NBD it can be opened anyway
     #[arg(long, value_name = "PROTOCOL", requires = "access")]

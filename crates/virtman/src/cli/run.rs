@@ -10,7 +10,9 @@ use tracing_subscriber::EnvFilter;
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{note, print, print_json, say};
-use super::{Cli, Command, VoltCommand, boot, cache, clone, export, image, migrate, show, snapshot, vm};
+use super::{
+    Cli, Command, VoltCommand, boot, cache, clone, details, export, image, migrate, show, snapshot, vm,
+};
 use crate::api::volt::{NewToken, TokenIssued};
 use crate::coordinator::init::{Initialized, init};
 use crate::identity::AdminName;
@@ -69,6 +71,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Create(args) => vm::create(&context, args).await,
         Command::Destroy { vms } => vm::destroy(&context, vms).await,
         Command::List => vm::list(&context).await,
+        Command::Show { vm } => details::show(&context, vm).await,
         Command::Clone(args) => clone::clone(&context, args).await,
         Command::Migrate(args) => migrate::run(&context, args).await,
         Command::Commit(args) => clone::commit(&context, args).await,

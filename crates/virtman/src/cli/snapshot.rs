@@ -1,19 +1,26 @@
-//! `snapshot`, and `snapshot list|revert|delete`.
+//! `snapshot`, and `snapshot list|export|revert|delete`.
+
+use std::path::{Path, PathBuf};
 
 use block::{SnapshotName, VmName};
 use clap::{Args, Subcommand};
 
-use super::context::{Context, Failure, Outcome};
-use super::output::{Column, Table, note, print_json};
-use super::profile::age;
+use super::context::{Context, Failure, NodeClient, Outcome};
+use super::details::snapshot_table;
+use super::image::follow;
+use super::output::{note, print_json, say};
 use crate::api::compute::{SnapshotTaken, SnapshotView, TakeSnapshot, Vm};
 use crate::api::now_unix_ms;
+use crate::api::qcow2::{BackingFile, ExportBacking, ExportSnapshot, SnapshotExported};
 use crate::units::ByteSize;
 
 /// Take a snapshot of a VM's disk, while its guest runs or not.
 ///
 /// The snapshot is what a power cut at that moment would leave on the disk; the guest's writes wait for a few
 /// milliseconds. With --quiesce it writes out its file systems first, for which it needs the QEMU guest agent.
+///
+/// With --to the snapshot is also written as a qcow2 file on the VM's node: what the VM wrote over its image, or with
+/// --flatten the whole disk. If that fails or is interrupted, the snapshot is given up again.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct SnapshotArgs {
@@ -28,6 +35,37 @@ pub(crate) struct SnapshotArgs {
     /// Have the guest's agent freeze its file systems meanwhile
     #[arg(long)]
     quiesce: bool,
+    /// Also write it as a qcow2 file, which must not exist
+    #[arg(long, value_name = "FILE")]
+    to: Option<PathBuf>,
+    #[command(flatten)]
+    backing: BackingArgs,
+}
+
+/// What the file with a snapshot builds upon.
+#[derive(Debug, Args)]
+struct BackingArgs {
+    /// Write the whole disk, so that the file needs no other
+    #[arg(long, requires = "to", conflicts_with = "backing")]
+    flatten: bool,
+    /// What the file says that it builds upon, instead of the image as it can be opened on the node; not checked
+    #[arg(long, requires = "to", value_name = "FILE-OR-URI")]
+    backing: Option<String>,
+    /// The format of that; if absent, what its name ends with, else raw
+    #[arg(long, requires = "backing", value_parser = ["raw", "qcow2", "vmdk", "vhdx"])]
+    backing_format: Option<String>,
+}
+
+impl BackingArgs {
+    fn chosen(&self) -> ExportBacking {
+        match (&self.backing, self.flatten) {
+            (Some(name), _) => {
+                ExportBacking::Named { name: name.clone(), format: self.backing_format.clone() }
+            }
+            (None, true) => ExportBacking::Nothing,
+            (None, false) => ExportBacking::Image,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -36,6 +74,18 @@ enum SnapshotCommand {
     List {
         /// The VM
         vm: VmName,
+    },
+    /// Write a snapshot that was taken before as a qcow2 file on the VM's node
+    Export {
+        /// The VM
+        vm: VmName,
+        /// The snapshot
+        snapshot: SnapshotName,
+        /// The file, which must not exist
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+        #[command(flatten)]
+        backing: BackingArgs,
     },
     /// Set a VM's disk back to a snapshot; what was written since is lost
     ///
@@ -59,7 +109,7 @@ enum SnapshotCommand {
 pub(super) async fn run(context: &Context, args: &SnapshotArgs) -> Outcome {
     match (&args.command, &args.vm, &args.snapshot) {
         (Some(command), ..) => run_command(context, command).await,
-        (None, Some(vm), Some(snapshot)) => take(context, vm, snapshot, args.quiesce).await,
+        (None, Some(vm), Some(snapshot)) => take(context, vm, snapshot, args).await,
         _ => Err(Failure::new("say which VM, and how its snapshot is to be called")),
     }
 }
@@ -67,6 +117,10 @@ pub(super) async fn run(context: &Context, args: &SnapshotArgs) -> Outcome {
 async fn run_command(context: &Context, command: &SnapshotCommand) -> Outcome {
     match command {
         SnapshotCommand::List { vm } => list(context, vm).await,
+        SnapshotCommand::Export { vm, snapshot, to, backing } => {
+            let (node, _) = context.find_vm(vm).await?;
+            export(context, &node, vm, snapshot, to, backing, None).await
+        }
         SnapshotCommand::Revert { vm, snapshot } => {
             let (node, _) = context.find_vm(vm).await?;
             let path = format!("/v1/vms/{vm}/snapshots/{snapshot}/revert");
@@ -89,16 +143,55 @@ async fn run_command(context: &Context, command: &SnapshotCommand) -> Outcome {
     }
 }
 
-async fn take(context: &Context, vm: &VmName, snapshot: &SnapshotName, quiesce: bool) -> Outcome {
+async fn take(context: &Context, vm: &VmName, snapshot: &SnapshotName, args: &SnapshotArgs) -> Outcome {
     let (node, _) = context.find_vm(vm).await?;
-    let path = format!("/v1/vms/{vm}/snapshots/{snapshot}");
-    let taken: SnapshotTaken = node.client.put(&path, &TakeSnapshot { quiesce }).await?;
+    let take = TakeSnapshot { quiesce: args.quiesce };
+    if let Some(to) = &args.to {
+        return export(context, &node, vm, snapshot, to, &args.backing, Some(take)).await;
+    }
+    let taken: SnapshotTaken = node.client.put(&format!("/v1/vms/{vm}/snapshots/{snapshot}"), &take).await?;
     if context.json() {
         print_json(&taken);
     } else {
-        let waited = taken.pause_us.div_ceil(1000);
-        note(&format!("took snapshot '{snapshot}' of '{vm}'; its writes waited for {waited} ms"));
+        note_taken(&taken);
     }
+    Ok(())
+}
+
+fn note_taken(taken: &SnapshotTaken) {
+    let (vm, snapshot, waited) = (&taken.snapshot.vm, &taken.snapshot.name, taken.pause_us.div_ceil(1000));
+    note(&format!("took snapshot '{snapshot}' of '{vm}'; its writes waited for {waited} ms"));
+}
+
+/// Writes a snapshot to a file, and takes it first if `take` is given.
+async fn export(
+    context: &Context,
+    node: &NodeClient,
+    vm: &VmName,
+    snapshot: &SnapshotName,
+    to: &Path,
+    backing: &BackingArgs,
+    take: Option<TakeSnapshot>,
+) -> Outcome {
+    let to = std::path::absolute(to)
+        .map_err(|e| Failure::new(format!("cannot tell where {} would be: {e}", to.display())))?;
+    let what = format!("writing {}", to.display());
+    let body = ExportSnapshot { to, backing: backing.chosen(), take };
+    let path = format!("/v1/vms/{vm}/snapshots/{snapshot}/export");
+    let exported: SnapshotExported = follow(&node.client, &path, &body, what).await?;
+    if context.json() {
+        print_json(&exported);
+        return Ok(());
+    }
+    if let Some(taken) = &exported.taken {
+        note_taken(taken);
+    }
+    let bytes = ByteSize(exported.data_bytes);
+    note(&match &exported.backing {
+        Some(BackingFile { name, .. }) => format!("wrote {bytes} of data that builds upon '{name}'"),
+        None => format!("wrote {bytes} of data, the whole disk"),
+    });
+    say(&exported.path.display().to_string());
     Ok(())
 }
 
@@ -109,21 +202,7 @@ async fn list(context: &Context, vm: &VmName) -> Outcome {
         print_json(&snapshots);
         return Ok(());
     }
-    let mut table = Table::new([
-        Column::Text("SNAPSHOT"),
-        Column::Text("TAKEN"),
-        Column::Text("QUIESCED"),
-        Column::Number("WRITTEN BEFORE"),
-    ]);
-    let now = now_unix_ms();
-    for snapshot in snapshots {
-        table.row([
-            snapshot.name.to_string(),
-            format!("{} ago", age(now.saturating_sub(snapshot.created_unix_ms))),
-            if snapshot.quiesced { "yes" } else { "no" }.to_owned(),
-            ByteSize(snapshot.private_bytes).to_string(),
-        ]);
-    }
+    let table = snapshot_table(&snapshots, now_unix_ms());
     table.print_or(&format!("No snapshots. 'virtman snapshot {vm} NAME' takes one."));
     Ok(())
 }

@@ -1,15 +1,18 @@
 //! `create`, `destroy`, `list`, `stop` and `console`.
 
+use std::path::Path;
 use std::time::Duration;
 
 use block::VmName;
 
-use super::context::{Context, Failure, Outcome};
+use super::context::{Context, Failure, NodeClient, Outcome};
 use super::export::Protocol;
+use super::image::{absolute, follow};
 use super::output::{Column, Table, note, print_json, say};
 use super::{CreateArgs, StopArgs};
 use crate::api::compute::{CreateVm, StopVm, Vm, VmState};
-use crate::api::export::ExportName;
+use crate::api::export::{ExportName, IscsiAccess};
+use crate::api::qcow2::{ImportVm, VmImported};
 use crate::units::ByteSize;
 use crate::vm::console;
 
@@ -19,6 +22,9 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
         return Err(Failure::new("who may open the disk over iSCSI was said, but not --export iscsi"));
     }
     let iscsi = args.export.map(|Protocol::Iscsi| args.access.access()).transpose()?;
+    if let Some(file) = &args.from {
+        return import(context, &node, args, file, iscsi).await;
+    }
     let body = CreateVm {
         image: args.image.clone(),
         size_bytes: args.size.map(|size| size.0),
@@ -28,13 +34,39 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
     let vm: Vm = node.client.put(&format!("/v1/vms/{}", args.vm), &body).await?;
     if context.json() {
         print_json(&vm);
-    } else {
-        say(&vm.disk);
-        if args.export.is_some() {
-            super::export::say_addresses(&node, &ExportName::Vm(vm.name)).await?;
-        }
+        return Ok(());
     }
-    Ok(())
+    say_disk(&node, args, &vm).await
+}
+
+/// Gives a VM a disk that goes on where a file ends.
+async fn import(
+    context: &Context,
+    node: &NodeClient,
+    args: &CreateArgs,
+    file: &Path,
+    iscsi: Option<IscsiAccess>,
+) -> Outcome {
+    let body = ImportVm { image: args.image.clone(), file: absolute(file)?, iscsi };
+    let path = format!("/v1/vms/{}/import", args.vm);
+    let imported: VmImported =
+        follow(&node.client, &path, &body, format!("importing {}", file.display())).await?;
+    if context.json() {
+        print_json(&imported);
+        return Ok(());
+    }
+    let (bytes, backing) = (ByteSize(imported.imported_bytes), imported.backing.name.escape_debug());
+    note(&format!("imported {bytes} onto '{}'; the file says that it was made on '{backing}'", args.image));
+    say_disk(node, args, &imported.vm).await
+}
+
+/// Prints where a new disk can be opened.
+async fn say_disk(node: &NodeClient, args: &CreateArgs, vm: &Vm) -> Outcome {
+    say(&vm.disk);
+    match args.export {
+        Some(Protocol::Iscsi) => super::export::say_addresses(node, &ExportName::Vm(vm.name.clone())).await,
+        None => Ok(()),
+    }
 }
 
 pub(super) async fn destroy(context: &Context, vms: &[VmName]) -> Outcome {
@@ -64,6 +96,7 @@ pub(super) async fn list(context: &Context) -> Outcome {
         Column::Text("IMAGE"),
         Column::Number("SIZE"),
         Column::Number("PRIVATE"),
+        Column::Number("SNAPSHOTS"),
         Column::Text("DISK"),
     ]);
     for vm in vms {
@@ -74,6 +107,7 @@ pub(super) async fn list(context: &Context) -> Outcome {
             vm.image.to_string(),
             ByteSize(vm.size_bytes).to_string(),
             ByteSize(vm.private_bytes).to_string(),
+            vm.snapshots.len().to_string(),
             vm.disk,
         ]);
     }

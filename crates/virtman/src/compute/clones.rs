@@ -235,7 +235,7 @@ impl Node {
     }
 }
 
-fn quiesce_of(quiesce: bool) -> Quiesce {
+pub(super) fn quiesce_of(quiesce: bool) -> Quiesce {
     if quiesce { Quiesce::Yes } else { Quiesce::No }
 }
 

@@ -10,7 +10,7 @@ use store::Chain;
 
 use super::exports::{ExportSocket, WatchedDisk};
 use super::layers::{Layer, LayerId};
-use crate::api::compute::StartVm;
+use crate::api::compute::{StartVm, VmReady};
 use crate::http::ApiError;
 use crate::vm::{Qemu, RunState, VmError};
 
@@ -78,6 +78,8 @@ pub(crate) struct Entry {
     state: Mutex<State>,
     pub(super) disk: Arc<WatchedDisk<Chain>>,
     guest: Mutex<Guest>,
+    /// How long its last boot took, if anybody waited for it.
+    ready: Mutex<Option<VmReady>>,
     export: Mutex<Option<ExportSocket>>,
     /// Where it is being moved.
     moving: Mutex<Option<NodeName>>,
@@ -107,6 +109,7 @@ impl Entry {
             state: Mutex::new(State { record, top }),
             disk,
             guest: Mutex::new(Guest::None),
+            ready: Mutex::new(None),
             export: Mutex::new(None),
             moving: Mutex::new(None),
         };
@@ -190,6 +193,22 @@ impl Entry {
 
     pub(super) fn guest(&self) -> MutexGuard<'_, Guest> {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets what is known of boots so far: the next one counts.
+    pub(super) fn boots_anew(&self) {
+        self.disk.await_first_read();
+        *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Notes how long the boot took.
+    pub(super) fn note_ready(&self, ready: VmReady) {
+        *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(ready);
+    }
+
+    /// How long the last boot took, if anybody waited for it.
+    pub(super) fn last_ready(&self) -> Option<VmReady> {
+        *self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn must_be(&self, image: ImageId, size_bytes: Option<u64>) -> Result<(), ApiError> {

@@ -85,6 +85,16 @@ pub(crate) enum Parent {
     },
 }
 
+impl Parent {
+    /// The layer, if it is one.
+    fn layer(self) -> Option<LayerId> {
+        match self {
+            Parent::Layer(id) => Some(id),
+            Parent::Image(_) | Parent::Carried { .. } => None,
+        }
+    }
+}
+
 /// What is remembered of a layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Record {
@@ -233,6 +243,21 @@ impl Forest {
             parent.children.insert(id);
         }
         self.layers.insert(id, Known { record, holders, children: BTreeSet::new(), open: Weak::new() });
+    }
+
+    /// The layers that are held beside one hold for each time that `own` names them, and all below those.
+    fn needed_beside(&self, own: &[LayerId]) -> BTreeSet<LayerId> {
+        let mut needed = BTreeSet::new();
+        for (id, known) in &self.layers {
+            if known.holders <= own.iter().filter(|own| *own == id).count() {
+                continue;
+            }
+            let mut at = Some(*id);
+            while let Some(id) = at.filter(|id| needed.insert(*id)) {
+                at = self.layers.get(&id).and_then(|known| known.record.parent.layer());
+            }
+        }
+        needed
     }
 
     /// Takes out a layer that nobody needs, and those below it that nobody needs without it.
@@ -455,11 +480,18 @@ impl Layers {
     /// How many layers the disk with this top has.
     pub(crate) fn depth(&self, top: LayerId) -> usize {
         let forest = self.forest();
-        let up = |id: &LayerId| match forest.layers.get(id)?.record.parent {
-            Parent::Layer(parent) => Some(parent),
-            Parent::Image(_) | Parent::Carried { .. } => None,
-        };
+        let up = |id: &LayerId| forest.layers.get(id)?.record.parent.layer();
         std::iter::successors(Some(top), up).take(forest.layers.len()).count()
+    }
+
+    /// The layers that somebody needs beside the one who holds `own`.
+    pub(super) fn needed_beside(&self, own: &[LayerId]) -> BTreeSet<LayerId> {
+        self.forest().needed_beside(own)
+    }
+
+    /// When a layer was made.
+    pub(super) fn made_unix_ms(&self, id: LayerId) -> Option<u64> {
+        self.forest().layers.get(&id).map(|known| known.record.made_unix_ms)
     }
 
     /// Whether layers stand on the image, or are to.
@@ -639,6 +671,21 @@ mod tests {
         forest.layers.get_mut(&ids[1]).unwrap().holders = 0;
         assert_eq!(forest.take_unneeded(ids[1]), [ids[1]]);
         assert_eq!(forest.layers.keys().copied().collect::<Vec<_>>(), [ids[0], ids[4]]);
+    }
+
+    #[test]
+    fn a_layer_is_shared_if_somebody_else_holds_it_or_one_that_stands_on_it() {
+        let mut forest = Forest::default();
+        let ids: Vec<LayerId> = (0..6).map(LayerId).collect();
+        forest.insert(ids[0], record(image()), 0);
+        forest.insert(ids[1], record(Parent::Layer(ids[0])), 1);
+        forest.insert(ids[2], record(Parent::Layer(ids[1])), 1);
+        forest.insert(ids[3], record(Parent::Layer(ids[1])), 2);
+        forest.insert(ids[4], record(Parent::Layer(ids[0])), 1);
+        let needed = |own: &[LayerId]| forest.needed_beside(own).into_iter().collect::<Vec<_>>();
+        assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[3], ids[4]]), []);
+        assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[3]]), [ids[0], ids[4]]);
+        assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[4]]), [ids[0], ids[1], ids[3]]);
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
 //! that is wanted ([`fill`]), gives VMs disks
-//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`]),
-//! moves VMs ([`migrate`]), keeps what was fetched ([`cache`]), exports disks and images ([`exports`], [`iscsi`]), serves children over links, and
+//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`],
+//! [`qcow2`]), moves VMs ([`migrate`]), keeps what was fetched ([`cache`]), exports disks and images ([`exports`],
+//! [`iscsi`]), serves children over links, and
 //! keeps in touch with Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again,
 //! it has the same images, disks and exports under the same names, and its guests never noticed more than latency.
 
@@ -11,6 +12,7 @@ mod cache;
 mod carried;
 mod clones;
 pub(crate) mod config;
+mod details;
 mod entry;
 mod exports;
 #[cfg(feature = "faults")]
@@ -24,6 +26,7 @@ mod merge;
 mod migrate;
 mod node;
 mod profile;
+mod qcow2;
 pub(crate) mod remote;
 pub(crate) mod routes;
 mod settle;

@@ -319,15 +319,26 @@ impl Node {
             Some(own) => self.create_settling(name, attached, own, asked).await?,
             None => self.vms.create(name, &request.image, attached, request.size_bytes, asked).await?,
         };
-        if let Some(access) = &request.iscsi
-            && let Err(error) = self.export(&export, access.clone()).await
-        {
-            if !known {
-                self.vms.destroy(name).await?;
-            }
-            return Err(error);
+        match request.iscsi.clone() {
+            Some(access) if known => drop(self.export(&export, access).await?),
+            Some(access) => self.export_created(&export, name, access).await?,
+            None => {}
         }
         Ok(vm)
+    }
+
+    /// Exports the disk of a VM that was just created. The VM goes again if that fails.
+    pub(super) async fn export_created(
+        &self,
+        export: &ExportName,
+        name: &VmName,
+        access: IscsiAccess,
+    ) -> Result<(), ApiError> {
+        let exported = self.export(export, access).await;
+        if exported.is_err() {
+            self.vms.destroy(name).await?;
+        }
+        exported.map(drop)
     }
 
     /// Removes a VM with its disk and its exports. A running guest is ended.
@@ -429,7 +440,7 @@ impl Node {
         }
     }
 
-    fn cache_status(&self) -> CacheStatus {
+    pub(super) fn cache_status(&self) -> CacheStatus {
         let stats = self.cache.group().stats();
         let chunk_bytes = block::limits::CHUNK_BYTES as u64;
         CacheStatus {

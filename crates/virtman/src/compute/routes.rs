@@ -25,7 +25,9 @@ use crate::api::compute::{
     MigrateVm, Migrated, MovingState, NodeImage, NodeStatus, Progress, RemoveMedium, SnapshotTaken,
     SnapshotView, StartVm, StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
 };
+use crate::api::details::VmDetails;
 use crate::api::export::{ExportName, ExportView, IscsiAccess};
+use crate::api::qcow2::{ExportSnapshot, ImportVm, SnapshotExported, VmImported};
 use crate::http::{ApiError, Json, Path, Peer, Query, lines};
 use crate::identity::Principal;
 
@@ -47,12 +49,15 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(attach_image, detach_image))
         .routes(routes!(vms))
         .routes(routes!(vm, create_vm, destroy_vm))
+        .routes(routes!(vm_details))
+        .routes(routes!(import_vm))
         .routes(routes!(last_start, start_vm))
         .routes(routes!(wait_vm))
         .routes(routes!(stop_vm))
         .routes(routes!(snapshots))
         .routes(routes!(take_snapshot, delete_snapshot))
         .routes(routes!(revert_vm))
+        .routes(routes!(export_snapshot))
         .routes(routes!(clone_vm))
         .routes(routes!(commit_vm))
         .routes(routes!(migrate_vm))
@@ -223,6 +228,33 @@ async fn vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer
     Ok(Json(node.vms.describe(&*node.vms.get(&name)?)))
 }
 
+/// Everything about one VM.
+#[utoipa::path(get, path = "/v1/vms/{vm}/details", params(("vm" = String, Path,)),
+    responses((status = 200, body = VmDetails), (status = 404)))]
+async fn vm_details(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<VmDetails> {
+    peer.must_be_admin()?;
+    tokio::task::block_in_place(|| node.details(&name)).map(Json)
+}
+
+/// Gives a new VM a disk that goes on where a qcow2 file ends. Answers like adding an image.
+#[utoipa::path(post, path = "/v1/vms/{vm}/import", params(("vm" = String, Path,)), request_body = ImportVm,
+    responses((status = 200, body = Progress<VmImported>, content_type = "application/x-ndjson")))]
+async fn import_vm(
+    State(node): Shared,
+    peer: Peer,
+    Path(name): Path<VmName>,
+    Json(request): Json<ImportVm>,
+) -> Result<Response, ApiError> {
+    peer.must_be_admin()?;
+    let progress = Arc::new(ImportProgress::default());
+    let shutdown = node.shutdown.clone();
+    let work = {
+        let progress = Arc::clone(&progress);
+        to_the_end(async move { node.import_vm(&name, request, progress).await })
+    };
+    Ok(lines(reported(work, progress), shutdown))
+}
+
 /// Gives a VM a private disk on an image. Repeating it changes nothing.
 #[utoipa::path(put, path = "/v1/vms/{vm}", params(("vm" = String, Path,)), request_body = CreateVm,
     responses((status = 200, body = Vm), (status = 404), (status = 409)))]
@@ -344,6 +376,27 @@ async fn revert_vm(
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
     to_the_end(async move { node.vms.revert(&name, &snapshot).await.map(Json) }).await
+}
+
+/// Writes a snapshot as a qcow2 file on the node, and takes it first if that is asked for. Answers like adding an
+/// image.
+#[utoipa::path(post, path = "/v1/vms/{vm}/snapshots/{snapshot}/export",
+    params(("vm" = String, Path,), ("snapshot" = String, Path,)), request_body = ExportSnapshot,
+    responses((status = 200, body = Progress<SnapshotExported>, content_type = "application/x-ndjson")))]
+async fn export_snapshot(
+    State(node): Shared,
+    peer: Peer,
+    Path((name, snapshot)): Path<(VmName, SnapshotName)>,
+    Json(request): Json<ExportSnapshot>,
+) -> Result<Response, ApiError> {
+    peer.must_be_admin()?;
+    let progress = Arc::new(ImportProgress::default());
+    let shutdown = node.shutdown.clone();
+    let work = {
+        let progress = Arc::clone(&progress);
+        to_the_end(async move { node.export_snapshot(&name, &snapshot, request, progress).await })
+    };
+    Ok(lines(reported(work, progress), shutdown))
 }
 
 /// Clones a VM's disk on the node, while its guest runs or not.

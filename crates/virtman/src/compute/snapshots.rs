@@ -55,7 +55,7 @@ impl Vms {
                 format!("'{name}' has a snapshot '{snapshot}' already"),
             )
             .with_hint(format!(
-                "choose another name, or 'virtman snapshot delete {name} {snapshot}' first"
+                "choose another name, or 'virtman snapshot delete {name} {snapshot}' first; 'virtman snapshot export' writes it to a file"
             )));
         }
         let frozen = self.freeze(&entry, quiesce, Some(snapshot)).await?;
@@ -113,7 +113,8 @@ impl Vms {
         }
     }
 
-    async fn make_above(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, ApiError> {
+    /// Makes an empty layer, which the caller holds.
+    pub(super) async fn make_above(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, ApiError> {
         let layers = Arc::clone(&self.layers);
         let made = tokio::task::spawn_blocking(move || layers.make(below, size_bytes));
         made.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
@@ -194,9 +195,25 @@ impl Vms {
     ) -> Result<(), ApiError> {
         let _one_at_a_time = self.lock(name).lock().await;
         let entry = self.get_at_rest(name)?;
+        let layer = find(&entry.record(), snapshot)?.layer;
+        self.forget_snapshot(&entry, layer).await
+    }
+
+    /// Gives up the snapshot that is this layer, unless somebody else did.
+    pub(super) async fn give_up_snapshot(&self, name: &VmName, layer: LayerId) -> Result<(), ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        match self.get(name) {
+            Ok(entry) if entry.record().snapshots.iter().any(|known| known.layer == layer) => {
+                self.forget_snapshot(&entry, layer).await
+            }
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Takes a snapshot out of a VM's record, and gives its layer up. The caller has the VM's lock.
+    async fn forget_snapshot(&self, entry: &Entry, layer: LayerId) -> Result<(), ApiError> {
         let mut record = entry.record();
-        let layer = find(&record, snapshot)?.layer;
-        record.snapshots.retain(|known| known.name != *snapshot);
+        record.snapshots.retain(|known| known.layer != layer);
         self.save(&record).await?;
         entry.become_known(record, entry.top());
         let layers = Arc::clone(&self.layers);
@@ -228,6 +245,18 @@ impl Vms {
         let layers = Arc::clone(&self.layers);
         let opened = tokio::task::spawn_blocking(move || layers.open_frozen(layer));
         opened.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    }
+
+    /// The layer that a snapshot is, which the caller holds, and the record of its VM.
+    pub(super) async fn hold_snapshot(
+        &self,
+        name: &VmName,
+        snapshot: &SnapshotName,
+    ) -> Result<(Record, Arc<Layer>), ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        let record = self.get(name)?.record();
+        let layer = find(&record, snapshot)?.layer;
+        Ok((record, self.hold_frozen(Ok(layer)).await?))
     }
 
     /// A frozen layer, which the caller holds.

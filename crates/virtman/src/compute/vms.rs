@@ -334,7 +334,7 @@ impl Vms {
         }
         let dir = self.dir(name);
         let spec = self.spec(&entry.record(), request, accel.accel, None)?;
-        entry.disk.forget_first_read();
+        entry.boots_anew();
         let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
             VmError::Unfit(why) => ApiError::bad_request("bad_vm", why),
             other => ApiError::internal(format!("cannot start '{name}': {other}")),
@@ -404,7 +404,10 @@ impl Vms {
         })?;
         let started = unix_ms(guest.started());
         let first_read_ms = entry.disk.first_read_unix_ms().map(|ms| ms.saturating_sub(started));
-        Ok(VmReady { first_read_ms, ready_ms: u64::try_from(ready.as_millis()).unwrap_or(u64::MAX) })
+        let ready_ms = u64::try_from(ready.as_millis()).unwrap_or(u64::MAX);
+        let ready = VmReady { first_read_ms, ready_ms };
+        entry.note_ready(ready);
+        Ok(ready)
     }
 
     /// Ends a VM's guest; its disk stays. Ending it again changes nothing.

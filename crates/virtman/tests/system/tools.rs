@@ -86,6 +86,14 @@ impl Background {
         self.printed()
     }
 
+    /// Waits until it ends, which it must do without success, and returns what it says.
+    pub(crate) fn fail(mut self, limit: Duration) -> String {
+        let what = format!("{} has failed", self.printed.display());
+        let status = wait_for(&what, limit, || self.process.try_wait().unwrap());
+        assert!(!status.success(), "it should fail, but printed:\n{}", self.printed());
+        self.complained()
+    }
+
     fn complained(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.complained).unwrap()).into_owned()
     }
