@@ -12,6 +12,7 @@ use super::context::{Context, Failure, Outcome};
 use super::output::{note, print, print_json, say};
 use super::{Cli, Command, VoltCommand, boot, cache, clone, export, image, show, snapshot, vm};
 use crate::api::volt::{NewToken, TokenIssued};
+use crate::compute::Destroy;
 use crate::coordinator::init::{Initialized, init};
 use crate::identity::AdminName;
 
@@ -67,7 +68,10 @@ async fn run(cli: &Cli) -> Outcome {
         }
         Command::Image(command) => image::run(&context, command).await,
         Command::Create(args) => vm::create(&context, args).await,
-        Command::Destroy { vms } => vm::destroy(&context, vms).await,
+        Command::Destroy { vms, instance_only } => {
+            let destroy = if *instance_only { Destroy::InstanceOnly } else { Destroy::WithImage };
+            vm::destroy(&context, vms, destroy).await
+        }
         Command::List => vm::list(&context).await,
         Command::Clone(args) => clone::clone(&context, args).await,
         Command::Commit(args) => clone::commit(&context, args).await,

@@ -1,7 +1,7 @@
 //! A node: `virtman compute`.
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
-//! that is wanted ([`fill`]), gives VMs disks
+//! that is wanted ([`fill`]), detaches what nobody uses ([`unused`], [`departing`]), gives VMs disks
 //! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`])
 //! and what was fetched ([`cache`]), exports disks and images ([`exports`], [`iscsi`]), serves children over links, and
 //! keeps in touch with Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again,
@@ -11,6 +11,7 @@ mod cache;
 mod carried;
 mod clones;
 pub(crate) mod config;
+mod departing;
 mod entry;
 mod exports;
 #[cfg(feature = "faults")]
@@ -27,8 +28,11 @@ pub(crate) mod remote;
 pub(crate) mod routes;
 mod settle;
 mod snapshots;
+mod unused;
 mod vms;
 mod volt;
+
+pub(crate) use self::unused::Destroy;
 
 use std::fs;
 use std::io;
@@ -84,8 +88,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), args.fetch_settings());
     let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
     let remotes = Arc::new(RemoteDisks::new(layout.remotes()));
-    let images =
-        Images::new(layout.clone(), Arc::clone(cache.group()), uplinks, Arc::clone(&remotes), records);
+    let group = Arc::clone(cache.group());
+    let images = Images::new(layout.clone(), group, uplinks, Arc::clone(&remotes), records, args.keep_warm);
     let images = Arc::new(images);
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
     images.restore().map_err(restored)?;
@@ -157,6 +161,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
             node.volt.renew(&credentials, &identity_dir),
             merge::run(&layers),
             settle::run(&node),
+            unused::run(&node),
             async {
                 loop {
                     tokio::time::sleep(node::PASSING_CHECK).await;
