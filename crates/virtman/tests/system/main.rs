@@ -10,6 +10,7 @@ mod agent;
 mod clones;
 mod cluster;
 mod daemons;
+mod detach;
 mod guests;
 mod iscsi;
 mod iscsi_guest;
