@@ -12,7 +12,7 @@ use rand::Rng;
 use volt::{Action, Millis, Placement, Planner, Role, Settings, Shaping};
 
 use crate::event::{Event, Life, NodeEvent, NodeIx};
-use crate::node::{Power, Session};
+use crate::node::{Power, Session, Wish};
 use crate::scenario::{Bug, Scale, Scenario, fixed};
 use crate::world::World;
 
@@ -33,8 +33,19 @@ pub(crate) enum Word {
     },
     /// It leaves in peace.
     Detach,
+    /// It asks for leave.
+    Leave,
     /// Its connection ended, which its host says.
     Gone,
+}
+
+/// What Volt tells a node.
+enum Say {
+    Place(Placement),
+    /// It may go.
+    Released,
+    /// It is not known.
+    Unknown,
 }
 
 /// Heartbeats per lease, as nodes send them.
@@ -42,6 +53,9 @@ const BEATS_PER_LEASE: u32 = 3;
 
 /// Looks at the clock per lease, as the daemon takes them.
 const TICKS_PER_LEASE: u32 = 4;
+
+/// How long a node serves on what it has left. Less than the daemon's, and still more than any word takes to a child.
+const DEPARTS_FOR: Duration = Duration::from_secs(1);
 
 /// How long a node waits before it calls Volt again.
 const CALL_AGAIN: Duration = Duration::from_millis(500);
@@ -137,6 +151,7 @@ impl World {
                 self.plan(volt::Event::Blame { by: name, liar, image, chunk });
             }
             Word::Detach => self.plan(volt::Event::Detach { node: name, image: self.content.image }),
+            Word::Leave => self.plan(volt::Event::Leave { node: name, image: self.content.image }),
             Word::Gone => {
                 self.volt.connected.remove(&life.node);
                 self.plan(volt::Event::NodeDown { node: name });
@@ -152,8 +167,9 @@ impl World {
         let actions = planner.apply(Millis(now.as_millis() as u64), event);
         for action in actions {
             match action {
-                Action::Place { node, placement, .. } => self.push(&node, Some(placement)),
-                Action::Unknown { node } => self.push(&node, None),
+                Action::Place { node, placement, .. } => self.push(&node, Say::Place(placement)),
+                Action::Released { node, .. } => self.push(&node, Say::Released),
+                Action::Unknown { node } => self.push(&node, Say::Unknown),
                 Action::Quarantine { node } => {
                     self.volt.quarantined.insert(node);
                 }
@@ -166,17 +182,17 @@ impl World {
         }
     }
 
-    /// Sends a node its placement, or, if there is none, the word that it is not known.
-    fn push(&mut self, name: &NodeName, placement: Option<Placement>) {
+    fn push(&mut self, name: &NodeName, say: Say) {
         let Some(&life) = self.names.get(name).and_then(|node| self.volt.connected.get(node)) else { return };
         let at = self.volt.free_at.max(self.agenda.now()) + self.delay(life.node);
         let node = &mut self.nodes[life.node.at()];
         node.heard_volt_at = at.max(node.heard_volt_at);
-        let event = match placement {
-            Some(placement) => Event::Node(life, NodeEvent::Placed(self.volt.run, Box::new(placement))),
-            None => Event::Node(life, NodeEvent::VoltLost(self.volt.run)),
+        let event = match say {
+            Say::Place(placement) => NodeEvent::Placed(self.volt.run, Box::new(placement)),
+            Say::Released => NodeEvent::Released(self.volt.run),
+            Say::Unknown => NodeEvent::VoltLost(self.volt.run),
         };
-        self.agenda.at(node.heard_volt_at, event);
+        self.agenda.at(node.heard_volt_at, Event::Node(life, event));
     }
 
     /// What a word between a node and Volt takes now.
@@ -235,6 +251,35 @@ impl World {
             let life = self.life(ix);
             self.agenda.at(at, Event::Node(life, NodeEvent::Streams));
         }
+    }
+
+    /// The node has no place in the hierarchy any more: its process ends, unless it has come to want to stay.
+    pub(crate) fn released(&mut self, ix: NodeIx, run: u32) {
+        let node = &self.nodes[ix.at()];
+        if node.session != Session::On(run) {
+            return;
+        }
+        match node.wish {
+            Wish::Leave => {
+                let life = self.life(ix);
+                self.agenda.after(DEPARTS_FOR, Event::Node(life, NodeEvent::Departs));
+            }
+            Wish::Stay => self.attaches_again(ix),
+        }
+    }
+
+    /// What the node served on to late children is over.
+    pub(crate) fn departs(&mut self, ix: NodeIx) {
+        match self.nodes[ix.at()].wish {
+            Wish::Leave => self.kill(ix, Power::Off),
+            Wish::Stay => self.attaches_again(ix),
+        }
+    }
+
+    /// The node says that it has the image, and stays.
+    pub(crate) fn attaches_again(&mut self, ix: NodeIx) {
+        let current = self.nodes[ix.at()].placement.clone();
+        self.tell_volt(ix, Word::Hello { current });
     }
 
     pub(crate) fn volt_lost(&mut self, ix: NodeIx, run: u32) {

@@ -127,6 +127,10 @@ pub(crate) enum NodeEvent {
     Beats(u32),
     /// A placement reaches a node, from that run of Volt.
     Placed(u32, Box<Placement>),
+    /// Leave to go reaches a node, from that run of Volt.
+    Released(u32),
+    /// A node that left ends.
+    Departs,
     /// The node notices that this run of Volt is gone.
     VoltLost(u32),
 }

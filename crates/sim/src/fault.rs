@@ -10,7 +10,7 @@ use rand::seq::IndexedRandom;
 
 use crate::coordinator::Word;
 use crate::event::{End, Event, NodeIx, Side};
-use crate::node::{Honesty, Power, Wire};
+use crate::node::{Honesty, Power, Wire, Wish};
 use crate::world::World;
 
 /// Something that goes wrong, or is put right.
@@ -22,6 +22,8 @@ pub(crate) enum Fault {
     Starts(NodeIx),
     /// A node leaves in peace.
     Leaves(NodeIx),
+    /// A node asks for leave, and goes when it is given.
+    Retires(NodeIx),
     /// A process stops, while its kernel holds its connections.
     Freezes(NodeIx, Duration),
     /// A host's link is cut; its connections outlive that.
@@ -70,6 +72,10 @@ impl World {
         let until = begin + length;
         let plan = match self.random.random_range(0..11) {
             0..=2 => vec![(begin, Fault::Dies(node, off)), (until, Fault::Starts(node))],
+            // Decided by what was drawn already, so that all other faults of a seed stay as they are.
+            3 if begin.subsec_nanos().is_multiple_of(2) => {
+                vec![(begin, Fault::Retires(node)), (until, Fault::Starts(node))]
+            }
             3 => vec![(begin, Fault::Leaves(node)), (until, Fault::Starts(node))],
             4 => vec![(begin, Fault::Freezes(any, length))],
             5 => vec![(begin, Fault::Cut(any, length))],
@@ -98,7 +104,17 @@ impl World {
                 self.tell_volt(node, Word::Detach);
                 self.kill(node, Power::Off);
             }
+            Fault::Retires(node) => {
+                if self.nodes[node.at()].is_on() {
+                    self.nodes[node.at()].wish = Wish::Leave;
+                    self.tell_volt(node, Word::Leave);
+                }
+            }
             Fault::Starts(node) => {
+                if self.nodes[node.at()].wish == Wish::Leave {
+                    self.nodes[node.at()].wish = Wish::Stay;
+                    self.attaches_again(node);
+                }
                 if !self.nodes[node.at()].is_on() {
                     self.nodes[node.at()].frozen_until = now;
                     self.start_node(node, Duration::ZERO);
@@ -132,7 +148,7 @@ impl World {
     }
 
     /// Ends a node's process, and its host's network if it loses power.
-    fn kill(&mut self, ix: NodeIx, power: Power) {
+    pub(crate) fn kill(&mut self, ix: NodeIx, power: Power) {
         if !self.nodes[ix.at()].is_on() {
             return;
         }

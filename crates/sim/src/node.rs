@@ -92,6 +92,13 @@ pub(crate) enum Power {
     Lost,
 }
 
+/// Whether a node wants to go in the order that hurts no child.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Stay,
+    Leave,
+}
+
 /// Whether a node sends the chunks that it is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Honesty {
@@ -110,6 +117,7 @@ pub(crate) struct Node {
     pub(crate) life: u32,
     pub(crate) frozen_until: Duration,
     pub(crate) honesty: Honesty,
+    pub(crate) wish: Wish,
     pub(crate) resident: ChunkSet,
     pub(crate) flights: BTreeMap<ChunkIx, Flight>,
     /// By urgency: fetches in flight, and those that wait for a place.
@@ -149,6 +157,7 @@ impl Node {
             life: 0,
             frozen_until: Duration::ZERO,
             honesty: Honesty::Honest,
+            wish: Wish::Stay,
             resident: if role == Role::Origin { ChunkSet::full(chunks) } else { ChunkSet::empty(chunks) },
             flights: BTreeMap::new(),
             in_flight: BTreeMap::new(),
@@ -189,6 +198,7 @@ impl Node {
         self.guests = Vec::new();
         self.session = Session::Off;
         self.honesty = Honesty::Honest;
+        self.wish = Wish::Stay;
         if self.role == Role::Relay {
             self.resident = ChunkSet::empty(self.resident.len());
             self.began_at = None;

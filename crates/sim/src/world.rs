@@ -149,6 +149,8 @@ impl World {
             NodeEvent::Calls => self.calls_volt(node),
             NodeEvent::Beats(run) => self.beats(node, run),
             NodeEvent::Placed(run, placement) => self.placed(node, run, *placement),
+            NodeEvent::Released(run) => self.released(node, run),
+            NodeEvent::Departs => self.departs(node),
             NodeEvent::VoltLost(run) => self.volt_lost(node, run),
         }
     }

@@ -13,7 +13,7 @@
 //! - A relay has children in one stripe only, its home, but for the few [loans](plan).
 //! - While there is an origin that is not quarantined, each relay hangs below one, except those whose
 //!   parent is still expected to report after a restart of Volt.
-//! - Who is quarantined has no children. Who is suspect gets no new ones.
+//! - Who is quarantined has no children. Who is suspect, or about to leave, gets no new ones.
 //! - A death does not deepen the tree where a stand-in is to be had: a leaf of the same cell, or a child with
 //!   room, takes the place of the dead node with all its children, and every subtree stays in one piece.
 //!
@@ -26,6 +26,7 @@ mod adopt;
 mod cells;
 #[cfg(test)]
 mod check;
+mod leave;
 mod peers;
 mod place;
 mod plan;
@@ -64,6 +65,8 @@ struct Seat {
     held: bool,
     /// A node that registered again must attach again until then.
     confirm_by: Option<Millis>,
+    /// A node that has no use for the image goes when it has no children, and then at the latest.
+    leave_by: Option<Millis>,
 }
 
 /// The hierarchy of one image.
@@ -142,6 +145,7 @@ impl Hierarchy {
                 seat.confirm_by = None;
                 seat.held &= seat.told == current;
                 seat.told = current;
+                self.stay(roster, key);
                 return;
             }
             Some(_) => self.detach(roster, key),
@@ -149,7 +153,7 @@ impl Hierarchy {
         }
         self.asked.insert(key);
         let cell = self.cell_for(&roster.get(key).location.cell(), stage);
-        let seat = Seat { role, cell, told: current.clone(), held: false, confirm_by: None };
+        let seat = Seat { role, cell, told: current.clone(), held: false, confirm_by: None, leave_by: None };
         self.seats.insert(key, seat);
         if role == Role::Origin {
             self.origins.insert(key);
@@ -256,7 +260,7 @@ impl Hierarchy {
     /// The node's standing changed.
     pub(crate) fn reassess(&mut self, roster: &Roster, key: Key) {
         let Some(seat) = self.seats.get(&key) else { return };
-        let (role, cell, standing) = (seat.role, seat.cell, roster.standing(key));
+        let (role, cell, standing) = (seat.role, seat.cell, self.standing(roster, key));
         if role == Role::Origin {
             self.review_all();
         }
@@ -281,7 +285,7 @@ impl Hierarchy {
     }
 
     /// The time to report is over: nobody waits any longer, and no report stands against the plan.
-    pub(crate) fn stop_waiting(&mut self) {
+    pub(crate) fn stop_waiting(&mut self, roster: &Roster) {
         self.awaited.clear();
         for cell in self.cells.keys().copied().collect::<Vec<_>>() {
             self.plan_mut(cell).stop_waiting();
@@ -292,6 +296,7 @@ impl Hierarchy {
             seat.held = false;
             self.asked.insert(key);
         }
+        self.leaving().into_iter().for_each(|key| self.reassess(roster, key));
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -329,6 +334,7 @@ impl Hierarchy {
             if let Some(fresh) = self.seats.get_mut(&key) {
                 (fresh.told, fresh.confirm_by) = (seat.told.clone(), seat.confirm_by);
             }
+            seat.leave_by.into_iter().for_each(|by| self.leave(roster, key, by, Stage::Planning));
             self.settle(roster, Stage::Planning);
         }
     }
@@ -373,7 +379,8 @@ impl Hierarchy {
     /// Puts a seated node into its cell, without a parent. A quarantined origin is left out: it serves
     /// nobody and needs nobody.
     fn plant(&mut self, roster: &Roster, key: Key) {
-        let (role, cell, standing) = (self.seats[&key].role, self.seats[&key].cell, roster.standing(key));
+        let (role, cell) = (self.seats[&key].role, self.seats[&key].cell);
+        let standing = self.standing(roster, key);
         let kind = match role {
             Role::Origin if standing == Standing::Quarantined => return self.review_cell(roster, cell),
             Role::Origin => Kind::Root,

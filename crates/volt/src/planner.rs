@@ -68,6 +68,7 @@ impl Planner {
             Event::Detach { node, image } => {
                 self.roster.key(&node).into_iter().for_each(|key| self.detach(key, image));
             }
+            Event::Leave { node, image } => self.leave(node, image),
             Event::Lost { by, parent } => self.lost(&by, &parent),
             Event::Blame { by, liar, image, chunk: _ } => self.blame(&by, &liar, image),
             Event::Quarantine { node } => self.quarantine(&node),
@@ -158,9 +159,22 @@ impl Planner {
     }
 
     fn detach(&mut self, key: Key, image: ImageId) {
-        if self.roster.get_mut(key).images.remove(&image) {
-            self.change(image, |hierarchy, roster| hierarchy.detach(roster, key));
+        let above = self.unseat(key, image);
+        self.release(image, above);
+    }
+
+    fn leave(&mut self, node: NodeName, image: ImageId) {
+        let Some(key) = self.roster.key(&node) else {
+            self.actions.push(Action::Unknown { node });
+            return;
+        };
+        if !self.roster.get(key).images.contains(&image) {
+            self.actions.push(Action::Released { node, image });
+            return;
         }
+        let (until, stage) = (self.now + self.settings.lease, self.stage());
+        self.change(image, |hierarchy, roster| hierarchy.leave(roster, key, until, stage));
+        self.release(image, vec![key]);
     }
 
     fn lost(&mut self, by: &NodeName, parent: &NodeName) {
@@ -231,6 +245,10 @@ impl Planner {
             let name = self.roster.get(key).name.clone();
             self.reassess(&name);
         }
+        for image in self.images().collect::<Vec<_>>() {
+            let leaving = self.hierarchies[&image].leaving();
+            self.release(image, leaving);
+        }
         self.settle();
         if self.stage() == Stage::Planning {
             for image in self.images().collect::<Vec<_>>() {
@@ -253,7 +271,7 @@ impl Planner {
             Learning::Until(end) if end <= self.now => {
                 self.learning = Learning::Done;
                 for image in self.images().collect::<Vec<_>>() {
-                    self.change(image, |hierarchy, _| hierarchy.stop_waiting());
+                    self.change(image, |hierarchy, roster| hierarchy.stop_waiting(roster));
                 }
             }
             Learning::Until(_) | Learning::Done => {}
@@ -270,6 +288,27 @@ impl Planner {
             self.detach(key, image);
         }
         self.roster.remove(key);
+    }
+
+    /// Takes a node out of a hierarchy. Returns who were its parents.
+    fn unseat(&mut self, key: Key, image: ImageId) -> Vec<Key> {
+        if !self.roster.get_mut(key).images.remove(&image) {
+            return Vec::new();
+        }
+        let parents = self.hierarchies[&image].parents(key);
+        self.change(image, |hierarchy, roster| hierarchy.detach(roster, key));
+        parents.into_iter().collect()
+    }
+
+    /// Releases those of the nodes that may leave, and then whoever waited for them alone: from the leaves up.
+    fn release(&mut self, image: ImageId, mut candidates: Vec<Key>) {
+        while let Some(key) = candidates.pop() {
+            let Some(hierarchy) = self.hierarchies.get(&image) else { return };
+            for leaver in hierarchy.may_leave_with(key, self.now, self.stage()) {
+                self.actions.push(Action::Released { node: self.roster.get(leaver).name.clone(), image });
+                candidates.extend(self.unseat(leaver, image));
+            }
+        }
     }
 
     /// Applies a change of the node's standing, and of whom it avoids.

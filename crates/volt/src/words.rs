@@ -97,6 +97,14 @@ pub enum Event {
         /// Which image.
         image: ImageId,
     },
+    /// A node has no use for an image any more, but goes on serving it until it is [released](Action::Released):
+    /// once everybody below it wants to leave too, or after a lease. Who attaches the image again stays.
+    Leave {
+        /// Which node.
+        node: NodeName,
+        /// Which image.
+        image: ImageId,
+    },
     /// A child cannot reach a peer that it was given.
     Lost {
         /// Who says so.
@@ -150,6 +158,14 @@ pub enum Action {
         image: ImageId,
         /// The whole placement; replaces the former one.
         placement: Placement,
+    },
+    /// A node that wants to [leave](Event::Leave) has no place in the image's hierarchy any more. Who fetched from it
+    /// is told of other parents by the actions of the same event.
+    Released {
+        /// Whom to tell.
+        node: NodeName,
+        /// Which image.
+        image: ImageId,
     },
     /// A node is not known: ask it to register and attach again.
     Unknown {

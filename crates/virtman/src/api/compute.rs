@@ -97,6 +97,10 @@ pub(crate) struct NodeImage {
     /// How much of it is here, if all of it is to be.
     #[serde(default)]
     pub(crate) fill: Option<NodeFill>,
+    /// When it is detached unless something uses it before: it was attached for VMs or exports, and there are none. It
+    /// stays a little longer if other nodes fetch it from this one.
+    #[serde(default)]
+    pub(crate) detaches_in_ms: Option<u64>,
 }
 
 /// How far a node is with getting a whole image.

@@ -175,6 +175,12 @@ pub(crate) enum Push {
         /// What to fetch ahead of guests, and whether boots are recorded.
         offer: ProfileOffer,
     },
+    /// The node asked for leave to give an image up, and has no place in its hierarchy any more.
+    Released {
+        /// The image.
+        #[schema(value_type = String)]
+        image: ImageId,
+    },
     /// These nodes, and no others, were removed from the cluster: what they have open is closed, and they
     /// are refused. Said first, and whenever it changes.
     Removed {

@@ -21,7 +21,7 @@ use crate::api::volt::{ImageRecord, TuneImage};
 use crate::compute::remote;
 use crate::coordinator::config::shaping;
 use crate::http::Client;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, show_ms};
 
 /// The secrets of an iSCSI target. None is given on the command line, where everybody can read it.
 #[derive(Debug, Args)]
@@ -208,6 +208,7 @@ async fn list_attached(context: &Context) -> Outcome {
         Column::Text("ROLE"),
         Column::Number("FILLED"),
         Column::Number("VMS"),
+        Column::Number("DETACHES"),
     ]);
     for image in images {
         table.row([
@@ -218,6 +219,7 @@ async fn list_attached(context: &Context) -> Outcome {
             image.role,
             image.fill.map_or("-".to_owned(), |fill| format!("{} %", fill.resident * 100 / fill.chunks)),
             image.vms.to_string(),
+            image.detaches_in_ms.map_or("-".to_owned(), |ms| format!("in {}", show_ms(ms))),
         ]);
     }
     table.print_or("This node has no image attached.");

@@ -96,11 +96,18 @@ pub(crate) enum Command {
     Image(ImageCommand),
     /// Give a VM a private disk on an image and print where to open it
     Create(CreateArgs),
-    /// Remove a VM and its disk
+    /// Remove VMs with their disks
+    ///
+    /// An image that was attached because VMs needed it is detached from a node once nobody there uses it and the time
+    /// of `compute --keep-warm` is over. What fetches it from that node gets other parents first.
     Destroy {
         /// The VMs
         #[arg(required = true)]
         vms: Vec<VmName>,
+        /// Leave the image attached, for VMs to come: until `virtman image detach`, or until the next VM on it is
+        /// destroyed on that node without this
+        #[arg(long)]
+        instance_only: bool,
     },
     /// List VMs
     List,
@@ -248,7 +255,7 @@ pub(crate) enum ImageCommand {
     /// Show, record and exchange what guests read first
     #[command(subcommand)]
     Profile(profile::ProfileCommand),
-    /// Attach an image to a node without creating a VM
+    /// Attach an image to a node without creating a VM; it stays until it is detached
     Attach {
         /// Name with tag
         image: ImageName,

@@ -14,6 +14,7 @@ use super::{
     Cli, Command, VoltCommand, boot, cache, clone, details, export, image, migrate, show, snapshot, vm,
 };
 use crate::api::volt::{NewToken, TokenIssued};
+use crate::compute::Destroy;
 use crate::coordinator::init::{Initialized, init};
 use crate::identity::AdminName;
 
@@ -69,7 +70,10 @@ async fn run(cli: &Cli) -> Outcome {
         }
         Command::Image(command) => image::run(&context, command).await,
         Command::Create(args) => vm::create(&context, args).await,
-        Command::Destroy { vms } => vm::destroy(&context, vms).await,
+        Command::Destroy { vms, instance_only } => {
+            let destroy = if *instance_only { Destroy::InstanceOnly } else { Destroy::WithImage };
+            vm::destroy(&context, vms, destroy).await
+        }
         Command::List => vm::list(&context).await,
         Command::Show { vm } => details::show(&context, vm).await,
         Command::Clone(args) => clone::clone(&context, args).await,

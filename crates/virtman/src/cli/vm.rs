@@ -13,6 +13,7 @@ use super::{CreateArgs, StopArgs};
 use crate::api::compute::{CreateVm, StopVm, Vm, VmState};
 use crate::api::export::{ExportName, IscsiAccess};
 use crate::api::qcow2::{ImportVm, VmImported};
+use crate::compute::Destroy;
 use crate::units::ByteSize;
 use crate::vm::console;
 
@@ -69,11 +70,15 @@ async fn say_disk(node: &NodeClient, args: &CreateArgs, vm: &Vm) -> Outcome {
     }
 }
 
-pub(super) async fn destroy(context: &Context, vms: &[VmName]) -> Outcome {
+pub(super) async fn destroy(context: &Context, vms: &[VmName], destroy: Destroy) -> Outcome {
+    let query = match destroy {
+        Destroy::WithImage => "",
+        Destroy::InstanceOnly => "?instance_only=true",
+    };
     let mut destroyed = Vec::new();
     for name in vms {
         let (node, vm) = context.find_vm(name).await?;
-        node.client.delete::<()>(&format!("/v1/vms/{name}")).await?;
+        node.client.delete::<()>(&format!("/v1/vms/{name}{query}")).await?;
         note(&format!("destroyed '{name}' on node {}", vm.node));
         destroyed.push(vm);
     }

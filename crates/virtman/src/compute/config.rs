@@ -10,6 +10,7 @@ use link::FetchSettings;
 use link::policy::{Multipath, Settings};
 use volt::Location;
 
+use super::unused::KeepWarm;
 use crate::units::ByteSize;
 
 /// A file or block device for the cache group.
@@ -39,6 +40,11 @@ pub(crate) struct ComputeArgs {
     /// counts more, also at the next start
     #[arg(long, value_parser = crate::cli::parse_cache_medium, value_name = "PATH=SIZE")]
     pub(crate) cache: Vec<CacheMedium>,
+    /// How long an image stays attached that was attached because a VM or an export needed it and that nobody on this
+    /// node uses any more; 0s detaches it at once, `forever` leaves it. A VM that is created meanwhile finds it with
+    /// all that was fetched of it. What `virtman image attach` attached stays until `virtman image detach`
+    #[arg(long, default_value = "10m", value_name = "TIME")]
+    pub(crate) keep_warm: KeepWarm,
     /// Where this host stands, as ZONE/RACK/HOST
     #[arg(long, default_value = "", value_name = "LABEL")]
     pub(crate) location: Location,

@@ -195,7 +195,7 @@ struct NodeExports {
 impl Exports for NodeExports {
     fn open(&self, name: &str) -> Option<Export> {
         let disk: Arc<dyn Disk> = if name.contains(':') {
-            Arc::clone(&self.node.images.by_name(&name.parse().ok()?)?.volume) as _
+            Arc::clone(&self.node.images.by_name(&name.parse().ok()?)?.exported) as _
         } else {
             self.node.vms.disk(&name.parse().ok()?)?
         };

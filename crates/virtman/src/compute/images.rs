@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -21,12 +22,14 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use volt::{Placement, Role};
 
+use super::departing::Departing;
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::fill::Fill;
 use super::layers::{LayerDisks, LayerId};
 use super::profile::{Profile, Way};
 use super::remote::RemoteDisks;
+use super::unused::{Held, Holders, KeepWarm, Stay, Usage};
 use crate::api::compute::NodeImage;
 use crate::api::profile::ProfileOffer;
 use crate::api::volt::ImageRecord;
@@ -50,6 +53,14 @@ pub(crate) struct Images {
     /// Takes records of boots to Volt.
     records: mpsc::Sender<BootProfile>,
     changed: Notify,
+    /// Images that are detached but still served.
+    pub(super) departing: Departing,
+    /// How long an image that nobody uses stays attached.
+    pub(super) keep_warm: KeepWarm,
+    /// Told when it is to be looked what is used.
+    pub(super) look: Notify,
+    /// How many images are being attached.
+    attaching: AtomicUsize,
     /// What Volt pushed about the image that is being attached, before its answer was dealt with.
     early: Mutex<Option<Early>>,
     /// Held while an image is attached or detached.
@@ -63,11 +74,24 @@ struct Early {
     profile: Option<ProfileOffer>,
 }
 
+/// An image is being attached, as long as this is there.
+#[must_use]
+pub(crate) struct Attaching<'a>(&'a Images);
+
+impl Drop for Attaching<'_> {
+    fn drop(&mut self) {
+        self.0.attaching.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_waiters();
+    }
+}
+
 /// One attached image.
 pub(crate) struct Attached {
     pub(crate) id: ImageId,
     pub(crate) root: RootPage,
     pub(crate) volume: Arc<ImageVolume>,
+    /// The same for those that open it from outside, so that it is known whether anybody has.
+    pub(super) exported: Arc<ImageVolume>,
     /// Its boot profile.
     pub(crate) profile: Arc<Profile>,
     upstream: Arc<Switch>,
@@ -77,6 +101,8 @@ pub(crate) struct Attached {
     stripes: watch::Sender<usize>,
     way: Way,
     since: Instant,
+    pub(super) holders: Holders,
+    usage: Mutex<Usage>,
     state: Mutex<State>,
 }
 
@@ -128,6 +154,7 @@ struct State {
     fill: Option<Fill>,
     /// Names that carry a VM's disk to other nodes, and go once those have it.
     passing: BTreeSet<ImageName>,
+    stay: Stay,
 }
 
 /// What is remembered of an attached image.
@@ -140,6 +167,8 @@ struct AttachedRecord {
     fill: bool,
     #[serde(default)]
     passing: BTreeSet<ImageName>,
+    #[serde(default)]
+    stay: Stay,
 }
 
 impl Images {
@@ -150,6 +179,7 @@ impl Images {
         uplinks: Arc<Uplinks>,
         remotes: Arc<RemoteDisks>,
         records: mpsc::Sender<BootProfile>,
+        keep_warm: KeepWarm,
     ) -> Images {
         Images {
             layout,
@@ -160,6 +190,10 @@ impl Images {
             records,
             attached: RwLock::default(),
             changed: Notify::new(),
+            departing: Departing::default(),
+            keep_warm,
+            look: Notify::new(),
+            attaching: AtomicUsize::new(0),
             early: Mutex::new(None),
             changing: tokio::sync::Mutex::new(()),
         }
@@ -226,7 +260,10 @@ impl Images {
         if record.fill {
             attached.fill();
         }
-        attached.state().passing = record.passing;
+        {
+            let mut state = attached.state();
+            (state.passing, state.stay) = (record.passing, record.stay);
+        }
         self.insert(attached);
         Ok(())
     }
@@ -234,6 +271,14 @@ impl Images {
     /// The attached image of this name.
     pub(crate) fn by_name(&self, name: &ImageName) -> Option<Arc<Attached>> {
         self.all().into_iter().find(|attached| attached.state().names.contains(name))
+    }
+
+    /// The attached image of this name, which stays attached as long as the caller holds it.
+    pub(super) fn hold(&self, name: &ImageName) -> Option<Held> {
+        // Under the lock: whoever detaches sees the holder, or this does not find the image.
+        let all = self.attached.read().unwrap_or_else(PoisonError::into_inner);
+        let found = all.values().find(|attached| attached.state().names.contains(name))?;
+        Some(Held::new(Arc::clone(found)))
     }
 
     /// The attached image of this id.
@@ -254,9 +299,12 @@ impl Images {
         self.layout.must_have_room_for(&name.file_name())
     }
 
-    /// To be called before Volt is asked to attach an image: forgets pushes from before.
-    pub(crate) fn expect_pushes(&self) {
+    /// To be called before Volt is asked to attach an image, and kept until that is done: forgets pushes from before,
+    /// and lets children wait that ask for an image that is not attached.
+    pub(crate) fn expect_pushes(&self) -> Attaching<'_> {
         *self.early.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.attaching.fetch_add(1, Ordering::AcqRel);
+        Attaching(self)
     }
 
     /// Serves an image that was asked for at `asked` and that Volt placed this node for, or gives one that is
@@ -329,21 +377,50 @@ impl Images {
     /// Takes a name from an image, and the image out of service with its last one. The caller holds
     /// `changing` and knows that nobody uses it.
     pub(crate) fn detach(&self, attached: &Attached, name: &ImageName) -> Result<Detached, String> {
-        let left = {
+        let detached = {
+            let mut all = self.attached.write().unwrap_or_else(PoisonError::into_inner);
             let mut state = attached.state();
+            let is_last = state.names.iter().all(|other| other == name);
+            if is_last && attached.is_held() {
+                return Ok(Detached::Held);
+            }
             state.names.remove(name);
             state.passing.remove(name);
             state.exports.remove(name);
-            state.names.len()
+            if is_last {
+                if attached.role() == Role::Relay {
+                    self.departing.begin(attached.id, Arc::clone(&attached.served), Instant::now());
+                }
+                all.remove(&attached.id);
+                Detached::Image
+            } else {
+                Detached::Name
+            }
         };
-        if left > 0 {
+        if detached == Detached::Name {
             self.save(attached)?;
-            return Ok(Detached::Name);
+            return Ok(detached);
         }
-        self.attached.write().unwrap_or_else(PoisonError::into_inner).remove(&attached.id);
         let file = self.record_file(&attached.id);
         std::fs::remove_file(&file).map_err(|e| format!("cannot remove {}: {e}", file.display()))?;
-        Ok(Detached::Image)
+        Ok(detached)
+    }
+
+    /// Says what keeps an image attached. The caller holds `changing`.
+    pub(super) fn let_stay(&self, attached: &Attached, stay: Stay) -> Result<(), String> {
+        if attached.stay() == stay {
+            return Ok(());
+        }
+        attached.state().stay = stay;
+        self.save(attached)
+    }
+
+    /// Volt let this node leave an image's hierarchy.
+    pub(crate) fn released(&self, id: &ImageId) {
+        if let Some(attached) = self.by_id(id) {
+            attached.usage().released();
+            self.look.notify_one();
+        }
     }
 
     /// Volt moved this node in an image's hierarchy.
@@ -394,6 +471,7 @@ impl Images {
         let source = self.cache.over(Arc::clone(&upstream) as _);
         let served = self.cache.over_for_children(Arc::clone(&upstream) as _);
         let volume = Arc::new(ImageVolume::new(root.clone(), Arc::clone(&source)));
+        let exported = Arc::new(ImageVolume::new(root.clone(), Arc::clone(&source)));
         let stripes = watch::Sender::new(placement.stripes.len());
         let way = Way {
             volume: Arc::clone(&volume),
@@ -413,17 +491,21 @@ impl Images {
             exports: HashMap::new(),
             fill: None,
             passing: BTreeSet::new(),
+            stay: Stay::WhileUsed,
         });
         Ok(Arc::new(Attached {
             id,
             root,
             volume,
+            exported,
             profile,
             upstream,
             served,
             stripes,
             way,
             since: Instant::now(),
+            holders: Holders::default(),
+            usage: Mutex::default(),
             state,
         }))
     }
@@ -467,7 +549,7 @@ impl Images {
             return Ok(());
         }
         let path = self.volume_socket(&name);
-        let export = ExportSocket::open(path.clone(), name.to_string(), Arc::clone(&attached.volume) as _)
+        let export = ExportSocket::open(path.clone(), name.to_string(), Arc::clone(&attached.exported) as _)
             .map_err(|e| format!("cannot open the socket {}: {e}", path.display()))?;
         state.exports.insert(name.clone(), export);
         state.names.insert(name);
@@ -484,6 +566,7 @@ impl Images {
     }
 
     fn insert(&self, attached: Arc<Attached>) {
+        self.departing.forget(&attached.id);
         self.attached.write().unwrap_or_else(PoisonError::into_inner).insert(attached.id, attached);
         self.changed.notify_waiters();
     }
@@ -501,6 +584,7 @@ impl Images {
                 placement: state.placement.clone(),
                 fill: state.fill.is_some(),
                 passing: state.passing.clone(),
+                stay: state.stay,
             }
         };
         let file = self.record_file(&attached.id);
@@ -534,6 +618,10 @@ impl Images {
             vms,
             profile: attached.profile.describe(),
             fill: state.fill.as_ref().map(Fill::describe),
+            detaches_in_ms: attached
+                .usage()
+                .goes_in(self.keep_warm, Instant::now())
+                .map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
         }
     }
 }
@@ -545,6 +633,8 @@ pub(crate) enum Detached {
     Name,
     /// The image is out of service.
     Image,
+    /// Nothing: somebody is about to use it.
+    Held,
 }
 
 impl Attached {
@@ -577,6 +667,27 @@ impl Attached {
     /// Its names that go once no other node uses them.
     pub(crate) fn passing(&self) -> Vec<ImageName> {
         self.state().passing.iter().cloned().collect()
+    }
+
+    /// What keeps it attached.
+    pub(super) fn stay(&self) -> Stay {
+        self.state().stay
+    }
+
+    /// Since when nobody uses it.
+    pub(super) fn usage(&self) -> std::sync::MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody is about to use it.
+    pub(super) fn is_held(&self) -> bool {
+        self.holders.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether somebody has it open from outside.
+    pub(super) fn is_open(&self) -> bool {
+        // Its own, and one for each socket that waits for connections.
+        Arc::strong_count(&self.exported) > 1 + self.state().exports.len()
     }
 
     /// Where its chunks come from and go to.
@@ -630,13 +741,19 @@ impl link::Sources for Images {
                     // Registered before the look, so that a change in between is not missed.
                     let changed = self.changed.notified();
                     if let Some(attached) = self.by_id(id) {
-                        return attached;
+                        return Some(Arc::clone(&attached.served));
+                    }
+                    if let Some(source) = self.departing.source(id, Instant::now()) {
+                        return Some(source);
+                    }
+                    // Volt names a parent while that attaches the image, and not before.
+                    if self.attaching.load(Ordering::Acquire) == 0 {
+                        return None;
                     }
                     changed.await;
                 }
             };
-            let attached = tokio::time::timeout(ATTACH_WAIT, attached).await.ok()?;
-            Some(Arc::clone(&attached.served))
+            tokio::time::timeout(ATTACH_WAIT, attached).await.ok()?
         })
     }
 }

@@ -1,7 +1,7 @@
 //! A node: `virtman compute`.
 //!
 //! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
-//! that is wanted ([`fill`]), gives VMs disks
+//! that is wanted ([`fill`]), detaches what nobody uses ([`unused`], [`departing`]), gives VMs disks
 //! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`],
 //! [`qcow2`]), moves VMs ([`migrate`]), keeps what was fetched ([`cache`]), exports disks and images ([`exports`],
 //! [`iscsi`]), serves children over links, and
@@ -12,6 +12,7 @@ mod cache;
 mod carried;
 mod clones;
 pub(crate) mod config;
+mod departing;
 mod details;
 mod entry;
 mod exports;
@@ -31,8 +32,11 @@ pub(crate) mod remote;
 pub(crate) mod routes;
 mod settle;
 mod snapshots;
+mod unused;
 mod vms;
 mod volt;
+
+pub(crate) use self::unused::Destroy;
 
 use std::fs;
 use std::io;
@@ -89,8 +93,8 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), args.fetch_settings());
     let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
     let remotes = Arc::new(RemoteDisks::new(layout.remotes()));
-    let images =
-        Images::new(layout.clone(), Arc::clone(cache.group()), uplinks, Arc::clone(&remotes), records);
+    let group = Arc::clone(cache.group());
+    let images = Images::new(layout.clone(), group, uplinks, Arc::clone(&remotes), records, args.keep_warm);
     let images = Arc::new(images);
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
     images.restore().map_err(restored)?;
@@ -177,6 +181,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
             settle::run(&node),
             node.ask_for_incoming(),
             migrate::hand_over_moved(&node),
+            unused::run(&node),
             async {
                 loop {
                     tokio::time::sleep(node::PASSING_CHECK).await;

@@ -21,6 +21,7 @@ use super::layers::LayerDisks;
 use super::migrate::IncomingVms;
 use super::remote;
 use super::routes::to_the_end;
+use super::unused::{Destroy, Held};
 use super::vms::Vms;
 use super::volt::VoltLink;
 use crate::api::compute::{
@@ -60,24 +61,25 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// The image of this name, attached now if it was not.
-    pub(crate) async fn attach(&self, name: &ImageName) -> Result<Arc<Attached>, ApiError> {
-        if let Some(attached) = self.images.by_name(name) {
-            return Ok(attached);
+    /// The image of this name, attached now if it was not. It stays attached as long as the caller holds it.
+    pub(super) async fn attach(&self, name: &ImageName) -> Result<Held, ApiError> {
+        if let Some(held) = self.images.hold(name) {
+            return Ok(held);
         }
         self.images.must_have_room_for(name)?;
         let _one_at_a_time = self.images.changing.lock().await;
-        if let Some(attached) = self.images.by_name(name) {
-            return Ok(attached);
+        if let Some(held) = self.images.hold(name) {
+            return Ok(held);
         }
-        self.images.expect_pushes();
+        let _attaching = self.images.expect_pushes();
         let asked = tokio::time::Instant::now();
         let answer = self.volt.attach(name.to_string(), Role::Relay, None).await.map_err(from_volt)?;
         let record = answer.image.ok_or_else(|| {
             ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
         })?;
         tracing::info!(image = %name, id = %record.id.short(), "image attached");
-        self.images.attach(&record, answer.placement, answer.profile, asked).map_err(ApiError::internal)
+        let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
+        attached.map(Held::new).map_err(ApiError::internal)
     }
 
     /// Takes an image out of service that no VM of this node uses.
@@ -186,7 +188,7 @@ impl Node {
     async fn serve_made(&self, name: &ImageName, made: &MadeImage) -> Result<Arc<Attached>, ApiError> {
         let request = RegisterImage { root_page: BASE64.encode(made.root.encode()) };
         let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
-        self.images.expect_pushes();
+        let _attaching = self.images.expect_pushes();
         let asked = tokio::time::Instant::now();
         let answer = self.volt.attach(record.id.to_string(), Role::Origin, None).await.map_err(from_volt)?;
         let record = ImageRecord { name: name.clone(), ..record };
@@ -313,7 +315,8 @@ impl Node {
         if let Some(access) = &request.iscsi {
             self.iscsi.must_fit(&export, access)?;
         }
-        let attached = self.attach(&request.image).await?;
+        let held = self.attach(&request.image).await?;
+        let attached = Arc::clone(&held);
         let known = self.vms.get(name).is_ok();
         let vm = match &request.settle_on {
             Some(own) => self.create_settling(name, attached, own, asked).await?,
@@ -342,10 +345,18 @@ impl Node {
     }
 
     /// Removes a VM with its disk and its exports. A running guest is ended.
-    pub(crate) async fn destroy(&self, name: &VmName) -> Result<(), ApiError> {
-        self.vms.get(name)?;
+    pub(crate) async fn destroy(&self, name: &VmName, destroy: Destroy) -> Result<(), ApiError> {
+        let image = self.vms.get(name)?.top().chain().1.id;
         self.iscsi.remove(&ExportName::Vm(name.clone())).await?;
-        self.vms.destroy(name).await
+        // Before nobody uses it.
+        if destroy == Destroy::InstanceOnly {
+            self.note_destroy(&image, destroy).await;
+        }
+        self.vms.destroy(name).await?;
+        if destroy == Destroy::WithImage {
+            self.note_destroy(&image, destroy).await;
+        }
+        Ok(())
     }
 
     /// Tells tests that a step of something long was reached.
@@ -372,10 +383,10 @@ impl Node {
         access: IscsiAccess,
     ) -> Result<ExportView, ApiError> {
         self.iscsi.must_fit(name, &access)?;
-        match name {
-            ExportName::Vm(vm) => drop(self.vms.get(vm)?),
-            ExportName::Image(image) => drop(self.attach(image).await?),
-        }
+        let _held = match name {
+            ExportName::Vm(vm) => self.vms.get(vm).map(|_| None)?,
+            ExportName::Image(image) => Some(self.attach(image).await?),
+        };
         let exported = Disks { images: &self.images, vms: &self.vms }.find(name);
         let exported =
             exported.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
@@ -501,6 +512,9 @@ impl Node {
             )
             .with_hint("destroy those VMs first; 'virtman list' shows them"));
         }
+        if attached.is_held() {
+            return Err(ApiError::conflict("image_in_use", format!("'{name}' is about to be used")));
+        }
         if self.iscsi.contains(&ExportName::Image(name.clone())) {
             return Err(ApiError::conflict(
                 "image_in_use",
@@ -511,12 +525,21 @@ impl Node {
         Ok(())
     }
 
-    async fn release(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
-        if self.images.detach(attached, name).map_err(ApiError::internal)? == Detached::Image {
-            tracing::info!(image = %name, "image detached");
-            // If Volt cannot be told it learns it when this node registers again and does not name it.
-            if let Err(error) = self.volt.detach(attached.id).await {
-                tracing::warn!(image = %name, %error, "Volt could not be told of a detach");
+    /// Takes a name from an image, and the image out of service with its last one: first Volt gives the node's
+    /// children other parents, then the node lets go. The caller holds `changing`.
+    pub(super) async fn release(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+        // If Volt cannot be told it learns it when this node registers again and does not name the image.
+        if attached.names() == [name.clone()]
+            && let Err(error) = self.volt.detach(attached.id).await
+        {
+            tracing::warn!(image = %name, %error, "Volt could not be told of a detach");
+        }
+        match self.images.detach(attached, name).map_err(ApiError::internal)? {
+            Detached::Name => {}
+            Detached::Image => tracing::info!(image = %name, "image detached"),
+            Detached::Held => {
+                self.stay_attached(attached).await;
+                return Err(ApiError::conflict("image_in_use", format!("'{name}' is about to be used")));
             }
         }
         Ok(())

@@ -20,6 +20,7 @@ use utoipa_axum::routes;
 
 use super::node::{Force, Node};
 use super::snapshots::Quiesce;
+use super::unused::Destroy;
 use crate::api::compute::{
     AddImage, AddMedium, CloneVm, CommitVm, CreateVm, ExpectVm, HandOver, ImageVerified, MediumView,
     MigrateVm, Migrated, MovingState, NodeImage, NodeStatus, Progress, RemoveMedium, SnapshotTaken,
@@ -180,7 +181,7 @@ struct Attaching {
     fill: bool,
 }
 
-/// Attaches an image.
+/// Attaches an image. It stays attached until it is detached here.
 #[utoipa::path(put, path = "/v1/attached/{image}", params(("image" = String, Path,), ("fill" = Option<bool>, Query,)),
     responses((status = 200, body = NodeImage), (status = 404), (status = 409), (status = 503)))]
 async fn attach_image(
@@ -191,7 +192,7 @@ async fn attach_image(
 ) -> Answer<NodeImage> {
     peer.must_be_admin()?;
     to_the_end(async move {
-        let attached = node.attach(&name).await?;
+        let attached = node.attach_to_stay(&name).await?;
         if attaching.fill {
             node.images.fill(&attached)?;
         }
@@ -268,16 +269,27 @@ async fn create_vm(
     to_the_end(async move { node.create(&name, &request).await.map(Json) }).await
 }
 
-/// Removes a VM with its disk. A running guest is ended.
-#[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path,)),
+/// How a VM is destroyed.
+#[derive(Debug, Deserialize)]
+struct Destruction {
+    /// Whether its image stays attached though nobody uses it.
+    #[serde(default)]
+    instance_only: bool,
+}
+
+/// Removes a VM with its disk. A running guest is ended. An image that was attached for VMs and that nobody on the node
+/// uses any more is detached after a while, unless only the instance is to go.
+#[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path,), ("instance_only" = Option<bool>, Query,)),
     responses((status = 204), (status = 404)))]
 async fn destroy_vm(
     State(node): Shared,
     peer: Peer,
     Path(name): Path<VmName>,
+    Query(destruction): Query<Destruction>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.destroy(&name).await }).await?;
+    let destroy = if destruction.instance_only { Destroy::InstanceOnly } else { Destroy::WithImage };
+    to_the_end(async move { node.destroy(&name, destroy).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

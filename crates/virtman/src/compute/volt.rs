@@ -18,7 +18,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 use volt::{Location, Placement, Role};
 
-use super::images::Images;
+use super::images::{Attached, Images};
 use crate::api::profile::{NewProfile, ProfileFile};
 use crate::api::volt::{
     AttachImage, Attachment, DetachImage, ImageRecord, NodeReport, Push, RegisterImage, RegisterNode,
@@ -108,6 +108,22 @@ impl VoltLink {
         self.ask("attach", &AttachImage { image, role, current }).await
     }
 
+    /// Says that this node has an image attached, and where it fetches it from.
+    pub(super) async fn attach_again(&self, attached: &Attached) -> Result<Attachment, ClientError> {
+        let placement = match attached.role() {
+            Role::Origin => None,
+            Role::Relay => Some(attached.placement()),
+        };
+        let answer = self.attach(attached.id.to_string(), attached.role(), placement).await?;
+        attached.usage().stays();
+        Ok(answer)
+    }
+
+    /// Asks for leave to give an image up that nobody uses here. A push says when.
+    pub(crate) async fn leave(&self, image: ImageId) -> Result<(), ClientError> {
+        self.ask("leave", &DetachImage { image }).await
+    }
+
     /// Gives an image up.
     pub(crate) async fn detach(&self, image: ImageId) -> Result<(), ClientError> {
         self.ask("detach", &DetachImage { image }).await
@@ -155,11 +171,12 @@ impl VoltLink {
         // The stream is opened before anything is attached, so that no change in between is missed.
         let mut pushes = self.client.stream_lines::<Push>(&format!("/v1/nodes/{}/pushes", self.node)).await?;
         for attached in images.all() {
-            let placement = match attached.role() {
-                Role::Origin => None,
-                Role::Relay => Some(attached.placement()),
-            };
-            let answer = self.attach(attached.id.to_string(), attached.role(), placement).await?;
+            // Not one that is being detached: Volt may hear of that first.
+            let _one_at_a_time = images.changing.lock().await;
+            if images.by_id(&attached.id).is_none() {
+                continue;
+            }
+            let answer = self.attach_again(&attached).await?;
             images.place(&attached.id, answer.placement);
             images.offer_profile(&attached.id, answer.profile);
         }
@@ -174,6 +191,7 @@ impl VoltLink {
                 push = pushes.next() => match push.transpose()? {
                     Some(Push::Place { image, placement }) => images.place(&image, placement),
                     Some(Push::Profile { image, offer }) => images.offer_profile(&image, offer),
+                    Some(Push::Released { image }) => images.released(&image),
                     Some(Push::Removed { nodes }) => self.removed.replace(nodes),
                     None => return Ok(()),
                 },

@@ -175,6 +175,10 @@ impl Inner {
                     tracing::debug!(%node, %image, ?placement, "placed");
                     self.push(&node, Push::Place { image, placement });
                 }
+                Action::Released { node, image } => {
+                    tracing::info!(%node, %image, "left");
+                    self.push(&node, Push::Released { image });
+                }
                 Action::Dead { node } => tracing::warn!(%node, "node is dead; its children were moved"),
                 Action::Suspect { node } => {
                     tracing::warn!(%node, "most children cannot reach this node; it gets no new ones for now");

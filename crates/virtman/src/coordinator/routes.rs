@@ -50,6 +50,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Volt>> {
         .routes(routes!(pushes))
         .routes(routes!(attach))
         .routes(routes!(detach))
+        .routes(routes!(leave))
         .routes(routes!(report))
 }
 
@@ -332,6 +333,21 @@ async fn detach(
 ) -> Result<StatusCode, ApiError> {
     itself(&peer, &node)?;
     volt.apply(Event::Detach { node, image: request.image });
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A node has no use for an image. It keeps its place until a push releases it: once everybody below wants to leave as
+/// well, or after a lease, when its children have other parents. Attaching the image again takes it back.
+#[utoipa::path(post, path = "/v1/nodes/{node}/leave", params(("node" = String, Path,)),
+    request_body = DetachImage, responses((status = 204), (status = 409)))]
+async fn leave(
+    State(volt): Shared,
+    peer: Peer,
+    Path(node): Path<NodeName>,
+    Json(request): Json<DetachImage>,
+) -> Result<StatusCode, ApiError> {
+    itself(&peer, &node)?;
+    known(&volt.apply(Event::Leave { node: node.clone(), image: request.image }), &node)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -11,6 +11,7 @@ mod cache;
 mod clones;
 mod cluster;
 mod daemons;
+mod detach;
 mod guests;
 mod iscsi;
 mod iscsi_guest;

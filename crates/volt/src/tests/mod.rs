@@ -1,5 +1,6 @@
 //! Tests of the planner as a whole, through events and actions alone.
 
+mod leaving;
 mod model;
 mod racks;
 mod repair;

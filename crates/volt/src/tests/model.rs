@@ -43,6 +43,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => node().prop_map(|node| Event::NodeDown { node }),
         16 => attach,
         2 => (node(), images()).prop_map(|(node, image)| Event::Detach { node, image }),
+        3 => (node(), images()).prop_map(|(node, image)| Event::Leave { node, image }),
         6 => (node(), node()).prop_map(|(by, parent)| Event::Lost { by, parent }),
         4 => (node(), node(), images()).prop_map(|(by, liar, image)| {
             Event::Blame { by, liar, image, chunk: ChunkHash::ZERO }

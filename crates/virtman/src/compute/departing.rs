@@ -1,0 +1,108 @@
+//! Images that are detached but still served to children that have not moved yet.
+//!
+//! Volt gives the children other parents before the node lets go of an image, but a child learns of that a moment
+//! later, or much later if its connection to Volt is down. Until nobody has asked for a while, what was served is
+//! served on, through the parents that the node had.
+//!
+//! Consistency: chunks are verified as ever. Crash: children ask elsewhere, as of any node that dies. Bounds: no image
+//! departs for longer than [`DEPART_MAX`].
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use block::{ChunkSource, ImageId};
+use tokio::time::Instant;
+
+/// How long nobody must have asked. A child whose connection to Volt broke has another and its new parents well
+/// within that.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// How long a child that does not learn of its new parents is served. Then it is told that the image is not attached,
+/// and asks the others that it knows.
+const DEPART_MAX: Duration = Duration::from_secs(60);
+
+/// The images that are on their way out.
+#[derive(Default)]
+pub(super) struct Departing(Mutex<HashMap<ImageId, Departed>>);
+
+struct Departed {
+    source: Arc<dyn ChunkSource>,
+    since: Instant,
+    asked: Instant,
+}
+
+impl Departing {
+    /// Serves an image on that is detached `now`.
+    pub(super) fn begin(&self, id: ImageId, source: Arc<dyn ChunkSource>, now: Instant) {
+        self.all().insert(id, Departed { source, since: now, asked: now });
+    }
+
+    /// The chunks of an image that somebody asks for `now`.
+    pub(super) fn source(&self, id: &ImageId, now: Instant) -> Option<Arc<dyn ChunkSource>> {
+        let mut all = self.all();
+        let departed = all.get_mut(id)?;
+        departed.asked = now;
+        Some(Arc::clone(&departed.source))
+    }
+
+    /// The image is attached again.
+    pub(super) fn forget(&self, id: &ImageId) {
+        self.all().remove(id);
+    }
+
+    /// Lets those go that nobody asks for any more.
+    pub(super) fn sweep(&self, now: Instant) {
+        let stays = |departed: &Departed| {
+            now.duration_since(departed.asked) < QUIET && now.duration_since(departed.since) < DEPART_MAX
+        };
+        self.all().retain(|_, departed| stays(departed));
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<ImageId, Departed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use block::{BoxFuture, Chunk, ChunkHash, FetchError, Priority};
+
+    use super::*;
+
+    struct Nothing;
+
+    impl ChunkSource for Nothing {
+        fn fetch(&self, chunk: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+            Box::pin(async move { Err(FetchError::NotHere(chunk)) })
+        }
+    }
+
+    #[test]
+    fn an_image_goes_when_nobody_asks_any_more_and_at_last_whoever_asks() {
+        let (quiet, busy) = (ImageId::from_bytes([1; 32]), ImageId::from_bytes([2; 32]));
+        let departing = Departing::default();
+        let begun = Instant::now();
+        for id in [quiet, busy] {
+            departing.begin(id, Arc::new(Nothing), begun);
+        }
+        let mut now = begun;
+        while now + QUIET / 2 < begun + DEPART_MAX {
+            now += QUIET / 2;
+            departing.sweep(now);
+            assert!(departing.source(&busy, now).is_some(), "{:?}", now - begun);
+        }
+        assert!(departing.source(&quiet, now).is_none());
+        departing.sweep(begun + DEPART_MAX);
+        assert!(departing.source(&busy, now).is_none());
+    }
+
+    #[test]
+    fn an_image_that_is_attached_again_departs_no_more() {
+        let id = ImageId::from_bytes([1; 32]);
+        let departing = Departing::default();
+        departing.begin(id, Arc::new(Nothing), Instant::now());
+        departing.forget(&id);
+        assert!(departing.source(&id, Instant::now()).is_none());
+    }
+}
