@@ -62,7 +62,7 @@ impl Vms {
         let mut records = Vec::new();
         let mut complete = true;
         for dir in files::sweep(&self.layout.vms())? {
-            if !dir.join(RECORD).exists() {
+            if files::is_absent(&dir.join(RECORD)) {
                 tracing::info!(dir = %dir.display(), "removing what an unfinished create or destroy left");
                 fs::remove_dir_all(&dir)?;
                 continue;
@@ -349,7 +349,7 @@ impl Vms {
 
     /// Whether there is a VM of this name, open or not.
     pub(crate) fn has_files(&self, name: &VmName) -> bool {
-        self.dir(name).join(RECORD).exists()
+        !files::is_absent(&self.dir(name).join(RECORD))
     }
 
     fn open(&self, record: Record) -> Result<Arc<Entry>, String> {
