@@ -289,6 +289,15 @@ pub(super) struct Settle {
     pub(super) base: Arc<Attached>,
 }
 
+/// What became of a layer that was to stand on another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stands {
+    /// It does.
+    Anew,
+    /// Nobody needed it any more, and it was removed meanwhile.
+    Gone,
+}
+
 impl Layers {
     /// Reads which layers there are. What cannot be read is said.
     pub(crate) fn open(dir: PathBuf, images: Arc<Images>) -> std::io::Result<Layers> {
@@ -517,31 +526,33 @@ impl Layers {
     }
 
     /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed.
-    pub(super) fn merged(&self, Merge { lower, upper }: &Merge) -> Result<(), String> {
+    pub(super) fn merged(&self, Merge { lower, upper }: &Merge) -> Result<Stands, String> {
         {
             let mut forest = self.forest();
             let below = lower.below();
-            self.stand(&mut forest, upper, below)?;
+            if let Stands::Gone = self.stand(&mut forest, upper, below)? {
+                return Ok(Stands::Gone);
+            }
             if let Some(known) = forest.layers.get_mut(&lower.id) {
                 known.children.remove(&upper.id);
             }
         }
         // Nobody holds it: counting down from nothing leaves nothing.
         self.release(lower.id);
-        Ok(())
+        Ok(Stands::Anew)
     }
 
     /// Lets a layer that has taken over another VM's disk stand on the image that both have in common.
-    pub(super) fn settled(&self, settle: &Settle) -> Result<(), String> {
-        self.stand(&mut self.forest(), &settle.layer, Below::Image(Arc::clone(&settle.base)))?;
+    pub(super) fn settled(&self, settle: &Settle) -> Result<Stands, String> {
+        let stands = self.stand(&mut self.forest(), &settle.layer, Below::Image(Arc::clone(&settle.base)))?;
         self.merges.notify_one();
-        Ok(())
+        Ok(stands)
     }
 
     /// Changes what a layer stands on: on disk first. Under the lock, so that nobody removes the layer meanwhile.
-    fn stand(&self, forest: &mut Forest, layer: &Arc<Layer>, below: Below) -> Result<(), String> {
+    fn stand(&self, forest: &mut Forest, layer: &Arc<Layer>, below: Below) -> Result<Stands, String> {
         let parent = below.parent();
-        let known = forest.layers.get_mut(&layer.id).ok_or("the layer was removed meanwhile")?;
+        let Some(known) = forest.layers.get_mut(&layer.id) else { return Ok(Stands::Gone) };
         let record = Record { parent, made_unix_ms: known.record.made_unix_ms };
         let file = self.layer_dir(layer.id).join(RECORD);
         tokio::task::block_in_place(|| files::write_record(&file, &record))
@@ -554,7 +565,7 @@ impl Layers {
         }
         layer.overlay.set_base(below.disk());
         *layer.below.lock().unwrap_or_else(PoisonError::into_inner) = below;
-        Ok(())
+        Ok(Stands::Anew)
     }
 
     fn remove(&self, layers: &[LayerId]) {
@@ -649,16 +660,6 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_name_is_sixteen_digits_and_nothing_else() {
-        let id = LayerId(0xab);
-        assert_eq!(id.to_string(), "00000000000000ab");
-        assert_eq!(id.to_string().parse(), Ok(id));
-        for bad in ["", "ab", "../../etc/passwd", "00000000000000ag", "+0000000000000ab"] {
-            assert!(bad.parse::<LayerId>().is_err(), "{bad}");
-        }
-    }
-}
-    #[test]
     fn while_a_record_cannot_be_read_what_it_may_name_neither_goes_nor_is_merged() {
         let mut forest = Forest::default();
         let ids: Vec<LayerId> = (0..3).map(LayerId).collect();
@@ -675,3 +676,13 @@ mod tests {
         assert_eq!(forest.take_unneeded(ids[2]), [ids[2]], "what was made since");
     }
 
+    #[test]
+    fn a_layer_name_is_sixteen_digits_and_nothing_else() {
+        let id = LayerId(0xab);
+        assert_eq!(id.to_string(), "00000000000000ab");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        for bad in ["", "ab", "../../etc/passwd", "00000000000000ag", "+0000000000000ab"] {
+            assert!(bad.parse::<LayerId>().is_err(), "{bad}");
+        }
+    }
+}
