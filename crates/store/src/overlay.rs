@@ -209,7 +209,12 @@ impl Overlay {
         })?;
         let size_bytes = log.size_bytes();
         let blocks = blocks.unwrap_or_else(|| Overlay::empty_map(size_bytes));
-        let live = LiveMap::open(live, boot, |word| blocks.restore_live(word)).map_err(io(files::LIVE))?;
+        let lost = || {
+            let file = dir.join(files::LIVE);
+            tracing::warn!(file = %file.display(), "damaged: if the machine ran on, what was not flushed is lost");
+        };
+        let live =
+            LiveMap::open(live, boot, lost, |word| blocks.restore_live(word)).map_err(io(files::LIVE))?;
         let live = live.map_err(|word| {
             damaged(files::LIVE, format!("it allocates blocks beyond the disk (word {})", word.index))
         })?;

@@ -17,6 +17,26 @@ use crate::overlay::tests::{Base, Trio, read};
 /// Most layers: enough for all shapes of trees.
 const LAYERS_MAX: usize = 12;
 
+/// A change of no byte: nothing was under way.
+const NOTHING: Change = Change::Discard { offset: 0, len: 0 };
+
+/// What is wrong with a layer's media.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    Full,
+    Broken,
+}
+
+impl Fault {
+    fn must_cause(self, error: &DiskError, what: &str) {
+        let fits = match self {
+            Fault::Full => matches!(error, DiskError::NoSpace),
+            Fault::Broken => matches!(error, DiskError::Io(_)),
+        };
+        assert!(fits, "{what}: {self:?} media cannot cause {error:?}");
+    }
+}
+
 struct Layer {
     trio: Trio,
     overlay: Arc<Overlay>,
@@ -174,6 +194,76 @@ impl World {
         vm.model.done(&change);
     }
 
+    /// Has a layer's media be full soon, or fail.
+    fn spoil(&mut self, layer: usize) -> Fault {
+        let trio = &self.layers[&layer].trio;
+        if self.random.random() {
+            trio.fill_up(self.random.random_range(0..60_000));
+            Fault::Full
+        } else {
+            trio.fail_after(self.random.random_range(0..8));
+            Fault::Broken
+        }
+    }
+
+    /// Puts right what [`World::spoil`] did: somebody makes room, or whatever failed is started anew.
+    async fn mend(&mut self, layer: usize, fault: Fault, what: &str) {
+        match fault {
+            Fault::Full => self.layers[&layer].trio.repair(),
+            Fault::Broken if self.random.random() => self.restart(Trio::kill),
+            Fault::Broken => self.power_cut(0, &NOTHING, what).await,
+        }
+        self.check(what).await;
+    }
+
+    /// Takes a snapshot while there is little room, or the media fail: it is taken, or all is as it was.
+    async fn snapshot_in_trouble(&mut self, at: usize, what: &str) {
+        let top = self.vms[at].top;
+        let next = self.add_layer(Some(top));
+        let overlay = Arc::clone(&self.layers[&next].overlay);
+        let fault = self.spoil(top);
+        let vm = &mut self.vms[at];
+        match vm.chain.freeze::<DiskError>(async { Ok(overlay) }).await {
+            Ok(_) => {
+                vm.snapshots.push((top, vm.model.current(0, SIZE as usize)));
+                vm.top = next;
+                vm.model.flushed();
+            }
+            Err(error) => fault.must_cause(&error, what),
+        }
+        self.mend(top, fault, what).await;
+    }
+
+    /// Merges while there is little room above, or the media of one of the two fail: it is done, or all is as it was.
+    async fn merge_in_trouble(&mut self, what: &str) {
+        let Some((lower, upper)) = self.mergeable() else { return };
+        let (below, above) = (&self.layers[&lower].overlay, &self.layers[&upper].overlay);
+        let (below, above) = (Arc::clone(below), Arc::clone(above));
+        let spoilt = if self.random.random() { upper } else { lower };
+        let fault = self.spoil(spoilt);
+        let merged = async {
+            for range in below.own_ranges() {
+                above.pull(range).await?;
+            }
+            above.flush().await
+        };
+        match merged.await {
+            Ok(()) if spoilt == upper => self.merged(lower, upper),
+            Ok(()) => {}
+            Err(error) => fault.must_cause(&error, what),
+        }
+        self.mend(spoilt, fault, what).await;
+    }
+
+    /// Cuts the power while the disk `at` is changed.
+    async fn power_cut(&mut self, at: usize, change: &Change, what: &str) {
+        self.restart(Trio::power_cut);
+        for (number, vm) in self.vms.iter_mut().enumerate() {
+            let change = if number == at { change } else { &NOTHING };
+            vm.model.crashed(change, &vm.chain, what).await;
+        }
+    }
+
     /// Sets a disk back to one of its snapshots.
     async fn revert(&mut self, at: usize) {
         let Some((layer, bytes)) = self.vms[at].snapshots.iter().choose(&mut self.random).cloned() else {
@@ -213,8 +303,13 @@ impl World {
             return;
         }
         above.flush().await.unwrap();
+        self.merged(lower, upper);
+    }
+
+    /// Lets `upper`, which holds all of `lower` durably, stand on what that stands on.
+    fn merged(&mut self, lower: usize, upper: usize) {
         let parent = self.layers[&lower].parent;
-        above.set_base(self.base_of(parent));
+        self.layers[&upper].overlay.set_base(self.base_of(parent));
         self.layers.get_mut(&upper).unwrap().parent = parent;
         self.layers.remove(&lower);
         // A flush of a top covers what its guest wrote too.
@@ -227,7 +322,7 @@ impl World {
         let at = self.random.random_range(0..self.vms.len());
         let change = Change::random(&mut self.random);
         let has_room = self.layers.len() < LAYERS_MAX;
-        match self.random.random_range(0..24) {
+        match self.random.random_range(0..28) {
             0..8 => {
                 let vm = &mut self.vms[at];
                 change.run(&vm.chain).await.unwrap();
@@ -262,14 +357,10 @@ impl World {
             }
             22 => {
                 poll_some(&mut self.random, change.run(&self.vms[at].chain)).await;
-                self.restart(Trio::power_cut);
-                for (number, vm) in self.vms.iter_mut().enumerate() {
-                    // Nothing but the one change was under way; to the others, that of no byte.
-                    let nothing = Change::Discard { offset: 0, len: 0 };
-                    let change = if number == at { &change } else { &nothing };
-                    vm.model.crashed(change, &vm.chain, what).await;
-                }
+                self.power_cut(at, &change, what).await;
             }
+            23 | 24 if has_room => self.snapshot_in_trouble(at, what).await,
+            25 | 26 => self.merge_in_trouble(what).await,
             _ => {}
         }
         self.sweep();

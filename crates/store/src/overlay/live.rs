@@ -55,10 +55,12 @@ impl LiveMap {
     }
 
     /// Hands all words to `apply` if they are of this run of the machine, and begins anew if not. `apply` says
-    /// whether a word is possible; the first that is not is the error.
+    /// whether a word is possible; the first that is not is the error. `lost` is told if nobody knows of which run
+    /// they are: a power cut leaves that, and then it costs nothing, but so does damage.
     pub(super) fn open(
         media: Arc<dyn Media>,
         boot: BootId,
+        lost: impl FnOnce(),
         mut apply: impl FnMut(Word) -> bool,
     ) -> io::Result<Result<LiveMap, Word>> {
         let len = media.len_bytes()?;
@@ -67,6 +69,9 @@ impl LiveMap {
             media.read_at(0, &mut head)?;
         }
         if head != header(boot) {
+            if !is_header(&head) {
+                lost();
+            }
             return LiveMap::create(media, boot).map(Ok);
         }
         let mut piece = vec![0; PIECE_BYTES];
@@ -92,6 +97,12 @@ impl LiveMap {
     }
 }
 
+/// Whether these bytes are the whole header of some run of some machine.
+fn is_header(head: &[u8; HEADER_BYTES]) -> bool {
+    let boot = head[12..28].try_into().expect("sixteen bytes");
+    *head == header(BootId(boot))
+}
+
 fn header(boot: BootId) -> [u8; HEADER_BYTES] {
     let mut out = [0; HEADER_BYTES];
     out[..8].copy_from_slice(&MAGIC);
@@ -111,12 +122,28 @@ mod tests {
 
     fn words(media: &Arc<MemoryMedia>, boot: BootId) -> Vec<Word> {
         let mut words = Vec::new();
-        let opened = LiveMap::open(Arc::clone(media) as _, boot, |word| {
+        let lost = || panic!("its header is whole");
+        let opened = LiveMap::open(Arc::clone(media) as _, boot, lost, |word| {
             words.push(word);
             true
         });
         assert!(opened.unwrap().is_ok());
         words
+    }
+
+    #[test]
+    fn a_header_that_is_not_whole_is_told_and_begun_anew() {
+        for damage in [&b"VMOVLIVF"[..], &[0; HEADER_BYTES]] {
+            let media = Arc::new(MemoryMedia::default());
+            let live = LiveMap::create(Arc::clone(&media) as _, BOOT).unwrap();
+            live.write(3, &1u64.to_le_bytes()).unwrap();
+            media.write_at(0, damage).unwrap();
+            let mut told = 0;
+            let opened = LiveMap::open(Arc::clone(&media) as _, BOOT, || told += 1, |_| false);
+            assert!(opened.unwrap().is_ok());
+            assert_eq!(told, 1);
+            assert_eq!(words(&media, BOOT), []);
+        }
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!
 //! Crash: a record is synced before the next is written, so only the last one can be torn, and then its
 //! flush was never answered. What follows a bad record tells the two cases apart: nothing valid, a torn
-//! tail, which is dropped; a valid later record, damage to what was durable, which is an error.
+//! tail, which is dropped; a valid later record, damage to what was durable, which is an error. A process that was
+//! killed may leave a good record that it did not come to sync: the first round of the next one syncs it.
 //!
 //! Compaction writes the whole map to a free part of the file, syncs it, and then switches to it with the
 //! other header slot. One of the slots is good at any point. This was preferred to a new file and a
@@ -169,6 +170,8 @@ pub(super) struct MapLog {
     header: Header,
     end: u64,
     sequence: u64,
+    /// Whether all that was read or written is durable.
+    is_synced: bool,
 }
 
 impl MapLog {
@@ -181,7 +184,7 @@ impl MapLog {
         media.write_at(LOG_START, &record)?;
         media.write_at(slot_offset(&header), &header.encode())?;
         media.sync()?;
-        Ok(MapLog { media, end: LOG_START + header.snapshot_bytes, header, sequence: 1 })
+        Ok(MapLog { media, end: LOG_START + header.snapshot_bytes, header, sequence: 1, is_synced: true })
     }
 
     /// Reads the log and hands every durable word to `apply`, which says whether it is possible.
@@ -190,7 +193,7 @@ impl MapLog {
         mut apply: impl FnMut(&MapLog, Word) -> bool,
     ) -> Result<MapLog, LogError> {
         let header = newest_header(&*media)?;
-        let mut log = MapLog { media, header, end: header.log_start, sequence: 0 };
+        let mut log = MapLog { media, header, end: header.log_start, sequence: 0, is_synced: false };
         let snapshot_end = header.log_start + header.snapshot_bytes;
         while let Some(record) = log.next_record()? {
             for word in record[RECORD_HEADER_BYTES..].chunks_exact(WORD_BYTES) {
@@ -224,8 +227,12 @@ impl MapLog {
             + words.div_ceil(RECORD_WORDS_MAX as u64).max(1) * RECORD_HEADER_BYTES as u64
     }
 
-    /// Makes `words` durable.
+    /// Makes `words` durable, and what was there when the log was opened.
     pub(super) fn append(&mut self, words: &[Word]) -> Result<(), AppendError> {
+        if !self.is_synced {
+            self.media.sync().map_err(AppendError::Unknown)?;
+            self.is_synced = true;
+        }
         for words in words.chunks(RECORD_WORDS_MAX) {
             let record = encode_record(self.header.generation, self.sequence, words);
             self.media.write_at(self.end, &record).map_err(AppendError::Intact)?;

@@ -255,7 +255,7 @@ mod tests {
             prop_assert!(pending.into_iter().all(|word| again.restore(word)));
             prop_assert_eq!(again.all(), map.all());
             let killed = BlockMap::new(BLOCKS);
-            let opened = LiveMap::open(media, BOOT, |word| killed.restore_live(word)).unwrap();
+            let opened = LiveMap::open(media, BOOT, || {}, |word| killed.restore_live(word)).unwrap();
             prop_assert!(opened.is_ok());
             prop_assert_eq!(killed.take_pending(), map.all());
         }

@@ -113,6 +113,25 @@ impl Trio {
         Overlay::open_on(self.media(), base).unwrap()
     }
 
+    fn all(&self) -> [&FaultyMedia; 3] {
+        [&self.data, &self.map, &self.live]
+    }
+
+    /// There is room for `bytes` more on each medium.
+    pub(crate) fn fill_up(&self, bytes: u64) {
+        self.all().iter().for_each(|media| media.set_room_bytes(Some(bytes)));
+    }
+
+    /// Each medium fails after `count` more operations.
+    pub(crate) fn fail_after(&self, count: u64) {
+        self.all().iter().for_each(|media| media.fail_after(count));
+    }
+
+    /// There is room, and nothing fails any more.
+    pub(crate) fn repair(&self) {
+        self.all().iter().for_each(|media| media.repair());
+    }
+
     /// The machine ends and starts again.
     pub(crate) fn power_cut(&self) -> Trio {
         let boot = self.boot.wrapping_add(1);
@@ -199,6 +218,26 @@ async fn after_a_failed_sync_no_flush_succeeds_until_the_overlay_is_opened_again
     disk.write(0, &[2; 100]).await.unwrap();
     disk.flush().await.unwrap();
     assert_eq!(read(&disk, 0, 100).await, [2; 100]);
+}
+
+#[tokio::test]
+async fn a_flush_after_a_kill_in_the_midst_of_another_makes_durable_what_that_one_wrote() {
+    for seed in 0..20 {
+        for operations in 0..4 {
+            let trio = Trio::new(seed);
+            let base = Base::new(vec![]);
+            let disk = trio.create(1 << 20, base.clone());
+            disk.write(0, &[1; 100]).await.unwrap();
+            trio.map.fail_after(operations);
+            // It comes as far as that.
+            let _ = disk.flush().await;
+            let trio = trio.kill();
+            let disk = trio.open(base.clone());
+            disk.flush().await.unwrap();
+            let disk = trio.power_cut().open(base);
+            assert_eq!(read(&disk, 0, 100).await, [1; 100], "seed {seed}, {operations} operations");
+        }
+    }
 }
 
 #[tokio::test]

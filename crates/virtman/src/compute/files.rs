@@ -177,6 +177,11 @@ pub(crate) fn read_record<T: DeserializeOwned>(path: &Path) -> Result<T, String>
     serde_json::from_slice(&bytes).map_err(|error| format!("{} is damaged: {error}", path.display()))
 }
 
+/// Whether a file is known not to be there: one that cannot be looked at may be.
+pub(crate) fn is_absent(path: &Path) -> bool {
+    matches!(path.try_exists(), Ok(false))
+}
+
 /// The entries of a directory that are finished, in order; unfinished ones are removed.
 pub(crate) fn sweep(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut finished = Vec::new();

@@ -63,6 +63,8 @@ pub(crate) struct Images {
     attaching: AtomicUsize,
     /// What Volt pushed about the image that is being attached, before its answer was dealt with.
     early: Mutex<Option<Early>>,
+    /// How many images could not be attached again when the daemon started. What they may need stays.
+    unrestored: AtomicUsize,
     /// Held while an image is attached or detached.
     pub(super) changing: tokio::sync::Mutex<()>,
 }
@@ -195,6 +197,7 @@ impl Images {
             look: Notify::new(),
             attaching: AtomicUsize::new(0),
             early: Mutex::new(None),
+            unrestored: AtomicUsize::new(0),
             changing: tokio::sync::Mutex::new(()),
         }
     }
@@ -210,6 +213,7 @@ impl Images {
             let stuck = ready.is_empty();
             for file in if stuck { &waiting } else { &ready } {
                 if let Err(reason) = self.restore_one(file) {
+                    self.unrestored.fetch_add(1, Ordering::Relaxed);
                     tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
                 }
             }
@@ -238,13 +242,23 @@ impl Images {
         Ok(layers)
     }
 
-    /// Whether another image on this node was derived from this one.
+    /// Whether another image on this node was derived from this one, or may have been: one that could not be
+    /// attached again counts too.
     pub(crate) fn is_base(&self, id: &ImageId) -> bool {
-        self.all().iter().any(|image| image.derived().is_some_and(|derived| derived.base() == *id))
+        let is_derived_from_it = |image: &ImageId| match image::kind(&self.origin_dir(image)) {
+            Ok(Kind::Derived { base, .. }) => base == *id,
+            Ok(Kind::Imported) => false,
+            Err(_) => true,
+        };
+        image::list(&self.layout.images()).map_or(true, |images| images.iter().any(is_derived_from_it))
     }
 
-    /// Forgets what opens the remote disks that no image lies on.
+    /// Forgets what opens the remote disks that no image lies on. An image that could not be attached again may
+    /// lie on any.
     pub(super) fn forget_unused_remotes(&self) -> std::io::Result<()> {
+        if self.unrestored.load(Ordering::Relaxed) > 0 {
+            return Ok(());
+        }
         let origins: Vec<Arc<OriginImage>> = self.all().iter().filter_map(|image| image.origin()).collect();
         let used: Vec<PathBuf> = origins.iter().map(|origin| origin.describe().path).collect();
         self.remotes.retain(|location| used.iter().any(|path| path.as_os_str() == location))
@@ -766,7 +780,7 @@ fn record_file(layout: &Layout, id: &ImageId) -> PathBuf {
 /// nobody can use them. A record counts even if it is damaged.
 fn remove_unrecorded(layout: &Layout) -> std::io::Result<()> {
     for id in image::list(&layout.images())? {
-        if !record_file(layout, &id).exists() {
+        if files::is_absent(&record_file(layout, &id)) {
             tracing::warn!(%id, "removing an image that was imported and never registered");
             image::remove(&layout.images(), id)?;
         }

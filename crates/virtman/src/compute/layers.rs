@@ -6,7 +6,8 @@
 //!
 //! Consistency: the forest is in memory under one lock, with the number of those who hold each layer. Whoever makes a
 //! layer holds it until a record that names it is written, and whoever gives one up has written its record before.
-//! Crash: what no record names is swept away at the next start, unless a record cannot be read: then nothing is.
+//! Crash: what no record names is swept away at the next start, unless a record cannot be read: then all that was
+//! there stays as it is, since that record may name it, and neither goes nor is merged until a start at which all can.
 //! Retries: none. Opening, making and removing block the thread.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -260,6 +261,24 @@ impl Forest {
         needed
     }
 
+    /// Holds every layer once more, for those whose records cannot be read.
+    fn hold_all(&mut self) {
+        for known in self.layers.values_mut() {
+            known.holders += 1;
+        }
+    }
+
+    /// Whether a layer can be merged into the only one that stands on it, and which that is.
+    fn merges_into(&self, known: &Known) -> Option<LayerId> {
+        let mut children = known.children.iter();
+        let (Some(upper), None, 0) = (children.next(), children.next(), known.holders) else {
+            return None;
+        };
+        // One that is to settle does that first.
+        let settles = matches!(known.record.parent, Parent::Carried { .. });
+        (!settles).then_some(*upper)
+    }
+
     /// Takes out a layer that nobody needs, and those below it that nobody needs without it.
     fn take_unneeded(&mut self, from: LayerId) -> Vec<LayerId> {
         let mut unneeded = Vec::new();
@@ -295,6 +314,15 @@ pub(super) struct Settle {
     pub(super) base: Arc<Attached>,
 }
 
+/// What became of a layer that was to stand on another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stands {
+    /// It does.
+    Anew,
+    /// Nobody needed it any more, and it was removed meanwhile.
+    Gone,
+}
+
 impl Layers {
     /// Reads which layers there are. What cannot be read is said.
     pub(crate) fn open(dir: PathBuf, images: Arc<Images>) -> std::io::Result<Layers> {
@@ -306,7 +334,7 @@ impl Layers {
                 name.parse::<LayerId>().and_then(|id| Ok((id, files::read_record(&dir.join(RECORD))?)));
             match record {
                 Ok(record) => records.push(record),
-                Err(_) if !dir.join(RECORD).exists() => fs::remove_dir_all(&dir)?,
+                Err(_) if files::is_absent(&dir.join(RECORD)) => fs::remove_dir_all(&dir)?,
                 Err(reason) => {
                     tracing::error!(dir = %dir.display(), reason, "a layer cannot be used; no layer is removed until it is mended or moved away");
                     forest.damaged += 1;
@@ -333,8 +361,8 @@ impl Layers {
     pub(crate) fn sweep(&self, certain: bool) {
         let mut forest = self.forest();
         if !certain || forest.damaged > 0 {
-            tracing::warn!("layers that nobody seems to need are kept: some records cannot be read");
-            return;
+            tracing::warn!("all layers are kept as they are: some records that may name them cannot be read");
+            forest.hold_all();
         }
         let all: Vec<LayerId> = forest.layers.keys().copied().collect();
         let unneeded: Vec<LayerId> = all.into_iter().flat_map(|id| forest.take_unneeded(id)).collect();
@@ -494,14 +522,15 @@ impl Layers {
         self.forest().layers.get(&id).map(|known| known.record.made_unix_ms)
     }
 
-    /// Whether layers stand on the image, or are to.
+    /// Whether layers stand on the image, or are to, as far as is known: one whose record cannot be read may.
     pub(crate) fn need(&self, image: &ImageId) -> bool {
         let needs = |known: &Known| match known.record.parent {
             Parent::Layer(_) => false,
             Parent::Image(id) => id == *image,
             Parent::Carried { image: id, base } => id == *image || base == *image,
         };
-        self.forest().layers.values().any(needs)
+        let forest = self.forest();
+        forest.damaged > 0 || forest.layers.values().any(needs)
     }
 
     /// The layer that takes over another VM's disk, if there is one.
@@ -514,15 +543,7 @@ impl Layers {
     pub(super) fn next_merge(&self) -> Option<Merge> {
         let forest = self.forest();
         forest.layers.values().find_map(|known| {
-            let mut children = known.children.iter();
-            let (Some(upper), None, 0) = (children.next(), children.next(), known.holders) else {
-                return None;
-            };
-            // One that is to settle does that first.
-            if matches!(known.record.parent, Parent::Carried { .. }) {
-                return None;
-            }
-            let upper = forest.layers.get(upper)?.open.upgrade()?;
+            let upper = forest.layers.get(&forest.merges_into(known)?)?.open.upgrade()?;
             Some(Merge { lower: known.open.upgrade()?, upper })
         })
     }
@@ -538,14 +559,16 @@ impl Layers {
 
     /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed. Refused if
     /// somebody came to need `lower` meanwhile.
-    pub(super) fn merged(&self, Merge { lower, upper }: &Merge) -> Result<(), String> {
+    pub(super) fn merged(&self, Merge { lower, upper }: &Merge) -> Result<Stands, String> {
         let unneeded = {
             let mut forest = self.forest();
-            let known = forest.layers.get(&lower.id).ok_or("the layer was removed meanwhile")?;
-            if known.holders > 0 || !known.children.iter().eq([&upper.id]) {
+            let Some(known) = forest.layers.get(&lower.id) else { return Ok(Stands::Gone) };
+            if forest.merges_into(known) != Some(upper.id) {
                 return Err(format!("layer {} is needed by itself now", lower.id));
             }
-            self.stand(&mut forest, upper, lower.below())?;
+            if let Stands::Gone = self.stand(&mut forest, upper, lower.below())? {
+                return Ok(Stands::Gone);
+            }
             if let Some(known) = forest.layers.get_mut(&lower.id) {
                 known.children.remove(&upper.id);
             }
@@ -553,20 +576,20 @@ impl Layers {
         };
         self.remove(&unneeded);
         self.merges.notify_one();
-        Ok(())
+        Ok(Stands::Anew)
     }
 
     /// Lets a layer that has taken over another VM's disk stand on the image that both have in common.
-    pub(super) fn settled(&self, settle: &Settle) -> Result<(), String> {
-        self.stand(&mut self.forest(), &settle.layer, Below::Image(Arc::clone(&settle.base)))?;
+    pub(super) fn settled(&self, settle: &Settle) -> Result<Stands, String> {
+        let stands = self.stand(&mut self.forest(), &settle.layer, Below::Image(Arc::clone(&settle.base)))?;
         self.merges.notify_one();
-        Ok(())
+        Ok(stands)
     }
 
     /// Changes what a layer stands on: on disk first. Under the lock, so that nobody removes the layer meanwhile.
-    fn stand(&self, forest: &mut Forest, layer: &Arc<Layer>, below: Below) -> Result<(), String> {
+    fn stand(&self, forest: &mut Forest, layer: &Arc<Layer>, below: Below) -> Result<Stands, String> {
         let parent = below.parent();
-        let known = forest.layers.get_mut(&layer.id).ok_or("the layer was removed meanwhile")?;
+        let Some(known) = forest.layers.get_mut(&layer.id) else { return Ok(Stands::Gone) };
         let record = Record { parent, made_unix_ms: known.record.made_unix_ms };
         let file = self.layer_dir(layer.id).join(RECORD);
         tokio::task::block_in_place(|| files::write_record(&file, &record))
@@ -579,7 +602,7 @@ impl Layers {
         }
         layer.overlay.set_base(below.disk());
         *layer.below.lock().unwrap_or_else(PoisonError::into_inner) = below;
-        Ok(())
+        Ok(Stands::Anew)
     }
 
     fn remove(&self, layers: &[LayerId]) {
@@ -686,6 +709,22 @@ mod tests {
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[3], ids[4]]), []);
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[3]]), [ids[0], ids[4]]);
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[4]]), [ids[0], ids[1], ids[3]]);
+    }
+
+    fn while_a_record_cannot_be_read_what_it_may_name_neither_goes_nor_is_merged() {
+        let mut forest = Forest::default();
+        let ids: Vec<LayerId> = (0..3).map(LayerId).collect();
+        forest.insert(ids[0], record(image()), 0);
+        forest.insert(ids[1], record(Parent::Layer(ids[0])), 1);
+        let merges_into = |forest: &Forest, id| forest.merges_into(&forest.layers[&id]);
+        assert_eq!(merges_into(&forest, ids[0]), Some(ids[1]));
+
+        forest.hold_all();
+        assert_eq!(merges_into(&forest, ids[0]), None);
+        forest.layers.get_mut(&ids[1]).unwrap().holders -= 1;
+        assert!(forest.take_unneeded(ids[1]).is_empty(), "what was there when the record could not be read");
+        forest.insert(ids[2], record(Parent::Layer(ids[1])), 0);
+        assert_eq!(forest.take_unneeded(ids[2]), [ids[2]], "what was made since");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use block::Disk;
 
-use super::layers::{Layers, Merge};
+use super::layers::{Layers, Merge, Stands};
 
 /// Pause after a merge failed: somebody has to make room, most likely.
 const RETRY_PAUSE: Duration = Duration::from_secs(10);
@@ -25,7 +25,8 @@ pub(super) async fn run(layers: &Layers) {
             continue;
         };
         match merge_one(layers, &merge).await {
-            Ok(bytes) => {
+            Ok((Stands::Gone, _)) => {}
+            Ok((Stands::Anew, bytes)) => {
                 tracing::info!(lower = %merge.lower.id(), upper = %merge.upper.id(), bytes, "layers merged");
             }
             Err(reason) => {
@@ -36,14 +37,13 @@ pub(super) async fn run(layers: &Layers) {
     }
 }
 
-/// Merges one layer into the one above it; says how many bytes that took.
-async fn merge_one(layers: &Layers, merge: &Merge) -> Result<u64, String> {
+/// Merges one layer into the one above it, unless that is removed meanwhile; says how many bytes that took.
+async fn merge_one(layers: &Layers, merge: &Merge) -> Result<(Stands, u64), String> {
     let (lower, upper) = (merge.lower.overlay(), merge.upper.overlay());
     let mut bytes = 0;
     for range in lower.own_ranges() {
         bytes += upper.pull(range).await.map_err(|e| e.to_string())?;
     }
     upper.flush().await.map_err(|e| e.to_string())?;
-    layers.merged(merge)?;
-    Ok(bytes)
+    Ok((layers.merged(merge)?, bytes))
 }

@@ -14,7 +14,7 @@ use block::limits::CHUNK_BYTES;
 use block::{ChunkIndex, Disk, Priority};
 use image::Difference;
 
-use super::layers::Settle;
+use super::layers::{Settle, Stands};
 use super::node::Node;
 
 /// Pause after something could not be had: somebody has to mend something first.
@@ -32,8 +32,10 @@ pub(super) async fn run(node: &Node) {
             continue;
         };
         match settle_one(node, &settle).await {
-            Ok(bytes) => {
-                tracing::info!(layer = %settle.layer.id(), image = %settle.base.id.short(), bytes, "a clone has all of its own");
+            Ok((stands, bytes)) => {
+                if stands == Stands::Anew {
+                    tracing::info!(layer = %settle.layer.id(), image = %settle.base.id.short(), bytes, "a clone has all of its own");
+                }
                 node.give_up_unused(&settle.image).await;
             }
             Err(reason) => {
@@ -44,8 +46,8 @@ pub(super) async fn run(node: &Node) {
     }
 }
 
-/// Takes over what differs; says how many bytes that were.
-async fn settle_one(node: &Node, settle: &Settle) -> Result<u64, String> {
+/// Takes over what differs, unless the layer is removed meanwhile; says how many bytes that were.
+async fn settle_one(node: &Node, settle: &Settle) -> Result<(Stands, u64), String> {
     let Settle { layer, image, base } = settle;
     let size_bytes = image.root.size_bytes();
     let mut bytes = 0;
@@ -64,6 +66,5 @@ async fn settle_one(node: &Node, settle: &Settle) -> Result<u64, String> {
         }
     }
     layer.flush().await.map_err(|e| e.to_string())?;
-    node.vms.layers.settled(settle)?;
-    Ok(bytes)
+    Ok((node.vms.layers.settled(settle)?, bytes))
 }

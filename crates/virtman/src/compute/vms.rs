@@ -65,16 +65,25 @@ impl Vms {
         let mut restored = Restored { complete: true, incoming: Vec::new() };
         let mut records = Vec::new();
         for dir in files::sweep(&self.layout.vms())? {
-            if !dir.join(RECORD).exists() {
+            if files::is_absent(&dir.join(RECORD)) {
+                if files::is_absent(&dir.join(migrate::RECORD)) {
+                    tracing::info!(dir = %dir.display(), "removing what an unfinished create or destroy left");
+                    fs::remove_dir_all(&dir)?;
+                    continue;
+                }
                 match files::read_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
                     Ok(coming) if coming.phase == Phase::Ready => {
                         self.layers.hold(coming.record.top);
                         restored.incoming.push(coming);
                     }
-                    _ => {
-                        tracing::info!(dir = %dir.display(), "removing what an unfinished create, destroy or move left");
+                    Ok(_) => {
+                        tracing::info!(dir = %dir.display(), "removing what an unfinished move left");
                         migrate::end_guest(&dir).await;
                         fs::remove_dir_all(&dir)?;
+                    }
+                    Err(reason) => {
+                        restored.complete = false;
+                        tracing::error!(dir = %dir.display(), reason, "a VM that was coming cannot be opened; its files are left as they are");
                     }
                 }
                 continue;
@@ -464,7 +473,7 @@ impl Vms {
 
     /// Whether there is a VM of this name, open or not.
     pub(crate) fn has_files(&self, name: &VmName) -> bool {
-        self.dir(name).join(RECORD).exists()
+        !files::is_absent(&self.dir(name).join(RECORD))
     }
 
     fn open(&self, record: Record) -> Result<Arc<Entry>, String> {

@@ -28,7 +28,7 @@ use super::process::Process;
 use super::qmp::Qmp;
 use super::spec::{self, Begin, VmFiles, VmSpec};
 use super::{QEMU, VmError};
-use crate::api::now_unix_ms;
+use crate::api::{now_unix_ms, unix_ms};
 
 /// How long QEMU may take until it is in the background. It opens the disk before, so this includes the NBD
 /// handshake; the rest takes 0.2 s.
@@ -51,6 +51,16 @@ struct Record {
     /// this one understands, whose guest is found all the same.
     #[serde(default, deserialize_with = "if_understood")]
     spec: Option<VmSpec>,
+}
+
+impl Record {
+    /// What the files of a running VM say themselves. `None` if their directory bears no VM's name.
+    fn of_unknown_start(files: &VmFiles) -> Option<Record> {
+        let pidfile = files.pidfile();
+        let name = pidfile.parent()?.file_name()?.to_str()?.parse().ok()?;
+        let started = fs::metadata(&pidfile).and_then(|pidfile| pidfile.modified()).ok()?;
+        Some(Record { name, accel: Accel::Tcg, started_unix_ms: unix_ms(started), spec: None })
+    }
 }
 
 /// A VM's live process.
@@ -117,11 +127,20 @@ impl Qemu {
         }
     }
 
-    /// The VM of this directory that an earlier daemon started, if it still runs.
+    /// The VM of this directory that an earlier daemon started, if it still runs. One whose record cannot be read
+    /// is found all the same: its disk must not be taken for one that nobody uses.
     pub(crate) fn adopt(dir: &Path) -> Option<Qemu> {
         let files = VmFiles::new(dir.canonicalize().ok()?);
         let process = Process::of_pidfile(&files.pidfile())?;
-        let record = serde_json::from_slice(&fs::read(files.record()).ok()?).ok()?;
+        let record = fs::read(files.record()).and_then(|json| Ok(serde_json::from_slice(&json)?));
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => {
+                let file = files.record();
+                tracing::error!(file = %file.display(), %error, "how a guest was started is not known; it runs on");
+                Record::of_unknown_start(&files)?
+            }
+        };
         Some(Qemu { files, process, record, turns: Turns::default() })
     }
 
