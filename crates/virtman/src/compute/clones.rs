@@ -47,11 +47,8 @@ impl Node {
     /// Clones a VM's disk on this node.
     pub(crate) async fn clone_here(&self, name: &VmName, request: &CloneVm) -> Result<Vec<Vm>, ApiError> {
         let asked = Instant::now();
-        if let Some(taken) = request.clones.iter().find(|clone| self.vms.has_files(clone)) {
-            return Err(ApiError::conflict(
-                "vm_exists",
-                format!("there is a VM '{taken}' already; choose another name or destroy it first"),
-            ));
+        for clone in &request.clones {
+            self.vms.must_be_free(clone)?;
         }
         let (record, layer) = self.vms.freeze_for_clones(name, quiesce_of(request.quiesce)).await?;
         let mut vms = Vec::new();

@@ -711,6 +711,7 @@ mod tests {
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[4]]), [ids[0], ids[1], ids[3]]);
     }
 
+    #[test]
     fn while_a_record_cannot_be_read_what_it_may_name_neither_goes_nor_is_merged() {
         let mut forest = Forest::default();
         let ids: Vec<LayerId> = (0..3).map(LayerId).collect();

@@ -165,7 +165,7 @@ impl Node {
         let file = open(request.file.clone()).await?;
         let backing = must_fit(&file, &request, attached.root.size_bytes())?;
         let (image_id, size_bytes) = (attached.id, file.size_bytes());
-        let layer = self.vms.make_above(Below::Image(attached), size_bytes).await?;
+        let layer = self.vms.make_above(Below::Image(Arc::clone(&attached)), size_bytes).await?;
         let imported_bytes = match take_over(file, &layer, progress).await {
             Ok(bytes) => bytes,
             Err(error) => {
@@ -182,17 +182,6 @@ impl Node {
         Ok(VmImported { vm, backing, imported_bytes })
     }
 }
-
-impl Vms {
-    /// Whether a VM of this name can be created.
-    fn must_be_free(&self, name: &VmName) -> Result<(), ApiError> {
-        self.layout.must_have_room_for(name.as_str())?;
-        if self.get(name).is_ok() || self.has_files(name) {
-            return Err(ApiError::conflict("vm_exists", format!("there is a VM '{name}' already"))
-                .with_hint("choose another name or destroy it first"));
-        }
-        Ok(())
-    }
 
     /// Creates a VM whose disk has `top` as its only layer. The caller's hold on it goes over to the VM, or is given
     /// up.

@@ -471,6 +471,17 @@ impl Vms {
         Some(Exported { disk: Arc::clone(&entry.disk) as _, serial: entry.record().serial })
     }
 
+    /// Whether a new VM can have this name here.
+    pub(super) fn must_be_free(&self, name: &VmName) -> Result<(), ApiError> {
+        self.layout.must_have_room_for(name.as_str())?;
+        // One that is coming from another node or could not be opened has a directory too.
+        if !self.dir(name).exists() {
+            return Ok(());
+        }
+        let message = format!("there is a VM '{name}' on node {} already", self.node);
+        Err(ApiError::conflict("vm_exists", message).with_hint("choose another name or destroy it first"))
+    }
+
     /// Whether there is a VM of this name, open or not.
     pub(crate) fn has_files(&self, name: &VmName) -> bool {
         !files::is_absent(&self.dir(name).join(RECORD))

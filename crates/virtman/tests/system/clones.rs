@@ -101,7 +101,7 @@ fn a_clone_beside_its_vm_shares_what_is_frozen() {
     write(&cluster, &["write -P 9 0 5M"]);
     assert_same(&cluster.disk("v", "w"), &then);
     let said = cluster.refused(&["clone", "v", "--name", "w"]);
-    assert!(said.contains("there is a VM 'w' already"), "{said}");
+    assert!(said.contains("there is a VM 'w' on node v already"), "{said}");
     cluster.ok(&["clone", "w", "--count", "3"]);
     cluster.kill_node("v");
     cluster.restart_node("v");

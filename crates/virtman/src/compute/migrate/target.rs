@@ -205,20 +205,12 @@ fn node_of(peer: &Peer) -> Result<&NodeName, ApiError> {
 impl Node {
     /// Lets a VM come from a node. It has to come soon.
     pub(crate) fn expect_vm(&self, name: &VmName, request: &ExpectVm) -> Result<(), ApiError> {
-        self.must_be_free(name)?;
+        self.vms.must_be_free(name)?;
         let from = Member { node: request.from.clone(), address: request.address.clone() };
         let mut expected = self.incoming.expected();
         expected.retain(|_, known| known.until > Instant::now());
         expected.insert(name.clone(), Expected { from, until: Instant::now() + EXPECTED_FOR });
         Ok(())
-    }
-
-    fn must_be_free(&self, name: &VmName) -> Result<(), ApiError> {
-        if !self.vms.dir(name).exists() {
-            return Ok(());
-        }
-        let message = format!("there is a VM '{name}' on node {} already", self.name);
-        Err(ApiError::conflict("vm_exists", message).with_hint("destroy that one first"))
     }
 
     /// Prepares for a VM that its node brings.
@@ -241,7 +233,7 @@ impl Node {
             )
         })?;
         let _one_at_a_time = self.incoming.deciding.lock().await;
-        self.must_be_free(name)?;
+        self.vms.must_be_free(name)?;
         let record = self.make_incoming(name, &request).await?;
         let top = record.top;
         let received = self.open_incoming(from, record, &request).await;
@@ -281,7 +273,7 @@ impl Node {
                 let landing = self.landing(&carried, &own).await?;
                 (Below::Layer(Arc::clone(&landing)), Some(landing))
             }
-            None => (Below::Image(own), None),
+            None => (Below::Image(Arc::clone(&own)), None),
         };
         let (layers, size_bytes) = (Arc::clone(&self.vms.layers), request.size_bytes);
         let made = tokio::task::spawn_blocking(move || layers.make(below, size_bytes)).await;
