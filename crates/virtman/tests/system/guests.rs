@@ -216,7 +216,7 @@ fn assert_knows_its_name(agent: &mut Agent, vm: &str) {
 }
 
 /// Neither the guest's kernel nor its console has seen a disk fail.
-fn assert_no_disk_errors(cluster: &Cluster, node: &str, vm: &str, agent: &mut Agent) {
+pub(crate) fn assert_no_disk_errors(cluster: &Cluster, node: &str, vm: &str, agent: &mut Agent) {
     let kernel = agent.run("dmesg");
     assert!(kernel.contains("EXT4-fs (vda2): mounted"), "the kernel's log is whole: {kernel}");
     for text in [kernel, console(cluster, node, vm)] {
@@ -248,7 +248,7 @@ fn counter(cluster: &Cluster, node: &str, part: &str, name: &str) -> u64 {
     cluster.node_status(node)[part][name].as_u64().expect("a counter")
 }
 
-fn vm_line(cluster: &Cluster, vm: &str) -> Value {
+pub(crate) fn vm_line(cluster: &Cluster, vm: &str) -> Value {
     let vms = cluster.json(&["list"]);
     vms.as_array().unwrap().iter().find(|line| line["name"] == vm).expect("the VM is listed").clone()
 }

@@ -7,18 +7,23 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic like tests")]
 
 mod agent;
+mod clocks;
 mod clones;
 mod cluster;
 mod daemons;
+mod full_disk;
 mod guests;
 mod iscsi;
 mod iscsi_guest;
+mod many;
 mod profiles;
 mod refusals;
 mod remote;
 mod shapes;
 mod snapshots;
+mod state_files;
 mod storage;
+mod survive;
 mod tools;
 
 /// `tgtd`, another iSCSI target, as the tests of the crate `iscsi` run it.
