@@ -5,8 +5,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Raises the number of files that this process may open to what the system allows it. Each VM takes
-/// three, and each connection one; the usual soft limit of 1,024 exists for programs that use `select`.
+/// Raises the number of files that this process may open to what the system allows it. Each layer of a VM's disk takes
+/// three, so a VM without snapshots four with its socket, and each connection one; the usual soft limit of 1,024 exists
+/// for programs that use `select`.
 pub(crate) fn open_many_files() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };

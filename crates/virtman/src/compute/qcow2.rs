@@ -183,6 +183,7 @@ impl Node {
     }
 }
 
+impl Vms {
     /// Creates a VM whose disk has `top` as its only layer. The caller's hold on it goes over to the VM, or is given
     /// up.
     async fn create_imported(&self, new: NewVm, top: Arc<Layer>, asked: Instant) -> Result<Vm, ApiError> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::tools::{Background, both, wait_for};
+use crate::tools::{Background, both, tool, wait_for};
 
 /// How long a daemon may take to be ready: it takes milliseconds, but the machine may be busy.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -18,12 +18,27 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long any command may take unless its test says otherwise.
 const COMMAND_TIMEOUT_SECONDS: &str = "300";
 
+/// What lets a daemon's wall clock jump while it runs, and leaves its monotonic clock alone.
+const CLOCK_LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
 /// A cluster that ends with its value.
 pub(crate) struct Cluster {
+    /// In this order: what is mounted in the directory goes first.
+    mounts: Vec<Mount>,
     dir: TempDir,
     volt_address: String,
     volt: Option<Child>,
     nodes: BTreeMap<String, Node>,
+}
+
+/// A file system that a test mounted.
+struct Mount(PathBuf);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // Lazily, so that nothing that still has a file open keeps it.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }
 
 struct Node {
@@ -42,7 +57,8 @@ impl Cluster {
     pub(crate) fn start_with(options: &[&str]) -> Cluster {
         let dir = tempfile::Builder::new().prefix("vm-").tempdir().unwrap();
         let volt_address = free_address();
-        let mut cluster = Cluster { dir, volt_address, volt: None, nodes: BTreeMap::new() };
+        let mut cluster =
+            Cluster { mounts: Vec::new(), dir, volt_address, volt: None, nodes: BTreeMap::new() };
         cluster.ok(&["volt", "init", "--address", &cluster.volt_address]);
         cluster.start_volt(options);
         cluster
@@ -84,6 +100,34 @@ impl Cluster {
     /// The directory of a node.
     pub(crate) fn node_dir(&self, name: &str) -> PathBuf {
         self.path(name)
+    }
+
+    /// Gives a node that is to be added a file system of its own of `mib` MiB for its directory.
+    pub(crate) fn put_on_small_disk(&mut self, name: &str, mib: usize) {
+        let dir = self.node_dir(name);
+        fs::create_dir(&dir).unwrap();
+        let size = format!("size={mib}m,mode=700");
+        tool("mount", "mount", &["-t", "tmpfs", "-o", &size, "vm-small", dir.to_str().unwrap()]);
+        self.mounts.push(Mount(dir));
+    }
+
+    /// Sets the wall clock of a daemon, a node or `volt`, to `time`, such as `+2d` or `@2001-01-01 00:00:00`: at once if
+    /// it was started with a clock of its own, else from its next start on.
+    pub(crate) fn set_clock(&self, daemon: &str, time: &str) {
+        assert!(Path::new(CLOCK_LIBRARY).exists(), "install the Debian package faketime: {CLOCK_LIBRARY}");
+        // By a rename: it is read all the time.
+        let new = self.path(&format!("{daemon}.clock.new"));
+        fs::write(&new, format!("{time}\n")).unwrap();
+        fs::rename(new, self.clock(daemon)).unwrap();
+    }
+
+    fn clock(&self, daemon: &str) -> PathBuf {
+        self.path(&format!("{daemon}.clock"))
+    }
+
+    /// The number of a node's process.
+    pub(crate) fn node_pid(&self, name: &str) -> u32 {
+        self.nodes[name].process.as_ref().expect("it runs").id()
     }
 
     /// Joins a node and waits until Volt has it. It has a cache of 2 GiB if `options` name none.
@@ -265,6 +309,14 @@ impl Cluster {
 
     fn spawn(&self, command: &mut Command, name: &str) -> Child {
         let log = File::options().create(true).append(true).open(self.path(&format!("{name}.log"))).unwrap();
+        let clock = self.clock(name);
+        if clock.exists() {
+            command.env("LD_PRELOAD", CLOCK_LIBRARY).env("FAKETIME_TIMESTAMP_FILE", clock);
+            command
+                .env("FAKETIME_NO_CACHE", "1")
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+                .env("NO_FAKE_STAT", "1");
+        }
         let child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn();
         child.unwrap_or_else(|e| panic!("{name} cannot be started: {e}"))
     }

@@ -248,7 +248,7 @@ fn counter(cluster: &Cluster, node: &str, part: &str, name: &str) -> u64 {
     cluster.node_status(node)[part][name].as_u64().expect("a counter")
 }
 
-fn vm_line(cluster: &Cluster, vm: &str) -> Value {
+pub(crate) fn vm_line(cluster: &Cluster, vm: &str) -> Value {
     let vms = cluster.json(&["list"]);
     vms.as_array().unwrap().iter().find(|line| line["name"] == vm).expect("the VM is listed").clone()
 }

@@ -8,13 +8,22 @@
 
 mod agent;
 mod cache;
+mod clocks;
+mod clones;
 mod clones;
 mod cluster;
+mod cluster;
+mod daemons;
 mod daemons;
 mod detach;
+mod full_disk;
+mod guests;
 mod guests;
 mod iscsi;
+mod iscsi;
 mod iscsi_guest;
+mod iscsi_guest;
+mod many;
 mod migrate;
 mod profiles;
 mod qcow2;
@@ -23,7 +32,9 @@ mod remote;
 mod shapes;
 mod show;
 mod snapshots;
+mod state_files;
 mod storage;
+mod survive;
 mod tools;
 
 /// `tgtd`, another iSCSI target, as the tests of the crate `iscsi` run it.
