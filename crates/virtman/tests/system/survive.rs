@@ -158,10 +158,10 @@ impl Storm {
             3 => Some(cluster.begin("storm", &["clone", VM, "--name", &clone])),
             4 => {
                 let known = cluster.json(&["snapshot", "list", VM]);
-                let names =
+                let mut names =
                     known.as_array().unwrap().iter().map(|snapshot| snapshot["name"].as_str().unwrap());
                 // What was given up is merged away, most likely while the daemon is killed.
-                let given_up = names.filter(|name| !self.kept.iter().any(|kept| kept == name)).next()?;
+                let given_up = names.find(|name| !self.kept.iter().any(|kept| kept == name))?;
                 Some(cluster.begin("storm", &["snapshot", "delete", VM, given_up]))
             }
             _ => None,
