@@ -23,13 +23,14 @@ use super::layers::{Below, Layer, LayerDisks};
 use super::node::Node;
 use super::routes::to_the_end;
 use super::snapshots::Quiesce;
+use super::unused::Stay;
 use super::vms::NewVm;
 use crate::api::compute::{CloneVm, CommitVm, NodeImage, Vm};
 use crate::http::ApiError;
 
-/// How long an image stays in the catalog.
+/// How long a name stays in the catalog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stay {
+pub(super) enum Purpose {
     /// Until somebody removes it.
     Kept,
     /// Until no other node uses it: it carries a VM's disk to others.
@@ -88,8 +89,8 @@ impl Node {
         let (node, vm) = (Arc::clone(self), name.clone());
         let frozen = to_the_end(async move { node.vms.freeze_for_clones(&vm, quiesce_of(quiesce)).await });
         let (_, layer) = frozen.await?;
-        let stay = if passing { Stay::Passing } else { Stay::Kept };
-        let attached = self.make_image(layer, &image, stay, progress).await?;
+        let purpose = if passing { Purpose::Passing } else { Purpose::Kept };
+        let attached = self.make_image(layer, &image, purpose, progress).await?;
         Ok(self.describe(&attached))
     }
 
@@ -99,7 +100,7 @@ impl Node {
         self: &Arc<Self>,
         layer: Arc<Layer>,
         name: &ImageName,
-        stay: Stay,
+        purpose: Purpose,
         progress: Arc<ImportProgress>,
     ) -> Result<Arc<Attached>, ApiError> {
         let made = self.derive(&layer, progress).await;
@@ -107,12 +108,12 @@ impl Node {
         to_the_end(async move {
             let published = match made {
                 Ok(Some(made)) => node.publish_derived(&name, made, &layer).await,
-                Ok(None) => node.unchanged(&layer, stay),
+                Ok(None) => node.unchanged(&layer, purpose),
                 Err(error) => Err(error),
             };
             match published {
                 Ok(attached) => {
-                    if stay == Stay::Passing && attached.derived().is_some() {
+                    if purpose == Purpose::Passing && attached.derived().is_some() {
                         node.images.let_pass(&attached, &name).map_err(ApiError::internal)?;
                     }
                     Ok(attached)
@@ -127,9 +128,9 @@ impl Node {
     }
 
     /// The disk is as its image. To carry it elsewhere that is good news.
-    fn unchanged(&self, layer: &Arc<Layer>, stay: Stay) -> Result<Arc<Attached>, ApiError> {
+    fn unchanged(&self, layer: &Arc<Layer>, purpose: Purpose) -> Result<Arc<Attached>, ApiError> {
         let (_, base) = layer.chain();
-        if stay == Stay::Passing {
+        if purpose == Purpose::Passing {
             self.vms.layers.release(layer.id());
             return Ok(base);
         }
@@ -220,6 +221,9 @@ impl Node {
             && self.vms.layers.hold(landing.id())
         {
             return Ok(landing);
+        }
+        if from.stay() == Stay::WhileUsed {
+            self.images.let_stay(from, Stay::UntilSettled).map_err(ApiError::internal)?;
         }
         let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), Arc::clone(to));
         let made = tokio::task::spawn_blocking(move || {

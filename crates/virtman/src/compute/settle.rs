@@ -36,7 +36,7 @@ pub(super) async fn run(node: &Node) {
                 if stands == Stands::Anew {
                     tracing::info!(layer = %settle.layer.id(), image = %settle.base.id.short(), bytes, "a clone has all of its own");
                 }
-                node.give_up_unused(&settle.image).await;
+                node.images.look.notify_one();
             }
             Err(reason) => {
                 tracing::warn!(layer = %settle.layer.id(), reason, "a clone cannot get all of its own yet");

@@ -70,6 +70,18 @@ pub(crate) enum Stay {
     WhileUsed,
     /// A VM on it was destroyed alone: it stays until another is destroyed in the usual way.
     UntilDestroy,
+    /// It brings other VMs' disks here, and is of no use to anybody else: it goes as soon as they have what they need.
+    UntilSettled,
+}
+
+impl Stay {
+    /// How long an image that nobody uses is kept.
+    fn keep_warm(self, usual: KeepWarm) -> KeepWarm {
+        match self {
+            Stay::UntilSettled => KeepWarm::For(Duration::ZERO),
+            Stay::UntilDetached | Stay::WhileUsed | Stay::UntilDestroy => usual,
+        }
+    }
 }
 
 /// Whether a VM goes alone.
@@ -85,7 +97,7 @@ impl Destroy {
     /// What keeps an image attached after a VM on it was destroyed so.
     fn after(self, stay: Stay) -> Stay {
         match (self, stay) {
-            (_, Stay::UntilDetached) => Stay::UntilDetached,
+            (_, Stay::UntilDetached | Stay::UntilSettled) => stay,
             (Destroy::WithImage, Stay::WhileUsed | Stay::UntilDestroy) => Stay::WhileUsed,
             (Destroy::InstanceOnly, Stay::WhileUsed | Stay::UntilDestroy) => Stay::UntilDestroy,
         }
@@ -284,14 +296,15 @@ impl Node {
 
     fn step(&self, attached: &Attached) -> Step {
         let need = self.need(attached);
-        attached.usage().look(need, self.images.keep_warm, Instant::now())
+        let keep_warm = attached.stay().keep_warm(self.images.keep_warm);
+        attached.usage().look(need, keep_warm, Instant::now())
     }
 
     fn need(&self, attached: &Attached) -> Need {
         let is_exported =
             || attached.names().into_iter().any(|name| self.iscsi.contains(&ExportName::Image(name)));
         let used = attached.role() == Role::Origin
-            || attached.stay() != Stay::WhileUsed
+            || !matches!(attached.stay(), Stay::WhileUsed | Stay::UntilSettled)
             || attached.is_held()
             || attached.is_open()
             || self.vms.layers.need(&attached.id)

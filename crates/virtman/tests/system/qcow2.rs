@@ -280,7 +280,7 @@ fn qcow2_refusals_leave_nothing_behind_and_say_what_to_do() {
     says(&create("x", &[&path("small.qcow2")]), &["small.qcow2", "12582912", "25165824", "qemu-img resize"]);
     says(&create("x", &[&path("cut.qcow2")]), &["cut.qcow2", "truncated", "copy it again"]);
     says(&create("x", &[&path("missing")]), &[&path("missing"), "No such file"]);
-    says(&create("v", &[&path("good.qcow2")]), &["'v' already", "destroy it first"]);
+    says(&create("v", &[&path("good.qcow2")]), &["'v' on node n already", "destroy it first"]);
     says(&create("x", &[&path("good.qcow2"), "--size", "1G"]), &["--size", "--from"]);
     let other = ["--node", "n", "create", "x", "--image", "nope:1", "--from", &path("good.qcow2")];
     says(&cluster.refused(&other), &["'nope:1'", "virtman image list"]);

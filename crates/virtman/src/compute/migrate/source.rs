@@ -11,7 +11,7 @@ use block::{Disk, ImageName, NodeName, VmName};
 use image::ImportProgress;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::super::clones::{Stay, passing_name, union};
+use super::super::clones::{Purpose, passing_name, union};
 use super::super::entry::{Entry, Member, Record};
 use super::super::layers::Layer;
 use super::super::node::Node;
@@ -177,7 +177,7 @@ impl Move<'_> {
         let name = passing_name("move")?;
         // The image's own.
         self.node.vms.layers.hold(frozen.id());
-        let carried = self.node.make_image(Arc::clone(frozen), &name, Stay::Passing, progress).await?;
+        let carried = self.node.make_image(Arc::clone(frozen), &name, Purpose::Passing, progress).await?;
         Ok((carried.id != self.entry.record().image_id).then_some(name))
     }
 
