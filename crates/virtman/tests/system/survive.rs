@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -45,10 +45,10 @@ const STEP_LIMIT: Duration = Duration::from_secs(120);
 /// The guest's root file system in bytes from the begin of its disk; see `scripts/guest-image`.
 const ROOT_OFFSET: u64 = 65 << 20;
 
-/// Size of the node's cache: little more than a boot reads, so that it is soon spoilt.
-const CACHE_MIB: u64 = 384;
+/// Size of each of the node's two cache media. Together they hold the whole image.
+const CACHE_MIB: u64 = 256;
 
-/// How much of it is overwritten at a time, and how often: about half of it, while a guest boots.
+/// How much of one is overwritten at a time, and how often: more than half of it, while a guest boots.
 const SPOIL_MIB: u64 = 8;
 const SPOILS: usize = 32;
 
@@ -83,8 +83,9 @@ fn survive_fifty_kills_snapshots_clones_merges_and_a_lying_cache() {
     println!("seed {seed}");
     let mut cluster = Cluster::start();
     cluster.add_node("o", &[]);
-    let cache = format!("{}={CACHE_MIB}M", cache(&cluster).display());
-    cluster.add_node(NODE, &["--cache", &cache]);
+    let [spoilt, cut] = ["spoilt", "cut"].map(|name| cluster.path(name));
+    let media = [&spoilt, &cut].map(|file| format!("{}={CACHE_MIB}M", file.display()));
+    cluster.add_node(NODE, &["--cache", &media[0], "--cache", &media[1]]);
     cluster.share(&["o", NODE], IMAGE, &guest_image());
     begin_boot(&cluster).finish(BOOT_LIMIT);
     begin_writing(&cluster);
@@ -118,12 +119,13 @@ fn survive_fifty_kills_snapshots_clones_merges_and_a_lying_cache() {
 
     let boot = begin_boot(&cluster);
     for _ in 0..SPOILS {
-        spoil_cache(&cluster, &mut storm.random);
+        spoil(&spoilt, &mut storm.random);
     }
-    File::options().write(true).open(self::cache(&cluster)).unwrap().set_len(CACHE_MIB << 19).unwrap();
+    let cache = |counter: &str| cluster.node_status(NODE)["cache"][counter].as_u64().unwrap();
+    wait_for("one medium is found to lie", BOOT_LIMIT, || (cache("dropped_chunks") > 0).then_some(()));
+    File::options().write(true).open(&cut).unwrap().set_len(0).unwrap();
     boot.finish(BOOT_LIMIT);
-    let dropped = cluster.node_status(NODE)["cache"]["dropped_chunks"].as_u64().unwrap();
-    assert!(dropped > 0, "the cache was never found to lie");
+    assert!(cache("failed_media") > 0, "the other was never missed");
     let mut agent = Agent::of(&cluster, NODE, VM);
     assert_eq!(agent.run(READ_BACK), sum);
     assert_no_disk_errors(&cluster, NODE, VM, &mut agent);
@@ -158,10 +160,10 @@ impl Storm {
             3 => Some(cluster.begin("storm", &["clone", VM, "--name", &clone])),
             4 => {
                 let known = cluster.json(&["snapshot", "list", VM]);
-                let names =
+                let mut names =
                     known.as_array().unwrap().iter().map(|snapshot| snapshot["name"].as_str().unwrap());
                 // What was given up is merged away, most likely while the daemon is killed.
-                let given_up = names.filter(|name| !self.kept.iter().any(|kept| kept == name)).next()?;
+                let given_up = names.find(|name| !self.kept.iter().any(|kept| kept == name))?;
                 Some(cluster.begin("storm", &["snapshot", "delete", VM, given_up]))
             }
             _ => None,
@@ -199,10 +201,6 @@ type Durable = BTreeMap<u64, u64>;
 fn begin_boot(cluster: &Cluster) -> Background {
     let args = ["boot", "--image", IMAGE, "--name", "w", "--nodes", NODE, "--ready", "console:login:"];
     cluster.begin("boot", &args)
-}
-
-fn cache(cluster: &Cluster) -> PathBuf {
-    cluster.path("cache")
 }
 
 fn begin_writing(cluster: &Cluster) {
@@ -290,11 +288,11 @@ fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
-/// Overwrites a part of the node's cache on its device: past the page cache, which is the daemon's memory.
-fn spoil_cache(cluster: &Cluster, random: &mut StdRng) {
-    let at = random.random_range(0..CACHE_MIB - SPOIL_MIB);
-    let (to, seek) = (format!("of={}", cache(cluster).display()), format!("seek={at}"));
-    let count = format!("count={SPOIL_MIB}");
+/// Overwrites a part of a cache medium on its device: past the page cache, which is the daemon's memory.
+fn spoil(medium: &Path, random: &mut StdRng) {
+    let at = random.random_range(0..=CACHE_MIB - SPOIL_MIB);
+    let (to, seek, count) =
+        (format!("of={}", medium.display()), format!("seek={at}"), format!("count={SPOIL_MIB}"));
     let how = ["if=/dev/urandom", &to, &seek, "bs=1M", &count, "oflag=direct", "conv=notrunc", "status=none"];
     tool("coreutils", "dd", &how);
 }
