@@ -27,7 +27,7 @@ pub(super) async fn run(layers: &Layers) {
         match merge_one(layers, &merge).await {
             Ok((Stands::Gone, _)) => {}
             Ok((Stands::Anew, bytes)) => {
-                tracing::info!(lower = %merge.lower.id(), upper = %merge.upper.id(), bytes, "layers merged")
+                tracing::info!(lower = %merge.lower.id(), upper = %merge.upper.id(), bytes, "layers merged");
             }
             Err(reason) => {
                 tracing::warn!(lower = %merge.lower.id(), upper = %merge.upper.id(), reason, "layers cannot be merged yet");

@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::guests::assert_no_disk_errors;
-use crate::tools::{Background, both, guest_image, tool, tool_output, wait_for};
+use crate::tools::{Background, assert_same, both, guest_image, make_raw, tool, tool_output, wait_for};
 
 const IMAGE: &str = "debian:12";
 
@@ -47,10 +47,6 @@ const ROOT_OFFSET: u64 = 65 << 20;
 
 /// Size of each of the node's two cache media. Together they hold the whole image.
 const CACHE_MIB: u64 = 256;
-
-/// How much of one is overwritten at a time, and how often: more than half of it, while a guest boots.
-const SPOIL_MIB: u64 = 8;
-const SPOILS: usize = 32;
 
 const RECORD_BYTES: usize = 4096;
 
@@ -118,17 +114,37 @@ fn survive_fifty_kills_snapshots_clones_merges_and_a_lying_cache() {
     check_disk(&cluster, VM, &durable);
 
     let boot = begin_boot(&cluster);
-    for _ in 0..SPOILS {
-        spoil(&spoilt, &mut storm.random);
-    }
-    let cache = |counter: &str| cluster.node_status(NODE)["cache"][counter].as_u64().unwrap();
-    wait_for("one medium is found to lie", BOOT_LIMIT, || (cache("dropped_chunks") > 0).then_some(()));
     File::options().write(true).open(&cut).unwrap().set_len(0).unwrap();
+    spoil(&spoilt);
     boot.finish(BOOT_LIMIT);
-    assert!(cache("failed_media") > 0, "the other was never missed");
+    // What a boot reads may lie on either of them alone.
+    let cache = cluster.node_status(NODE)["cache"].clone();
+    assert!(cache["failed_media"] != 0 || cache["dropped_chunks"] != 0, "the cache was not missed: {cache}");
     let mut agent = Agent::of(&cluster, NODE, VM);
     assert_eq!(agent.run(READ_BACK), sum);
     assert_no_disk_errors(&cluster, NODE, VM, &mut agent);
+}
+
+#[test]
+fn survive_a_medium_that_lies_or_is_cut_short_gives_no_wrong_byte() {
+    let mut cluster = Cluster::start();
+    cluster.add_node("o", &[]);
+    let medium = cluster.path("medium");
+    cluster.add_node(NODE, &["--cache", &format!("{}={CACHE_MIB}M", medium.display())]);
+    let source = cluster.path("source");
+    make_raw(&source, 48, 5);
+    cluster.share(&["o", NODE], "disk:1", &source);
+    let volume = cluster.volume(NODE, "disk+1");
+    for _ in 0..2 {
+        assert_same(&volume, &source);
+    }
+    spoil(&medium);
+    assert_same(&volume, &source);
+    let cache = cluster.node_status(NODE)["cache"].clone();
+    assert!(cache["dropped_chunks"].as_u64().unwrap() > 0, "{cache}");
+    // Most chunks have been fetched anew if the medium was not given up.
+    File::options().write(true).open(&medium).unwrap().set_len(0).unwrap();
+    assert_same(&volume, &source);
 }
 
 /// What happens to the guest's disk and daemon.
@@ -288,11 +304,9 @@ fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
-/// Overwrites a part of a cache medium on its device: past the page cache, which is the daemon's memory.
-fn spoil(medium: &Path, random: &mut StdRng) {
-    let at = random.random_range(0..=CACHE_MIB - SPOIL_MIB);
-    let (to, seek, count) =
-        (format!("of={}", medium.display()), format!("seek={at}"), format!("count={SPOIL_MIB}"));
-    let how = ["if=/dev/urandom", &to, &seek, "bs=1M", &count, "oflag=direct", "conv=notrunc", "status=none"];
+/// Overwrites a cache medium on its device: past the page cache, which is the daemon's memory.
+fn spoil(medium: &Path) {
+    let (to, count) = (format!("of={}", medium.display()), format!("count={CACHE_MIB}"));
+    let how = ["if=/dev/urandom", &to, &count, "bs=1M", "oflag=direct", "conv=notrunc", "status=none"];
     tool("coreutils", "dd", &how);
 }
