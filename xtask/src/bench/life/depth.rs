@@ -62,7 +62,7 @@ pub(super) fn run(life: &Life) -> Outcome<Table> {
                 "disks of {} MiB, all bytes in the lowest layer; peer: VirtMan with one layer",
                 DISK_BYTES >> 20
             ),
-            "writes are the first ones to their blocks in the topmost layer".to_owned(),
+            "writes are the first ones to their blocks in the topmost layer; in the single layer they are not".to_owned(),
             format!("took {:.0} s", begun.elapsed().as_secs_f64()),
         ],
         cost_unit: "us",

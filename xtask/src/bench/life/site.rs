@@ -145,6 +145,13 @@ impl<'a> Site<'a> {
         })
     }
 
+    /// Waits until a VM's disk has but one layer, so that nothing is stored twice.
+    pub(super) fn wait_merged(&self, node: &str, vm: &str, limit: Duration) -> Outcome {
+        let mut api = self.api(node)?;
+        let path = format!("/v1/vms/{vm}");
+        wait_for("a single layer", limit, || (api.get(&path).ok()?["layers"] == 1).then_some(()))
+    }
+
     /// Ends the guests of all nodes, in the hardest way.
     fn end_guests(&self) {
         for (name, _) in &self.nodes {
