@@ -12,6 +12,7 @@ mod fio;
 mod http;
 mod image_add;
 mod iscsi;
+mod life;
 mod link;
 mod machine;
 mod nbd;
@@ -76,6 +77,7 @@ enum What {
 #[derive(Debug, Subcommand)]
 enum Large {
     Storm(Box<storm::StormArgs>),
+    Life(life::LifeArgs),
     Sim(sim::SimArgs),
     Volt(volt::VoltArgs),
 }
@@ -98,6 +100,7 @@ impl Bench {
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
     match &args.large {
         Some(Large::Storm(args)) => return storm::run(args),
+        Some(Large::Life(args)) => return life::run(args),
         Some(Large::Sim(args)) => return sim::run(args),
         Some(Large::Volt(args)) => return volt::run(args),
         None => {}

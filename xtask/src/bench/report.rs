@@ -68,6 +68,12 @@ impl Rounds {
         Ok(taken)
     }
 
+    /// Rounds that were taken otherwise, as many of ours as of the peer.
+    pub(super) fn of(ours: Vec<Sample>, peer: Vec<Sample>) -> Rounds {
+        assert_eq!(ours.len(), peer.len(), "each round has both");
+        Rounds { ours, peer }
+    }
+
     /// The row of these rounds. The ratio is above 1 where ours is better.
     pub(super) fn row(&self, what: impl Into<String>, unit: &'static str, better: Better) -> Row {
         let ratio = |(ours, peer): (&Sample, &Sample)| match better {
@@ -181,7 +187,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    fn print(&self) {
+    pub(super) fn print(&self) {
         println!("\n{}", self.title);
         for note in &self.notes {
             println!("  {note}");

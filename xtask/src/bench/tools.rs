@@ -16,6 +16,7 @@ pub(super) const FIO: Tool = Tool { program: "fio", package: "fio" };
 pub(super) const QEMU_STORAGE_DAEMON: Tool = Tool { program: "qemu-storage-daemon", package: "qemu-utils" };
 pub(super) const QEMU_IMG: Tool = Tool { program: "qemu-img", package: "qemu-utils" };
 pub(super) const QEMU_NBD: Tool = Tool { program: "qemu-nbd", package: "qemu-utils" };
+pub(super) const QEMU_SYSTEM: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
 pub(super) const ISCSI_PERF: Tool = Tool { program: "iscsi-perf", package: "libiscsi-bin" };
 pub(super) const TGTD: Tool = Tool { program: "tgtd", package: "tgt" };
 pub(super) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };

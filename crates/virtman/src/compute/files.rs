@@ -29,7 +29,7 @@ use serde::de::DeserializeOwned;
 use crate::http::ApiError;
 
 pub(crate) use crate::identity::files::sync_dir;
-use crate::identity::files::{Secrecy, replace};
+use crate::identity::files::{NewFile, Secrecy};
 
 /// The layout of a node's directory.
 #[derive(Debug, Clone)]
@@ -166,9 +166,14 @@ fn set_private(dir: &Path) -> io::Result<()> {
 
 /// Writes a record so that it is there whole, or not at all, whatever happens.
 pub(crate) fn write_record<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
+    new_record(path, record)?.put_durably()
+}
+
+/// Writes a record that is still to be put at `path`.
+pub(crate) fn new_record<T: Serialize>(path: &Path, record: &T) -> io::Result<NewFile> {
     let mut json = serde_json::to_vec_pretty(record)?;
     json.push(b'\n');
-    replace(path, &json, Secrecy::Secret)
+    NewFile::write(path, &json, Secrecy::Secret)
 }
 
 /// Reads a record; the error names the file.

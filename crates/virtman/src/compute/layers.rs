@@ -27,6 +27,7 @@ use super::carried::Carried;
 use super::files;
 use super::images::{Attached, Images};
 use crate::api::now_unix_ms;
+use crate::identity::files::NewFile;
 
 /// Most layers of one disk. A read looks through all of them, some 50 ns each.
 pub(crate) const DEPTH_MAX: usize = 64;
@@ -479,7 +480,8 @@ impl Layers {
         let dir = self.layer_dir(id);
         let failed = |e: std::io::Error| format!("{}: {e}", dir.display());
         fs::create_dir(&dir).map_err(failed)?;
-        files::write_record(&dir.join(RECORD), record).map_err(failed)?;
+        // Nobody names the layer yet, and creating the overlay syncs the directory.
+        files::new_record(&dir.join(RECORD), record).and_then(NewFile::put).map_err(failed)?;
         let overlay = Overlay::create(&dir, size_bytes, base).map_err(|e| e.to_string())?;
         files::sync_dir(&self.dir).map_err(failed)?;
         Ok(overlay)

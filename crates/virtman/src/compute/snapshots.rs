@@ -129,15 +129,19 @@ impl Vms {
         next: Arc<Layer>,
         quiesce: Quiesce,
     ) -> Result<Duration, ApiError> {
-        let quiet = match quiesced(entry, quiesce).await {
-            Ok(quiet) => quiet,
+        let prepared = async {
+            let new = self.new_record(&record).await?;
+            Ok((new, quiesced(entry, quiesce).await?))
+        };
+        let (new, quiet) = match prepared.await {
+            Ok(prepared) => prepared,
             Err(error) => {
                 self.layers.release(next.id());
                 return Err(error);
             }
         };
         let commit = async {
-            self.save(&record).await?;
+            self.put_record(new).await?;
             Ok::<_, ApiError>(Arc::clone(next.overlay()))
         };
         let frozen = entry.disk.inner().freeze(commit).await;

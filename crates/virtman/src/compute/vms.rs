@@ -28,6 +28,7 @@ use super::profile::BootTap;
 use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
+use crate::identity::files::NewFile;
 use crate::vm::seed::SeedError;
 use crate::vm::{Accel, AccelChoice, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
@@ -503,11 +504,25 @@ impl Vms {
 
     /// Writes what is to be remembered of a VM.
     pub(super) async fn save(&self, record: &Record) -> Result<(), ApiError> {
+        self.put_record(self.new_record(record).await?).await
+    }
+
+    /// Writes what is to be remembered of a VM once it is [put](Vms::put_record) in its place, so that less is to be
+    /// done while others wait.
+    pub(super) async fn new_record(&self, record: &Record) -> Result<NewFile, ApiError> {
         let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
-        let saved = tokio::task::spawn_blocking(move || {
-            files::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
+        let written = tokio::task::spawn_blocking(move || {
+            files::new_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
         });
-        saved.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+        written.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    }
+
+    /// Lets a record replace the one before, durably.
+    pub(super) async fn put_record(&self, record: NewFile) -> Result<(), ApiError> {
+        let put = tokio::task::spawn_blocking(move || {
+            record.put_durably().map_err(|e| format!("cannot replace a VM's record: {e}"))
+        });
+        put.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
     }
 
     pub(super) fn insert(&self, entry: Arc<Entry>) {

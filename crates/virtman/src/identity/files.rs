@@ -3,7 +3,9 @@
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
 
 use super::IdentityError;
 
@@ -28,20 +30,45 @@ pub(super) fn create_private_dir(dir: &Path) -> Result<(), IdentityError> {
         .map_err(|e| IdentityError::io("create the directory", dir, e))
 }
 
-/// Replaces a file, durably and in one step. It has its final mode before it has a byte of its content;
-/// until it is whole its name begins with `.new-`.
+/// Replaces a file, durably and in one step.
 pub(crate) fn replace(path: &Path, bytes: &[u8], secrecy: Secrecy) -> io::Result<()> {
-    let dir = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
-    let mode = match secrecy {
-        Secrecy::Secret => 0o600,
-        Secrecy::Public => 0o644,
-    };
-    file.as_file().set_permissions(Permissions::from_mode(mode))?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    sync_dir(dir)
+    NewFile::write(path, bytes, secrecy)?.put_durably()
+}
+
+/// A file that is durable, but for its name: it is to replace what has that. Until then its own name begins with
+/// `.new-`. Dropping it removes it.
+pub(crate) struct NewFile {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl NewFile {
+    /// Writes what is to be at `path`. It has its final mode before it has a byte of its content.
+    pub(crate) fn write(path: &Path, bytes: &[u8], secrecy: Secrecy) -> io::Result<NewFile> {
+        let dir = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+        let mode = match secrecy {
+            Secrecy::Secret => 0o600,
+            Secrecy::Public => 0o644,
+        };
+        file.as_file().set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        Ok(NewFile { file, path: path.to_owned() })
+    }
+
+    /// Puts it where it is to be, in one step. That is durable once the caller has synced the directory.
+    pub(crate) fn put(self) -> io::Result<()> {
+        self.file.persist(&self.path)?;
+        Ok(())
+    }
+
+    /// Puts it where it is to be, durably.
+    pub(crate) fn put_durably(self) -> io::Result<()> {
+        let dir = self.path.parent().map(Path::to_owned);
+        self.put()?;
+        dir.map_or(Ok(()), |dir| sync_dir(&dir))
+    }
 }
 
 /// [Replaces](replace) `dir/name` by `text`.
