@@ -271,7 +271,7 @@ impl Planner {
             Learning::Until(end) if end <= self.now => {
                 self.learning = Learning::Done;
                 for image in self.images().collect::<Vec<_>>() {
-                    self.change(image, |hierarchy, roster| hierarchy.stop_waiting(roster));
+                    self.change(image, Hierarchy::stop_waiting);
                 }
             }
             Learning::Until(_) | Learning::Done => {}

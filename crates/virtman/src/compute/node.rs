@@ -243,16 +243,10 @@ impl Node {
         Ok(())
     }
 
-    /// Detaches an image that carried VMs' disks here, once no layer stands on it.
-    pub(super) async fn give_up_unused(&self, attached: &Attached) {
-        if attached.role() == Role::Origin || self.vms.layers.need(&attached.id) {
-            return;
-        }
-        for name in attached.names() {
-            if let Err(error) = self.detach(&name).await {
-                tracing::info!(image = %name, %error, "an image that is not needed stays attached");
-            }
-        }
+    /// Detaches an image that carried VMs' disks here as soon as nobody uses it: no further VM will.
+    pub(super) fn give_up_unused(&self, attached: &Attached) {
+        attached.usage().spend();
+        self.images.look.notify_one();
     }
 
     /// Removes the images that carried VMs' disks to other nodes, once those have them.

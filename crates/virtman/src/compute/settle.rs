@@ -34,7 +34,7 @@ pub(super) async fn run(node: &Node) {
         match settle_one(node, &settle).await {
             Ok(bytes) => {
                 tracing::info!(layer = %settle.layer.id(), image = %settle.base.id.short(), bytes, "a clone has all of its own");
-                node.give_up_unused(&settle.image).await;
+                node.give_up_unused(&settle.image);
             }
             Err(reason) => {
                 tracing::warn!(layer = %settle.layer.id(), reason, "a clone cannot get all of its own yet");
