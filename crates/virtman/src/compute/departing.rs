@@ -1,4 +1,4 @@
-//! Images that are detached but still served to children that have not moved yet.
+//! What children are served: images that are attached, and detached ones that some children have yet to leave.
 //!
 //! Volt gives the children other parents before the node lets go of an image, but a child learns of that a moment
 //! later, or much later if its connection to Volt is down. Until nobody has asked for a while, what was served is
@@ -8,11 +8,14 @@
 //! departs for longer than [`DEPART_MAX`].
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block::{ChunkSource, ImageId};
+use block::{BoxFuture, ChunkSource, ImageId};
 use tokio::time::Instant;
+
+use super::images::Images;
 
 /// How long nobody must have asked. A child whose connection to Volt broke has another and its new parents well
 /// within that.
@@ -21,6 +24,10 @@ const QUIET: Duration = Duration::from_secs(10);
 /// How long a child that does not learn of its new parents is served. Then it is told that the image is not attached,
 /// and asks the others that it knows.
 const DEPART_MAX: Duration = Duration::from_secs(60);
+
+/// How long a child's request waits for this node to attach the image. A child may be told of its parent
+/// a moment before the parent learns that it is one; much later, the child had better ask another.
+const ATTACH_WAIT: Duration = Duration::from_secs(5);
 
 /// The images that are on their way out.
 #[derive(Default)]
@@ -64,9 +71,35 @@ impl Departing {
     }
 }
 
+/// What children ask this node for.
+impl link::Sources for Images {
+    fn source<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Option<Arc<dyn ChunkSource>>> {
+        Box::pin(async move {
+            let attached = async {
+                loop {
+                    // Registered before the look, so that a change in between is not missed.
+                    let changed = self.changed.notified();
+                    if let Some(attached) = self.by_id(id) {
+                        return Some(Arc::clone(&attached.served));
+                    }
+                    if let Some(source) = self.departing.source(id, Instant::now()) {
+                        return Some(source);
+                    }
+                    // Volt names a parent while that attaches the image, and not before.
+                    if self.attaching.load(Ordering::Acquire) == 0 {
+                        return None;
+                    }
+                    changed.await;
+                }
+            };
+            tokio::time::timeout(ATTACH_WAIT, attached).await.ok()?
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use block::{BoxFuture, Chunk, ChunkHash, FetchError, Priority};
+    use block::{Chunk, ChunkHash, FetchError, Priority};
 
     use super::*;
 

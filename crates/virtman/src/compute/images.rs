@@ -29,16 +29,12 @@ use super::fill::Fill;
 use super::layers::{LayerDisks, LayerId};
 use super::profile::{Profile, Way};
 use super::remote::RemoteDisks;
-use super::unused::{Held, Holders, KeepWarm, Stay, Usage};
+use super::unused::{Holders, KeepWarm, Stay, Usage};
 use crate::api::compute::NodeImage;
 use crate::api::profile::ProfileOffer;
 use crate::api::volt::ImageRecord;
 use crate::http::ApiError;
 use crate::units::ByteSize;
-
-/// How long a child's request waits for this node to attach the image. A child may be told of its parent
-/// a moment before the parent learns that it is one; much later, the child had better ask another.
-const ATTACH_WAIT: Duration = Duration::from_secs(5);
 
 /// All images of a node.
 pub(crate) struct Images {
@@ -49,10 +45,10 @@ pub(crate) struct Images {
     pub(super) remotes: Arc<RemoteDisks>,
     /// What opens the layers that images were derived from.
     pub(super) layers: Arc<LayerDisks>,
-    attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
+    pub(super) attached: RwLock<HashMap<ImageId, Arc<Attached>>>,
     /// Takes records of boots to Volt.
     records: mpsc::Sender<BootProfile>,
-    changed: Notify,
+    pub(super) changed: Notify,
     /// Images that are detached but still served.
     pub(super) departing: Departing,
     /// How long an image that nobody uses stays attached.
@@ -60,7 +56,7 @@ pub(crate) struct Images {
     /// Told when it is to be looked what is used.
     pub(super) look: Notify,
     /// How many images are being attached.
-    attaching: AtomicUsize,
+    pub(super) attaching: AtomicUsize,
     /// What Volt pushed about the image that is being attached, before its answer was dealt with.
     early: Mutex<Option<Early>>,
     /// How many images could not be attached again when the daemon started. What they may need stays.
@@ -98,13 +94,13 @@ pub(crate) struct Attached {
     pub(crate) profile: Arc<Profile>,
     upstream: Arc<Switch>,
     /// Its chunks, as children get them.
-    served: Arc<dyn ChunkSource>,
+    pub(super) served: Arc<dyn ChunkSource>,
     /// How many stripes its placement has.
     stripes: watch::Sender<usize>,
     way: Way,
     since: Instant,
     pub(super) holders: Holders,
-    usage: Mutex<Usage>,
+    pub(super) usage: Mutex<Usage>,
     state: Mutex<State>,
 }
 
@@ -148,15 +144,15 @@ impl ChunkSource for Switch {
     }
 }
 
-struct State {
-    names: BTreeSet<ImageName>,
+pub(super) struct State {
+    pub(super) names: BTreeSet<ImageName>,
     placement: Placement,
-    exports: HashMap<ImageName, ExportSocket>,
+    pub(super) exports: HashMap<ImageName, ExportSocket>,
     /// Gets all of it into the cache, if that is wanted.
     fill: Option<Fill>,
     /// Names that carry a VM's disk to other nodes, and go once those have it.
     passing: BTreeSet<ImageName>,
-    stay: Stay,
+    pub(super) stay: Stay,
 }
 
 /// What is remembered of an attached image.
@@ -287,14 +283,6 @@ impl Images {
         self.all().into_iter().find(|attached| attached.state().names.contains(name))
     }
 
-    /// The attached image of this name, which stays attached as long as the caller holds it.
-    pub(super) fn hold(&self, name: &ImageName) -> Option<Held> {
-        // Under the lock: whoever detaches sees the holder, or this does not find the image.
-        let all = self.attached.read().unwrap_or_else(PoisonError::into_inner);
-        let found = all.values().find(|attached| attached.state().names.contains(name))?;
-        Some(Held::new(Arc::clone(found)))
-    }
-
     /// The attached image of this id.
     pub(crate) fn by_id(&self, id: &ImageId) -> Option<Arc<Attached>> {
         self.attached.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
@@ -418,23 +406,6 @@ impl Images {
         let file = self.record_file(&attached.id);
         std::fs::remove_file(&file).map_err(|e| format!("cannot remove {}: {e}", file.display()))?;
         Ok(detached)
-    }
-
-    /// Says what keeps an image attached. The caller holds `changing`.
-    pub(super) fn let_stay(&self, attached: &Attached, stay: Stay) -> Result<(), String> {
-        if attached.stay() == stay {
-            return Ok(());
-        }
-        attached.state().stay = stay;
-        self.save(attached)
-    }
-
-    /// Volt let this node leave an image's hierarchy.
-    pub(crate) fn released(&self, id: &ImageId) {
-        if let Some(attached) = self.by_id(id) {
-            attached.usage().released();
-            self.look.notify_one();
-        }
     }
 
     /// Volt moved this node in an image's hierarchy.
@@ -589,7 +560,7 @@ impl Images {
         record_file(&self.layout, id)
     }
 
-    fn save(&self, attached: &Attached) -> Result<(), String> {
+    pub(super) fn save(&self, attached: &Attached) -> Result<(), String> {
         let record = {
             let state = attached.state();
             AttachedRecord {
@@ -632,10 +603,7 @@ impl Images {
             vms,
             profile: attached.profile.describe(),
             fill: state.fill.as_ref().map(Fill::describe),
-            detaches_in_ms: attached
-                .usage()
-                .goes_in(self.keep_warm, Instant::now())
-                .map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+            detaches_in_ms: attached.detaches_in_ms(self.keep_warm),
         }
     }
 }
@@ -683,27 +651,6 @@ impl Attached {
         self.state().passing.iter().cloned().collect()
     }
 
-    /// What keeps it attached.
-    pub(super) fn stay(&self) -> Stay {
-        self.state().stay
-    }
-
-    /// Since when nobody uses it.
-    pub(super) fn usage(&self) -> std::sync::MutexGuard<'_, Usage> {
-        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether somebody is about to use it.
-    pub(super) fn is_held(&self) -> bool {
-        self.holders.load(Ordering::Acquire) > 0
-    }
-
-    /// Whether somebody has it open from outside.
-    pub(super) fn is_open(&self) -> bool {
-        // Its own, and one for each socket that waits for connections.
-        Arc::strong_count(&self.exported) > 1 + self.state().exports.len()
-    }
-
     /// Where its chunks come from and go to.
     pub(super) fn way(&self) -> &Way {
         &self.way
@@ -741,34 +688,8 @@ impl Attached {
         true
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What children ask this node for.
-impl link::Sources for Images {
-    fn source<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Option<Arc<dyn ChunkSource>>> {
-        Box::pin(async move {
-            let attached = async {
-                loop {
-                    // Registered before the look, so that a change in between is not missed.
-                    let changed = self.changed.notified();
-                    if let Some(attached) = self.by_id(id) {
-                        return Some(Arc::clone(&attached.served));
-                    }
-                    if let Some(source) = self.departing.source(id, Instant::now()) {
-                        return Some(source);
-                    }
-                    // Volt names a parent while that attaches the image, and not before.
-                    if self.attaching.load(Ordering::Acquire) == 0 {
-                        return None;
-                    }
-                    changed.await;
-                }
-            };
-            tokio::time::timeout(ATTACH_WAIT, attached).await.ok()?
-        })
     }
 }
 

@@ -12,8 +12,8 @@
 
 use std::ops::Deref;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block::{ImageId, ImageName};
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use volt::Role;
 
-use super::images::Attached;
+use super::images::{Attached, Images};
 use super::node::Node;
 use crate::api::export::ExportName;
 use crate::http::ApiError;
@@ -176,8 +176,8 @@ impl Usage {
                 false
             }
             Need::Unused => {
-                let since = *self.unused_since.get_or_insert(now);
-                keep_warm.left(since, now) == Some(Duration::ZERO)
+                self.unused_since.get_or_insert(now);
+                self.goes_in(keep_warm, now) == Some(Duration::ZERO)
             }
         };
         match (self.leave, is_due) {
@@ -234,13 +234,18 @@ pub(super) async fn run(node: &Node) {
 impl Node {
     /// Notes how a VM on an image is destroyed.
     pub(super) async fn note_destroy(&self, id: &ImageId, destroy: Destroy) {
-        let _one_at_a_time = self.images.changing.lock().await;
-        let Some(attached) = self.images.by_id(id) else { return };
-        let stay = destroy.after(attached.stay());
-        if let Err(reason) = self.images.let_stay(&attached, stay) {
-            tracing::warn!(image = %id.short(), reason, "how long an image stays attached is forgotten with the daemon");
+        if self.images.by_id(id).is_some_and(|attached| destroy.after(attached.stay()) != attached.stay()) {
+            self.change_stay(id, |stay| destroy.after(stay)).await;
         }
         self.images.look.notify_one();
+    }
+
+    async fn change_stay(&self, id: &ImageId, change: impl Fn(Stay) -> Stay) {
+        let _one_at_a_time = self.images.changing.lock().await;
+        let Some(attached) = self.images.by_id(id) else { return };
+        if let Err(reason) = self.images.let_stay(&attached, change(attached.stay())) {
+            tracing::warn!(image = %id.short(), reason, "how long an image stays attached is forgotten with the daemon");
+        }
     }
 
     async fn look_at(&self, attached: &Arc<Attached>) {
@@ -314,6 +319,62 @@ impl Node {
     }
 }
 
+impl Images {
+    /// The attached image of this name, which stays attached as long as the caller holds it.
+    pub(super) fn hold(&self, name: &ImageName) -> Option<Held> {
+        // Under the lock: whoever detaches sees the holder, or this does not find the image.
+        let all = self.attached.read().unwrap_or_else(PoisonError::into_inner);
+        let found = all.values().find(|attached| attached.state().names.contains(name))?;
+        Some(Held::new(Arc::clone(found)))
+    }
+
+    /// Says what keeps an image attached. The caller holds `changing`.
+    pub(super) fn let_stay(&self, attached: &Attached, stay: Stay) -> Result<(), String> {
+        if attached.stay() == stay {
+            return Ok(());
+        }
+        attached.state().stay = stay;
+        self.save(attached)
+    }
+
+    /// Volt let this node leave an image's hierarchy.
+    pub(crate) fn released(&self, id: &ImageId) {
+        if let Some(attached) = self.by_id(id) {
+            attached.usage().released();
+            self.look.notify_one();
+        }
+    }
+}
+
+impl Attached {
+    /// What keeps it attached.
+    pub(super) fn stay(&self) -> Stay {
+        self.state().stay
+    }
+
+    /// Since when nobody uses it.
+    pub(super) fn usage(&self) -> MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether somebody is about to use it.
+    pub(super) fn is_held(&self) -> bool {
+        self.holders.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether somebody has it open from outside.
+    pub(super) fn is_open(&self) -> bool {
+        // Its own, and one for each socket that waits for connections.
+        Arc::strong_count(&self.exported) > 1 + self.state().exports.len()
+    }
+
+    /// When it goes, in milliseconds, unless it is used before.
+    pub(super) fn detaches_in_ms(&self, keep_warm: KeepWarm) -> Option<u64> {
+        let left = self.usage().goes_in(self.stay().keep_warm(keep_warm), Instant::now())?;
+        Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -355,6 +416,15 @@ mod tests {
             usage.stays();
             assert_eq!(usage.look(Need::Used, WARM, begun), Step::Nothing);
         }
+    }
+
+    #[test]
+    fn what_brought_a_disk_goes_at_once_whatever_is_kept_warm() {
+        for usual in [WARM, KeepWarm::Forever] {
+            assert_eq!(Stay::UntilSettled.keep_warm(usual), KeepWarm::For(Duration::ZERO));
+            assert_eq!(Stay::WhileUsed.keep_warm(usual), usual);
+        }
+        assert_eq!(Destroy::InstanceOnly.after(Stay::UntilSettled), Stay::UntilSettled);
     }
 
     #[test]
