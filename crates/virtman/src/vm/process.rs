@@ -42,6 +42,14 @@ impl Process {
         self.pid.as_raw_nonzero().get()
     }
 
+    /// The argument that follows `flag` on its command line. `None` too if the process has ended.
+    pub(super) fn argument_after(&self, flag: &str) -> Option<String> {
+        let command_line = read_bounded(&format!("/proc/{}/cmdline", self.pid())).ok()?;
+        let mut arguments = command_line.split(|&byte| byte == 0);
+        arguments.find(|argument| *argument == flag.as_bytes())?;
+        String::from_utf8(arguments.next()?.to_vec()).ok()
+    }
+
     /// Ends the process at once. No error if it has ended already.
     pub(super) fn kill(&self) -> io::Result<()> {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {

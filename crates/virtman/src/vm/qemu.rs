@@ -54,11 +54,10 @@ struct Record {
 }
 
 impl Record {
-    /// What the files of a running VM say themselves. `None` if their directory bears no VM's name.
-    fn of_unknown_start(files: &VmFiles) -> Option<Record> {
-        let pidfile = files.pidfile();
-        let name = pidfile.parent()?.file_name()?.to_str()?.parse().ok()?;
-        let started = fs::metadata(&pidfile).and_then(|pidfile| pidfile.modified()).ok()?;
+    /// What a running VM says itself. `None` if its process has ended meanwhile.
+    fn of_unknown_start(files: &VmFiles, process: &Process) -> Option<Record> {
+        let name = process.argument_after("-name")?.strip_prefix("guest=")?.parse().ok()?;
+        let started = fs::metadata(files.pidfile()).and_then(|pidfile| pidfile.modified()).ok()?;
         Some(Record { name, accel: Accel::Tcg, started_unix_ms: unix_ms(started), spec: None })
     }
 }
@@ -138,7 +137,7 @@ impl Qemu {
             Err(error) => {
                 let file = files.record();
                 tracing::error!(file = %file.display(), %error, "how a guest was started is not known; it runs on");
-                Record::of_unknown_start(&files)?
+                Record::of_unknown_start(&files, &process)?
             }
         };
         Some(Qemu { files, process, record, turns: Turns::default() })

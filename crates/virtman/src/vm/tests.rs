@@ -210,11 +210,11 @@ async fn what_was_started_is_remembered_and_a_vm_of_a_version_that_did_not_is_ad
     let elsewhere = Qemu::start_incoming(&bench.path("elsewhere"), &bench.spec()).await;
     assert!(matches!(elsewhere, Err(VmError::Unfit(_))), "no machine type is known: {elsewhere:?}");
 
-    let (pid, name) = (vm.pid(), bench.vm_dir().file_name().unwrap().to_owned());
+    let (pid, name) = (vm.pid(), vm.name().clone());
     fs::write(&record, "{").unwrap();
     let vm = Qemu::adopt(&bench.vm_dir()).expect("a damaged record hides no guest");
-    assert_eq!((vm.pid(), vm.name().as_str()), (pid, name.to_str().unwrap()));
-    assert!(vm.started() <= std::time::SystemTime::now());
+    assert_eq!((vm.pid(), vm.name()), (pid, &name));
+    assert!(vm.started() <= SystemTime::now());
     vm.kill().await.unwrap();
 }
 
