@@ -541,10 +541,10 @@ impl Layers {
         self.forest().layers.values().find(|known| known.record.parent == parent)?.open.upgrade()
     }
 
-    /// A layer that can be merged, if both it and the one above it are open.
-    pub(super) fn next_merge(&self) -> Option<Merge> {
+    /// A layer that can be merged and `may` be, if both it and the one above it are open.
+    pub(super) fn next_merge(&self, may: impl Fn(LayerId) -> bool) -> Option<Merge> {
         let forest = self.forest();
-        forest.layers.values().find_map(|known| {
+        forest.layers.iter().filter(|(lower, _)| may(**lower)).find_map(|(_, known)| {
             let upper = forest.layers.get(&forest.merges_into(known)?)?.open.upgrade()?;
             Some(Merge { lower: known.open.upgrade()?, upper })
         })

@@ -7,21 +7,30 @@
 //! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: a merge that was not finished begins
 //! anew, and passes over what was taken over and flushed.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use block::Disk;
 
 use super::layers::{Layers, Merge, Stands};
 
-/// Pause after a merge failed: somebody has to make room, most likely.
+/// How long a merge that failed is left alone: somebody has to make room, most likely.
 const RETRY_PAUSE: Duration = Duration::from_secs(10);
 
 /// Merges what can be merged until dropped.
 pub(super) async fn run(layers: &Layers) {
+    let mut failed = BTreeMap::new();
     loop {
         let changed = layers.merges.notified();
-        let Some(merge) = layers.next_merge() else {
-            changed.await;
+        failed.retain(|_, at: &mut Instant| at.elapsed() < RETRY_PAUSE);
+        // One that cannot be merged yet is in no other's way.
+        let Some(merge) = layers.next_merge(|lower| !failed.contains_key(&lower)) else {
+            if failed.is_empty() {
+                changed.await;
+            } else {
+                // Whichever comes first, it is looked again.
+                let _ = tokio::time::timeout(RETRY_PAUSE, changed).await;
+            }
             continue;
         };
         match merge_one(layers, &merge).await {
@@ -31,7 +40,7 @@ pub(super) async fn run(layers: &Layers) {
             }
             Err(reason) => {
                 tracing::warn!(lower = %merge.lower.id(), upper = %merge.upper.id(), reason, "layers cannot be merged yet");
-                tokio::time::sleep(RETRY_PAUSE).await;
+                failed.insert(merge.lower.id(), Instant::now());
             }
         }
     }

@@ -310,7 +310,10 @@ impl Vms {
                 .map_err(|e| ApiError::internal(format!("cannot end the guest of '{name}': {e}")))?;
         }
         let removed = self.remove_files(entry.record()).await;
-        self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        // As long as its record is there, the VM is.
+        if !self.has_files(name) {
+            self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        }
         removed
     }
 

@@ -214,7 +214,7 @@ async fn what_was_started_is_remembered_and_a_vm_of_a_version_that_did_not_is_ad
     fs::write(&record, "{").unwrap();
     let vm = Qemu::adopt(&bench.vm_dir()).expect("a damaged record hides no guest");
     assert_eq!((vm.pid(), vm.name()), (pid, &name));
-    assert!(vm.started() <= SystemTime::now());
+    assert!(vm.started() <= std::time::SystemTime::now());
     vm.kill().await.unwrap();
 }
 
