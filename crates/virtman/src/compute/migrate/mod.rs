@@ -16,7 +16,7 @@
 //! | the source, after that | the target, once one of the two has reached the other |
 //!
 //! Retries: before the source gives the VM up, none: it keeps it. After that for ever. Cancellation: the whole is
-//! carried out whether or not the client that asked stays. Bounds: those of [`crate::vm::Migration`], and
+//! carried out whether or not the client that asked stays. Bounds: those of a migration of the VM runner, and
 //! [`source::ROUNDS_MAX`].
 
 mod source;
