@@ -40,16 +40,16 @@ pub(super) async fn run(context: &Context, args: &MigrateArgs) -> Outcome {
     if context.json() {
         print_json(&moved);
     } else {
-        note(&format!(
-            "moved '{}' from node {} to {} in {}; it stood still for {} ms, {} of its disk and {} of memory were sent meanwhile",
-            vm.name,
-            vm.node,
-            to.node,
-            show_ms(moved.total_ms),
-            moved.pause_ms,
-            ByteSize(moved.disk_bytes),
-            ByteSize(moved.memory_bytes),
-        ));
+        let took = show_ms(moved.total_ms);
+        note(&format!("moved '{}' from node {} to {} in {took}", vm.name, vm.node, to.node));
+        if moved.memory_bytes > 0 {
+            note(&format!(
+                "its guest stood still for {} ms; {} of memory and {} of its disk were sent",
+                moved.pause_ms,
+                ByteSize(moved.memory_bytes),
+                ByteSize(moved.disk_bytes),
+            ));
+        }
     }
     Ok(())
 }

@@ -253,7 +253,10 @@ impl Node {
         for attached in self.images.all() {
             for name in attached.passing() {
                 match self.volt.attached_elsewhere(name.as_str()).await {
-                    Ok(nodes) if nodes.is_empty() && attached.is_older_than(PASSING_MIN) => {}
+                    // An image that has another name too stays where it is, whoever uses it.
+                    Ok(nodes)
+                        if (nodes.is_empty() || attached.names().len() > 1)
+                            && attached.is_older_than(PASSING_MIN) => {}
                     Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
                     Ok(_) | Err(_) => continue,
                 }

@@ -65,9 +65,10 @@ impl Node {
         }
         let record = entry.record();
         if !record.snapshots.is_empty() {
-            let message = format!("'{name}' has {} snapshots, which cannot be moved", record.snapshots.len());
+            let names: Vec<&str> = record.snapshots.iter().map(|known| known.name.as_str()).collect();
+            let message = format!("'{name}' has snapshots, which cannot be moved: {}", names.join(", "));
             return Err(ApiError::conflict("has_snapshots", message).with_hint(format!(
-                "delete them ('virtman snapshot list {name}'), or write them to files before"
+                "delete them, or write them to files before: 'virtman snapshot export {name} ...'"
             )));
         }
         self.must_not_be_exported(name)?;
