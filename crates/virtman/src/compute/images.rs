@@ -579,6 +579,8 @@ impl Images {
 
     /// An image as the API shows it.
     pub(crate) fn describe(&self, attached: &Attached, vms: usize) -> NodeImage {
+        // Before the lock, which that takes too.
+        let detaches_in_ms = attached.detaches_in_ms(self.keep_warm);
         let state = attached.state();
         let export = state.names.first().map(|name| self.export_uri(name));
         NodeImage {
@@ -603,7 +605,7 @@ impl Images {
             vms,
             profile: attached.profile.describe(),
             fill: state.fill.as_ref().map(Fill::describe),
-            detaches_in_ms: attached.detaches_in_ms(self.keep_warm),
+            detaches_in_ms,
         }
     }
 }

@@ -370,7 +370,8 @@ impl Attached {
 
     /// When it goes, in milliseconds, unless it is used before.
     pub(super) fn detaches_in_ms(&self, keep_warm: KeepWarm) -> Option<u64> {
-        let left = self.usage().goes_in(self.stay().keep_warm(keep_warm), Instant::now())?;
+        let keep_warm = self.stay().keep_warm(keep_warm);
+        let left = self.usage().goes_in(keep_warm, Instant::now())?;
         Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
     }
 }
