@@ -107,10 +107,8 @@ impl Vms {
                 quiesced: quiesce == Quiesce::Yes,
             });
         }
-        match self.put_on_top(entry, changed, next, quiesce).await {
-            Ok(pause) => Ok(FrozenLayer { layer: top, pause }),
-            Err(error) => Err(error),
-        }
+        let pause = self.put_on_top(entry, changed, next, quiesce).await?;
+        Ok(FrozenLayer { layer: top, pause })
     }
 
     /// Makes an empty layer, which the caller holds.
@@ -129,6 +127,7 @@ impl Vms {
         next: Arc<Layer>,
         quiesce: Quiesce,
     ) -> Result<Duration, ApiError> {
+        let before = entry.record();
         let prepared = async {
             let new = self.new_record(&record).await?;
             Ok((new, quiesced(entry, quiesce).await?))
@@ -156,6 +155,8 @@ impl Vms {
                 Ok(frozen.pause)
             }
             Err(error) => {
+                // The record may be there all the same. Its layer stays for as long as it may be named.
+                self.save(&before).await?;
                 self.layers.release(next.id());
                 Err(error)
             }
