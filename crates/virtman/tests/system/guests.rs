@@ -132,10 +132,11 @@ fn a_guest_boots_on_when_its_parent_is_killed_and_its_own_daemon_restarts() {
     let mut agent = Agent::of(&cluster, node, vm);
     assert_no_disk_errors(&cluster, node, vm, &mut agent);
 
-    // A number stands in /run/beat, which is memory, once it is durable on the disk.
+    // A number stands in /run/beat, which is memory, once it is durable on the disk. The file is replaced as a
+    // whole, so that nobody reads it half written.
     agent.start(
-        "n=1; while echo $n >>/root/beats && sync /root/beats; do echo $n >/run/beat; n=$((n+1)); done; \
-         echo failed >/run/beat",
+        "n=1; while echo $n >>/root/beats && sync /root/beats; do \
+         echo $n >/run/beat.new; mv /run/beat.new /run/beat; n=$((n+1)); done; echo failed >/run/beat",
     );
     let pid = vm_pid(&cluster, vm);
     wait_for_beat(&mut agent, 3);

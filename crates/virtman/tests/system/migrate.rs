@@ -154,10 +154,11 @@ fn a_vm_is_on_one_node_whichever_dies_at_whatever_step() {
     }
 }
 
-/// Writes files of noise with their checksums, each flushed, until there is `/run/stop`; says how many in `/run/beat`.
+/// Writes files of noise with their checksums, each flushed, until there is `/run/stop`; says how many in `/run/beat`,
+/// which is replaced as a whole, so that nobody reads it half written.
 const WRITER: &str = "mkdir -p /root/noise; n=0; while [ ! -e /run/stop ]; do n=$((n + 1)); \
     head -c 200000 /dev/urandom >/root/noise/$((n % 100)); cd /root/noise; sha256sum $((n % 100)) >/root/noise/$((n % 100)).sum; \
-    sync; echo $n >/run/beat; done";
+    sync; echo $n >/run/beat.new; mv /run/beat.new /run/beat; done";
 
 /// Waits until the writer has written on.
 fn writes_on(agent: &mut Agent) {
