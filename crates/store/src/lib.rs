@@ -21,6 +21,6 @@ mod media;
 mod overlay;
 
 pub use cache::{CacheError, CacheGroup, CacheStats, MediaSpec, MediumState, MediumStatus};
-pub use chain::{Chain, Frozen};
-pub use media::{FileMedia, Media, MemoryMedia};
-pub use overlay::{BootId, Freezing, Overlay, OverlayError, OverlayMedia, OverlayStats};
+pub use chain::{Chain, Frozen, SyncRecord};
+pub use media::{FileMedia, Media, MemoryMedia, start_sync};
+pub use overlay::{BootId, Freezing, NewOverlay, Overlay, OverlayError, OverlayMedia, OverlayStats};

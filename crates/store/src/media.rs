@@ -11,8 +11,8 @@ use std::io;
 
 use block::{ExtentKind, Now};
 
-pub use file::FileMedia;
 pub(crate) use file::InUse;
+pub use file::{FileMedia, start_sync};
 pub use memory::MemoryMedia;
 pub(crate) use memory::SparseBytes;
 

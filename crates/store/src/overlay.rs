@@ -56,13 +56,6 @@ const WRITE_PIECE_BYTES: usize = 64 * 1024;
 /// Most extents in one answer: fewer than a disk may give, because each of them costs a task switch.
 const EXTENTS_MAX: usize = 512;
 
-/// Most rounds of flushing before an overlay is frozen: each would halve what is left on a medium twice as fast as
-/// the guest, and on a slower one none helps.
-const AHEAD_ROUNDS_MAX: u32 = 5;
-
-/// After a round this short, little was written meanwhile: another would not leave less.
-const AHEAD_ROUND_SHORT: Duration = Duration::from_millis(4);
-
 type Block = [u8; BLOCK_BYTES];
 
 /// Why an overlay cannot be created, opened or removed.
@@ -126,6 +119,44 @@ pub struct OverlayMedia {
     pub boot: BootId,
 }
 
+/// An empty overlay that was written and is not durable yet.
+pub struct NewOverlay {
+    log: MapLog,
+    data: Arc<dyn Media>,
+    live: LiveMap,
+    base: Arc<dyn Disk>,
+    map: PathBuf,
+}
+
+impl NewOverlay {
+    /// `dir` is the media's directory, if they have one.
+    fn write(
+        media: OverlayMedia,
+        size_bytes: u64,
+        base: Arc<dyn Disk>,
+        dir: &Path,
+    ) -> Result<NewOverlay, OverlayError> {
+        check_size(size_bytes)?;
+        let io = |name: &str| {
+            let path = dir.join(name);
+            move |source| OverlayError::Io { path, source }
+        };
+        let OverlayMedia { data, map, live, boot } = media;
+        data.set_len(size_bytes.next_multiple_of(BLOCK)).map_err(io(files::DATA))?;
+        let live = LiveMap::create(live, boot).map_err(io(files::LIVE))?;
+        let log = MapLog::create(map, size_bytes).map_err(io(files::MAP))?;
+        Ok(NewOverlay { log, data, live, base, map: dir.join(files::MAP) })
+    }
+
+    /// Makes its files durable. Their names in the directory, and the directory's own, are the caller's to sync. Blocks
+    /// the thread.
+    pub fn sync(mut self) -> Result<Overlay, OverlayError> {
+        self.log.sync().map_err(|source| OverlayError::Io { path: self.map, source })?;
+        let blocks = Overlay::empty_map(self.log.size_bytes());
+        Ok(Overlay::new(self.data, self.log, self.live, blocks, self.base))
+    }
+}
+
 /// A VM's writable disk over a read-only base.
 ///
 /// Dropping it flushes nothing: what was not flushed is kept if the process ends, and lost or kept if the machine
@@ -150,9 +181,8 @@ fn check_size(size_bytes: u64) -> Result<(), OverlayError> {
 }
 
 impl Overlay {
-    /// Creates an empty overlay of `size_bytes` in `dir`, which is created too. All that is in `dir` is
-    /// durable then; the entry of `dir` itself is its parent's, and the caller's to sync. Blocks the thread.
-    pub fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
+    /// Writes an empty overlay of `size_bytes` into `dir`, which is created too. Blocks the thread.
+    pub fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<NewOverlay, OverlayError> {
         files::create(dir, size_bytes, base)
     }
 
@@ -172,31 +202,12 @@ impl Overlay {
         size_bytes: u64,
         base: Arc<dyn Disk>,
     ) -> Result<Overlay, OverlayError> {
-        Overlay::create_named(media, size_bytes, base, Path::new(""))
+        NewOverlay::write(media, size_bytes, base, Path::new(""))?.sync()
     }
 
     /// Opens the overlay on its media.
     pub fn open_on(media: OverlayMedia, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
         Overlay::open_named(media, base, Path::new(""))
-    }
-
-    /// The caller has made the data as long as the disk is, if its media have names.
-    fn create_named(
-        media: OverlayMedia,
-        size_bytes: u64,
-        base: Arc<dyn Disk>,
-        dir: &Path,
-    ) -> Result<Overlay, OverlayError> {
-        check_size(size_bytes)?;
-        let io = |name: &str| {
-            let path = dir.join(name);
-            move |source| OverlayError::Io { path, source }
-        };
-        let OverlayMedia { data, map, live, boot } = media;
-        data.set_len(size_bytes.next_multiple_of(BLOCK)).map_err(io(files::DATA))?;
-        let live = LiveMap::create(live, boot).map_err(io(files::LIVE))?;
-        let log = MapLog::create(map, size_bytes).map_err(io(files::MAP))?;
-        Ok(Overlay::new(data, log, live, Overlay::empty_map(size_bytes), base))
     }
 
     fn open_named(media: OverlayMedia, base: Arc<dyn Disk>, dir: &Path) -> Result<Overlay, OverlayError> {
@@ -251,30 +262,12 @@ impl Overlay {
         Overlay { geometry, base, data, map, live, frozen, claims: Arc::default(), flusher }
     }
 
-    /// Takes no change any more: waits for those that run, makes all durable, and refuses what comes later with
-    /// [`DiskError::ReadOnly`]. Changes that come while this waits wait too, until the answer is dropped.
-    pub async fn freeze(&self) -> Result<Freezing<'_>, DiskError> {
-        self.flush_ahead().await?;
+    /// Holds up all changes once those that run are done, until the answer is dropped. What comes later is refused
+    /// with [`DiskError::ReadOnly`] if the overlay is to be [kept](Freezing::keep) as it is.
+    pub async fn freeze(&self) -> Freezing<'_> {
         let began = Instant::now();
         let claim = self.claims.claim(0..u64::MAX).await;
-        self.flusher.flush().await?;
-        Ok(Freezing { overlay: self, _claim: claim, began })
-    }
-
-    /// Makes most of what there is durable while changes go on. What is written during a round is left to the next,
-    /// so rounds get shorter as long as the medium is faster than whoever writes.
-    async fn flush_ahead(&self) -> Result<(), DiskError> {
-        let mut before = Duration::MAX;
-        for _ in 0..AHEAD_ROUNDS_MAX {
-            let began = Instant::now();
-            self.flusher.flush().await?;
-            let took = began.elapsed();
-            if took < AHEAD_ROUND_SHORT || took >= before {
-                break;
-            }
-            before = took;
-        }
-        Ok(())
+        Freezing { overlay: self, _claim: claim, began }
     }
 
     /// Whether it takes no change any more.

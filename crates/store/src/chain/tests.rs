@@ -1,9 +1,14 @@
 //! Disks, their snapshots and their clones through random operations and crashes, against a model.
 //!
-//! The records that say which layer stands on which are kept here, changed at once and never lost: that they
-//! are written whole is another part's promise. What is tried is that the layers are what the records say.
+//! Which layer stands on which is kept here, changed at once and never lost; which layers a disk has is in a record that
+//! a power cut may set back to what was synced. That both are written whole is another part's promise. What is tried is
+//! that the layers are what the records say.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
@@ -42,14 +47,78 @@ struct Layer {
     overlay: Arc<Overlay>,
     /// `None` is the image.
     parent: Option<usize>,
+    /// It was frozen, and a flush covered it since.
+    is_durable: bool,
+}
+
+/// What a disk's record says.
+#[derive(Debug, Clone)]
+struct Record {
+    top: usize,
+    /// Frozen layers and what they must read as.
+    snapshots: Vec<(usize, Vec<u8>)>,
+}
+
+/// The record now, and after a power cut if that comes before the next sync.
+struct RecordFile {
+    now: Record,
+    durable: Record,
+}
+
+impl RecordFile {
+    fn new(top: usize) -> Arc<Mutex<RecordFile>> {
+        let record = Record { top, snapshots: Vec::new() };
+        Arc::new(Mutex::new(RecordFile { now: record.clone(), durable: record }))
+    }
+
+    fn sync(&mut self) {
+        self.durable = self.now.clone();
+    }
+
+    fn is_synced(&self) -> bool {
+        self.now.top == self.durable.top
+    }
+
+    /// The layers that it may name, now or later.
+    fn names(&self) -> impl Iterator<Item = usize> {
+        [&self.now, &self.durable]
+            .into_iter()
+            .flat_map(|record| record.snapshots.iter().map(|(layer, _)| *layer).chain([record.top]))
+    }
 }
 
 struct Vm {
-    top: usize,
+    record: Arc<Mutex<RecordFile>>,
     chain: Chain,
     model: Model,
-    /// Frozen layers and what they must read as.
-    snapshots: Vec<(usize, Vec<u8>)>,
+}
+
+impl Vm {
+    fn record(&self) -> MutexGuard<'_, RecordFile> {
+        self.record.lock().unwrap()
+    }
+
+    fn top(&self) -> usize {
+        self.record().now.top
+    }
+
+    /// Any of its snapshots.
+    fn choose(&self, random: &mut StdRng) -> Option<(usize, Vec<u8>)> {
+        self.record().now.snapshots.iter().choose(random).cloned()
+    }
+}
+
+/// What writes down that `next` is on top, for [`Chain::freeze`].
+async fn put(
+    file: &Mutex<RecordFile>,
+    next: usize,
+    snapshot: Option<(usize, Vec<u8>)>,
+    overlay: Arc<Overlay>,
+) -> Result<Arc<Overlay>, DiskError> {
+    let mut file = file.lock().unwrap();
+    file.now.top = next;
+    file.now.snapshots.extend(snapshot);
+    Ok(overlay)
 }
 
 struct World {
@@ -58,6 +127,8 @@ struct World {
     next: usize,
     layers: BTreeMap<usize, Layer>,
     vms: Vec<Vm>,
+    /// Power cuts that set a record back.
+    set_back: usize,
 }
 
 impl World {
@@ -71,6 +142,7 @@ impl World {
             next: 0,
             layers: BTreeMap::new(),
             vms: Vec::new(),
+            set_back: 0,
         };
         let top = world.add_layer(None);
         world.add_vm(top, Model::new(&bytes));
@@ -82,7 +154,7 @@ impl World {
         let overlay = Arc::new(trio.create(SIZE, self.base_of(parent)));
         let id = self.next;
         self.next += 1;
-        self.layers.insert(id, Layer { trio, overlay, parent });
+        self.layers.insert(id, Layer { trio, overlay, parent, is_durable: false });
         id
     }
 
@@ -94,15 +166,59 @@ impl World {
     }
 
     fn add_vm(&mut self, top: usize, model: Model) {
-        let chain = Chain::new(Arc::clone(&self.layers[&top].overlay));
-        self.vms.push(Vm { top, chain, model, snapshots: Vec::new() });
+        let record = RecordFile::new(top);
+        let chain = self.open_chain(&record);
+        self.vms.push(Vm { record, chain, model });
     }
 
-    /// Ends the process or the machine, and opens everything as the records say.
+    fn open_chain(&self, file: &Arc<Mutex<RecordFile>>) -> Chain {
+        let top = file.lock().unwrap().now.top;
+        let overlay = |id: usize| Arc::clone(&self.layers[&id].overlay);
+        let below = self.up(top).skip(1).map(overlay).collect();
+        let file = Arc::clone(file);
+        let sync = move || {
+            file.lock().unwrap().sync();
+            Ok(())
+        };
+        Chain::new(overlay(top), below, Box::new(sync))
+    }
+
+    /// A layer and those below it.
+    fn up(&self, from: usize) -> impl Iterator<Item = usize> {
+        std::iter::successors(Some(from), |id| self.layers[id].parent)
+    }
+
+    /// A flush covered all that was done with a disk.
+    fn settled(&mut self, at: usize) {
+        assert!(self.vms[at].record().is_synced());
+        for id in self.up(self.vms[at].top()).skip(1).collect::<Vec<_>>() {
+            self.layers.get_mut(&id).unwrap().is_durable = true;
+        }
+    }
+
+    fn is_settled(&self, vm: &Vm) -> bool {
+        vm.record().is_synced() && self.up(vm.top()).skip(1).all(|id| self.layers[&id].is_durable)
+    }
+
+    async fn flush(&mut self, at: usize) {
+        self.vms[at].chain.flush().await.unwrap();
+        self.vms[at].model.flushed();
+        self.settled(at);
+    }
+
+    /// Ends the process, and opens everything as the records say, which are synced first.
+    fn kill(&mut self) {
+        for vm in &self.vms {
+            vm.record().sync();
+        }
+        self.restart(Trio::kill);
+    }
+
+    /// Opens everything as the records say.
     fn restart(&mut self, crash: impl Fn(&Trio) -> Trio) {
         // Parents were always made before their children, and merging only replaces one by an older one.
         let ids: Vec<usize> = self.layers.keys().copied().collect();
-        let tops: Vec<usize> = self.vms.iter().map(|vm| vm.top).collect();
+        let tops: Vec<usize> = self.vms.iter().map(Vm::top).collect();
         for id in ids {
             let trio = crash(&self.layers[&id].trio);
             let overlay = Arc::new(trio.open(self.base_of(self.layers[&id].parent)));
@@ -112,27 +228,21 @@ impl World {
             let layer = self.layers.get_mut(&id).unwrap();
             (layer.trio, layer.overlay) = (trio, overlay);
         }
-        for vm in &mut self.vms {
-            vm.chain = Chain::new(Arc::clone(&self.layers[&vm.top].overlay));
+        for at in 0..self.vms.len() {
+            self.vms[at].chain = self.open_chain(&self.vms[at].record);
         }
     }
 
     /// Removes what no disk and no snapshot needs.
     fn sweep(&mut self) {
-        let mut needed: Vec<usize> = Vec::new();
-        for vm in &self.vms {
-            for root in vm.snapshots.iter().map(|(layer, _)| *layer).chain([vm.top]) {
-                let up = std::iter::successors(Some(root), |id| self.layers[id].parent);
-                needed.extend(up);
-            }
-        }
+        let roots = self.vms.iter().flat_map(|vm| vm.record().names().collect::<Vec<_>>());
+        let needed: Vec<usize> = roots.flat_map(|root| self.up(root)).collect();
         self.layers.retain(|id, _| needed.contains(id));
     }
 
     /// A frozen layer that no snapshot names and only one layer stands on, and that one.
     fn mergeable(&mut self) -> Option<(usize, usize)> {
-        let is_named =
-            |id: usize| self.vms.iter().any(|vm| vm.top == id || vm.snapshots.iter().any(|s| s.0 == id));
+        let is_named = |id: usize| self.vms.iter().any(|vm| vm.record().names().any(|named| named == id));
         let children = |id: usize| {
             self.layers
                 .iter()
@@ -152,15 +262,17 @@ impl World {
         for (number, vm) in self.vms.iter().enumerate() {
             let now = read(&vm.chain, 0, SIZE as usize).await;
             assert!(now == vm.model.current(0, SIZE as usize), "{what}: disk {number} reads wrong");
-            for (layer, expected) in &vm.snapshots {
-                let now = read(&*self.layers[layer].overlay, 0, SIZE as usize).await;
-                assert!(now == *expected, "{what}: snapshot {layer} of disk {number} reads wrong");
+            let snapshots = vm.record().now.snapshots.clone();
+            for (layer, expected) in snapshots {
+                let now = read(&*self.layers[&layer].overlay, 0, SIZE as usize).await;
+                assert!(now == expected, "{what}: snapshot {layer} of disk {number} reads wrong");
             }
         }
     }
 
     async fn snapshot(&mut self, at: usize, what: &str) {
-        let next = self.add_layer(Some(self.vms[at].top));
+        let top = self.vms[at].top();
+        let next = self.add_layer(Some(top));
         let overlay = Arc::clone(&self.layers[&next].overlay);
         let change = Change::random(&mut self.random);
         let is_late = self.random.random();
@@ -168,12 +280,12 @@ impl World {
         let vm = &mut self.vms[at];
         // A change is under way when it is taken: each of its blocks is in the snapshot, or is not and never will.
         let freeze = async {
-            let commit = async {
+            let record = async {
                 paused.notify_one();
                 tokio::task::yield_now().await;
-                Ok(overlay)
+                put(&vm.record, next, None, overlay).await
             };
-            let frozen = vm.chain.freeze::<DiskError>(commit).await.unwrap();
+            let frozen = vm.chain.freeze::<DiskError>(record).await.unwrap();
             read(&*frozen.layer, 0, SIZE as usize).await
         };
         let late_change = async {
@@ -184,14 +296,65 @@ impl World {
         };
         let (changed, frozen) = futures_util::join!(late_change, freeze);
         changed.unwrap();
-        let layer = Arc::clone(&self.layers[&vm.top].overlay);
+        let layer = Arc::clone(&self.layers[&top].overlay);
         let mut then = vm.model.clone();
         then.done_in_part(&change, &*layer, what).await;
         assert!(then.current(0, SIZE as usize) == frozen, "{what}: a frozen layer changed");
-        vm.snapshots.push((vm.top, frozen));
-        vm.top = next;
+        vm.record().now.snapshots.push((top, frozen));
+        // It began with a flush.
         vm.model.flushed();
         vm.model.done(&change);
+        if self.random.random() {
+            self.vms[at].chain.settle().await.unwrap();
+            self.settled(at);
+        }
+    }
+
+    /// Ends the process or the machine while a snapshot is taken and the disk changed: it is there as a whole, or all
+    /// is as it was.
+    async fn snapshot_cut_short(&mut self, at: usize, what: &str) {
+        let top = self.vms[at].top();
+        let next = self.add_layer(Some(top));
+        let overlay = Arc::clone(&self.layers[&next].overlay);
+        let change = Change::random(&mut self.random);
+        let turns_before_change = self.random.random_range(0..8);
+        // It ends somewhere, or soon after the next layer is on top.
+        let (turns, mut turns_on_top) = match self.random.random() {
+            true => (self.random.random_range(0..12), 100),
+            false => (100, self.random.random_range(0..3)),
+        };
+        {
+            let vm = &self.vms[at];
+            let mut taken = pin!(async {
+                vm.chain.freeze(put(&vm.record, next, None, overlay)).await?;
+                vm.chain.settle().await
+            });
+            let mut changed = pin!(change.run(&vm.chain).fuse());
+            // A change that waits for the image's bytes now is done when all before it has been flushed.
+            let _ = changed.as_mut().now_or_never();
+            for turn in 0..turns {
+                if taken.as_mut().now_or_never().is_some() || turns_on_top == 0 {
+                    break;
+                }
+                turns_on_top -= u32::from(vm.top() == next);
+                if turn >= turns_before_change {
+                    let _ = changed.as_mut().now_or_never();
+                }
+                // Each step of a snapshot is a turn of the blocking pool.
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        if self.random.random() {
+            return self.power_cut(at, &change, what).await;
+        }
+        self.kill();
+        let vm = &mut self.vms[at];
+        vm.model.done_in_part(&change, &vm.chain, what).await;
+        self.check(what).await;
+        if self.random.random() {
+            self.flush(at).await;
+            self.power_cut(at, &NOTHING, what).await;
+        }
     }
 
     /// Has a layer's media be full soon, or fail.
@@ -210,7 +373,7 @@ impl World {
     async fn mend(&mut self, layer: usize, fault: Fault, what: &str) {
         match fault {
             Fault::Full => self.layers[&layer].trio.repair(),
-            Fault::Broken if self.random.random() => self.restart(Trio::kill),
+            Fault::Broken if self.random.random() => self.kill(),
             Fault::Broken => self.power_cut(0, &NOTHING, what).await,
         }
         self.check(what).await;
@@ -218,16 +381,19 @@ impl World {
 
     /// Takes a snapshot while there is little room, or the media fail: it is taken, or all is as it was.
     async fn snapshot_in_trouble(&mut self, at: usize, what: &str) {
-        let top = self.vms[at].top;
+        let top = self.vms[at].top();
         let next = self.add_layer(Some(top));
         let overlay = Arc::clone(&self.layers[&next].overlay);
         let fault = self.spoil(top);
         let vm = &mut self.vms[at];
-        match vm.chain.freeze::<DiskError>(async { Ok(overlay) }).await {
+        let snapshot = (top, vm.model.current(0, SIZE as usize));
+        match vm.chain.freeze(put(&vm.record, next, Some(snapshot), overlay)).await {
             Ok(_) => {
-                vm.snapshots.push((top, vm.model.current(0, SIZE as usize)));
-                vm.top = next;
                 vm.model.flushed();
+                match vm.chain.settle().await {
+                    Ok(()) => self.settled(at),
+                    Err(error) => fault.must_cause(&error, what),
+                }
             }
             Err(error) => fault.must_cause(&error, what),
         }
@@ -257,6 +423,17 @@ impl World {
 
     /// Cuts the power while the disk `at` is changed.
     async fn power_cut(&mut self, at: usize, change: &Change, what: &str) {
+        for vm in &self.vms {
+            let mut record = vm.record();
+            if self.random.random() && !record.is_synced() {
+                record.now = record.durable.clone();
+                self.set_back += 1;
+            }
+            // A snapshot that was not durable holds some of what it held.
+            let is_durable = |id: usize| self.up(id).all(|id| self.layers[&id].is_durable);
+            record.now.snapshots.retain(|(layer, _)| is_durable(*layer));
+            record.sync();
+        }
         self.restart(Trio::power_cut);
         for (number, vm) in self.vms.iter_mut().enumerate() {
             let change = if number == at { change } else { &NOTHING };
@@ -266,21 +443,23 @@ impl World {
 
     /// Sets a disk back to one of its snapshots.
     async fn revert(&mut self, at: usize) {
-        let Some((layer, bytes)) = self.vms[at].snapshots.iter().choose(&mut self.random).cloned() else {
-            return;
-        };
+        let Some((layer, bytes)) = self.vms[at].choose(&mut self.random) else { return };
         let next = self.add_layer(Some(layer));
         let overlay = Arc::clone(&self.layers[&next].overlay);
         let vm = &mut self.vms[at];
-        vm.chain.freeze::<DiskError>(async { Ok(overlay) }).await.unwrap();
-        vm.top = next;
+        vm.chain.freeze(put(&vm.record, next, None, overlay)).await.unwrap();
+        vm.chain.settle().await.unwrap();
         vm.model = Model::new(&bytes);
+        self.settled(at);
     }
 
-    fn clone_disk(&mut self, at: usize) {
-        let Some((layer, bytes)) = self.vms[at].snapshots.iter().choose(&mut self.random).cloned() else {
-            return;
-        };
+    async fn clone_disk(&mut self, at: usize) {
+        let Some((layer, bytes)) = self.vms[at].choose(&mut self.random) else { return };
+        for id in self.up(layer).collect::<Vec<_>>() {
+            let layer = self.layers.get_mut(&id).unwrap();
+            layer.overlay.flush().await.unwrap();
+            layer.is_durable = true;
+        }
         let top = self.add_layer(Some(layer));
         self.add_vm(top, Model::new(&bytes));
     }
@@ -313,8 +492,10 @@ impl World {
         self.layers.get_mut(&upper).unwrap().parent = parent;
         self.layers.remove(&lower);
         // A flush of a top covers what its guest wrote too.
-        for vm in self.vms.iter_mut().filter(|vm| vm.top == upper) {
-            vm.model.flushed();
+        for at in 0..self.vms.len() {
+            if self.vms[at].top() == upper && self.is_settled(&self.vms[at]) {
+                self.vms[at].model.flushed();
+            }
         }
     }
 
@@ -322,24 +503,22 @@ impl World {
         let at = self.random.random_range(0..self.vms.len());
         let change = Change::random(&mut self.random);
         let has_room = self.layers.len() < LAYERS_MAX;
-        match self.random.random_range(0..28) {
+        match self.random.random_range(0..30) {
             0..8 => {
                 let vm = &mut self.vms[at];
                 change.run(&vm.chain).await.unwrap();
                 vm.model.done(&change);
             }
-            8..10 => {
-                let vm = &mut self.vms[at];
-                vm.chain.flush().await.unwrap();
-                vm.model.flushed();
-            }
+            8..10 => self.flush(at).await,
             10..13 if has_room => self.snapshot(at, what).await,
             13 if has_room => self.revert(at).await,
-            14 if has_room => self.clone_disk(at),
+            14 if has_room => self.clone_disk(at).await,
             15 => {
-                let vm = &mut self.vms[at];
-                if !vm.snapshots.is_empty() {
-                    vm.snapshots.remove(self.random.random_range(0..vm.snapshots.len()));
+                let mut record = self.vms[at].record();
+                let count = record.now.snapshots.len();
+                if record.is_synced() && count > 0 {
+                    record.now.snapshots.remove(self.random.random_range(0..count));
+                    record.sync();
                 }
             }
             16 if self.vms.len() > 1 => drop(self.vms.remove(at)),
@@ -351,7 +530,7 @@ impl World {
             }
             21 => {
                 poll_some(&mut self.random, change.run(&self.vms[at].chain)).await;
-                self.restart(Trio::kill);
+                self.kill();
                 let vm = &mut self.vms[at];
                 vm.model.done_in_part(&change, &vm.chain, what).await;
             }
@@ -361,13 +540,15 @@ impl World {
             }
             23 | 24 if has_room => self.snapshot_in_trouble(at, what).await,
             25 | 26 => self.merge_in_trouble(what).await,
+            27 | 28 if has_room => self.snapshot_cut_short(at, what).await,
             _ => {}
         }
         self.sweep();
     }
 }
 
-async fn run(seed: u64) {
+/// Says how many power cuts set a record back.
+async fn run(seed: u64) -> usize {
     let mut world = World::new(seed);
     for step in 0..150 {
         let what = format!("seed {seed}, step {step}");
@@ -377,11 +558,74 @@ async fn run(seed: u64) {
         }
     }
     world.check(&format!("seed {seed}, the end")).await;
+    world.set_back
 }
 
 #[tokio::test]
 async fn disks_snapshots_and_clones_through_crashes_agree_with_the_model() {
+    let mut set_back = 0;
     for seed in 0..40 {
-        run(seed).await;
+        set_back += run(seed).await;
     }
+    assert!(set_back > 0, "no power cut came between a record and its sync");
+}
+
+/// A disk of one layer whose record can be synced or not, as `can_sync` says.
+fn disk(trio: &Trio, can_sync: Arc<AtomicBool>) -> (Arc<Overlay>, Chain) {
+    let overlay = Arc::new(trio.create(SIZE, Base::new(vec![9; BASE_SIZE])));
+    let sync = move || match can_sync.load(Ordering::SeqCst) {
+        true => Ok(()),
+        false => Err(io::Error::other("the medium is gone")),
+    };
+    (Arc::clone(&overlay), Chain::new(overlay, Vec::new(), Box::new(sync)))
+}
+
+#[tokio::test]
+async fn a_change_waits_for_the_record_and_not_for_the_medium() {
+    let (lower, upper) = (Trio::new(1), Trio::new(2));
+    let (overlay, chain) = disk(&lower, Arc::new(AtomicBool::new(true)));
+    let next = Arc::new(upper.create(SIZE, overlay));
+    // Every other read of the image takes a turn, and so the change that needs it.
+    read(&chain, 0, 1).await;
+    let mut change = chain.write(1, &[1; 10]);
+    assert!((&mut change).now_or_never().is_none());
+    let syncs = Cell::new(None);
+    let mut frozen = pin!(chain.freeze(async {
+        syncs.set(Some(lower.sync_count()));
+        Ok::<_, DiskError>(next)
+    }));
+    for _ in 0..20 {
+        assert!(frozen.as_mut().now_or_never().is_none());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(syncs.get(), None, "a change was under way");
+    let before = lower.sync_count();
+    change.await.unwrap();
+    frozen.await.unwrap();
+    assert_eq!(syncs.get(), Some(before), "nothing was synced while changes waited");
+    assert_eq!(lower.sync_count(), before);
+    chain.write(5, &[2; 10]).await.unwrap();
+    chain.flush().await.unwrap();
+    assert!(lower.sync_count() > before);
+    assert_eq!(read(&chain, 0, 15).await, [&[9][..], &[1; 4], &[2; 10]].concat());
+}
+
+#[tokio::test]
+async fn after_a_record_could_not_be_synced_no_flush_succeeds() {
+    let (lower, upper) = (Trio::new(1), Trio::new(2));
+    let can_sync = Arc::new(AtomicBool::new(false));
+    let (overlay, chain) = disk(&lower, Arc::clone(&can_sync));
+    let next = Arc::new(upper.create(SIZE, overlay));
+    chain.freeze(async { Ok::<_, DiskError>(next) }).await.unwrap();
+    for _ in 0..2 {
+        let refused = chain.flush().await;
+        assert!(
+            matches!(&refused, Err(DiskError::Io(why)) if why.contains("the medium is gone")),
+            "{refused:?}"
+        );
+        // A medium may say so once, and forget.
+        can_sync.store(true, Ordering::SeqCst);
+    }
+    chain.write(0, &[1]).await.unwrap();
+    assert_eq!(read(&chain, 0, 1).await, [1]);
 }

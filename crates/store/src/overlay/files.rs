@@ -1,8 +1,8 @@
 //! An overlay as a directory: `data`, `map` and `live`.
 //!
-//! An overlay exists once `map` has its name, which it gets by a rename after everything in it is
-//! durable; it is gone once `map` is. What a crash leaves before or after is only rubbish that the next
-//! `create` or `remove` clears. The lock is on `data`, which keeps its inode as long as the overlay lives.
+//! An overlay is there once `map` is, and gone once that is. It is written before anything is synced, so a crash while
+//! one is created may leave it torn: nobody may rely on a new overlay before it is durable. The lock is on `data`, which
+//! keeps its inode as long as the overlay lives.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use block::Disk;
 
-use super::{BootId, Overlay, OverlayError, OverlayMedia, check_size};
+use super::{BootId, NewOverlay, Overlay, OverlayError, OverlayMedia, check_size};
 use crate::Media;
 use crate::media::{FileMedia, InUse};
 
@@ -28,17 +28,12 @@ fn map_path(dir: &Path) -> PathBuf {
     dir.join(MAP)
 }
 
-/// The map before it is complete.
-fn new_map_path(dir: &Path) -> PathBuf {
-    dir.join("map.new")
-}
-
 /// The media of the overlay in `dir`.
-fn media(dir: &Path, data: FileMedia, map: FileMedia) -> Result<OverlayMedia, OverlayError> {
+fn media(dir: &Path, data: FileMedia, map: Arc<FileMedia>) -> Result<OverlayMedia, OverlayError> {
     let path = dir.join(LIVE);
     let live = FileMedia::open_or_create(&path).map_err(io_error(&path))?;
     let boot = BootId::current().map_err(io_error(Path::new("/proc/sys/kernel/random/boot_id")))?;
-    Ok(OverlayMedia { data: Arc::new(data), map: Arc::new(map), live: Arc::new(live), boot })
+    Ok(OverlayMedia { data: Arc::new(data), map, live: Arc::new(live), boot })
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
@@ -79,30 +74,27 @@ fn open_data(dir: &Path) -> Result<FileMedia, OverlayError> {
     }
 }
 
-pub(super) fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
+pub(super) fn create(dir: &Path, size_bytes: u64, base: Arc<dyn Disk>) -> Result<NewOverlay, OverlayError> {
     check_size(size_bytes)?;
     fs::create_dir_all(dir).map_err(io_error(dir))?;
     let path = data_path(dir);
     let data = lock_data(dir, FileMedia::open_or_create(&path).map_err(io_error(&path))?)?;
-    if map_path(dir).try_exists().map_err(io_error(dir))? {
+    let map = map_path(dir);
+    if map.try_exists().map_err(io_error(dir))? {
         return Err(OverlayError::Exists(dir.to_owned()));
     }
     data.set_len(0).map_err(io_error(&path))?;
-
-    let new_map = new_map_path(dir);
-    remove_if_there(&new_map)?;
-    let map = FileMedia::open_or_create(&new_map).map_err(io_error(&new_map))?;
-    let overlay = Overlay::create_named(media(dir, data, map)?, size_bytes, base, dir)?;
-    fs::rename(&new_map, map_path(dir)).map_err(io_error(&new_map))?;
-    sync_dir(dir)?;
-    Ok(overlay)
+    let map = Arc::new(FileMedia::open_or_create(&map).map_err(io_error(&map))?);
+    let new = NewOverlay::write(media(dir, data, Arc::clone(&map))?, size_bytes, base, dir)?;
+    map.start_sync();
+    Ok(new)
 }
 
 pub(super) fn open(dir: &Path, base: Arc<dyn Disk>) -> Result<Overlay, OverlayError> {
     let data = open_data(dir)?;
     let path = map_path(dir);
     let map = match FileMedia::open(&path) {
-        Ok(map) => map,
+        Ok(map) => Arc::new(map),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(OverlayError::Missing(dir.to_owned()));
         }
@@ -116,7 +108,6 @@ pub(super) fn remove(dir: &Path) -> Result<(), OverlayError> {
     let _data = open_data(dir)?;
     remove_if_there(&map_path(dir))?;
     sync_dir(dir)?;
-    remove_if_there(&new_map_path(dir))?;
     remove_if_there(&dir.join(LIVE))?;
     remove_if_there(&data_path(dir))?;
     fs::remove_dir(dir).map_err(io_error(dir))

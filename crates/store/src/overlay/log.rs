@@ -175,7 +175,7 @@ pub(super) struct MapLog {
 }
 
 impl MapLog {
-    /// Writes an empty log for a disk of `size_bytes` and syncs it.
+    /// Writes an empty log for a disk of `size_bytes`. It is durable once it is [synced](MapLog::sync).
     pub(super) fn create(media: Arc<dyn Media>, size_bytes: u64) -> io::Result<MapLog> {
         let record = encode_record(1, 0, &[]);
         let header =
@@ -183,8 +183,16 @@ impl MapLog {
         media.set_len(LOG_START)?;
         media.write_at(LOG_START, &record)?;
         media.write_at(slot_offset(&header), &header.encode())?;
-        media.sync()?;
-        Ok(MapLog { media, end: LOG_START + header.snapshot_bytes, header, sequence: 1, is_synced: true })
+        Ok(MapLog { media, end: LOG_START + header.snapshot_bytes, header, sequence: 1, is_synced: false })
+    }
+
+    /// Makes durable what was written when the log was created, or read when it was opened.
+    pub(super) fn sync(&mut self) -> io::Result<()> {
+        if !self.is_synced {
+            self.media.sync()?;
+            self.is_synced = true;
+        }
+        Ok(())
     }
 
     /// Reads the log and hands every durable word to `apply`, which says whether it is possible.
@@ -229,10 +237,7 @@ impl MapLog {
 
     /// Makes `words` durable, and what was there when the log was opened.
     pub(super) fn append(&mut self, words: &[Word]) -> Result<(), AppendError> {
-        if !self.is_synced {
-            self.media.sync().map_err(AppendError::Unknown)?;
-            self.is_synced = true;
-        }
+        self.sync().map_err(AppendError::Unknown)?;
         for words in words.chunks(RECORD_WORDS_MAX) {
             let record = encode_record(self.header.generation, self.sequence, words);
             self.media.write_at(self.end, &record).map_err(AppendError::Intact)?;

@@ -132,6 +132,11 @@ impl Trio {
         self.all().iter().for_each(|media| media.repair());
     }
 
+    /// How often any of them was synced.
+    pub(crate) fn sync_count(&self) -> u64 {
+        self.all().iter().map(|media| media.sync_count()).sum()
+    }
+
     /// The machine ends and starts again.
     pub(crate) fn power_cut(&self) -> Trio {
         let boot = self.boot.wrapping_add(1);

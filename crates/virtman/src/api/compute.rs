@@ -202,8 +202,8 @@ pub(crate) struct Vm {
     /// UNIX socket of its serial console on its node, if it runs.
     #[schema(value_type = Option<String>)]
     pub(crate) console: Option<PathBuf>,
-    /// Time from the request until the disk could be opened.
-    pub(crate) disk_ms: u64,
+    /// Time from the request until the disk could be opened. Known to the daemon that made it, until it ends.
+    pub(crate) disk_ms: Option<u64>,
     /// When the disk was created.
     pub(crate) created_unix_ms: u64,
 }
@@ -500,9 +500,7 @@ pub(crate) struct HandOver {
     pub(crate) carried: Option<ImageName>,
     /// Size of its disk.
     pub(crate) size_bytes: u64,
-    /// Time that making its disk took.
-    pub(crate) disk_ms: u64,
-    /// When that was.
+    /// When it was created.
     pub(crate) created_unix_ms: u64,
     /// The disk's serial number.
     pub(crate) serial: String,

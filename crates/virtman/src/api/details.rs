@@ -95,8 +95,8 @@ pub(crate) struct DiskIo {
 /// How a VM came up last, as far as the node's daemon saw it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct BootTimeline {
-    /// Time from the request until the disk could be opened.
-    pub(crate) disk_ms: u64,
+    /// Time from the request until the disk could be opened. Known to the daemon that made it, until it ends.
+    pub(crate) disk_ms: Option<u64>,
     /// When the guest's hypervisor was started, if it runs.
     pub(crate) started_unix_ms: Option<u64>,
     /// Time from then to its first read of the disk.

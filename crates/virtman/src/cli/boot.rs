@@ -297,7 +297,7 @@ async fn boot_one(vm: VmName, place: &Place, plan: &Plan, progress: &Progress) -
     let steps = async {
         let path = format!("/v1/vms/{}", line.vm);
         let disk: Vm = place.patient.client.put(&path, &plan.create).await?;
-        line.disk_ms = Some(disk.disk_ms);
+        line.disk_ms = disk.disk_ms;
         let started: VmStarted = place.patient.client.post(&format!("{path}/start"), &plan.start).await?;
         progress.say_once(format!("Guests run with {}.", started.accelerator));
         let ready: VmReady = place.patient.client.post(&format!("{path}/wait"), &plan.wait).await?;

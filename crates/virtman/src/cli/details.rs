@@ -103,10 +103,13 @@ fn parents(details: &VmDetails) -> String {
 
 /// How far the last boot came, in the order in which it happens.
 fn boot(boot: &BootTimeline, now: u64) -> String {
-    let mut steps = vec![format!("disk after {} ms", boot.disk_ms)];
+    let mut steps: Vec<String> = boot.disk_ms.map(|ms| format!("disk after {ms} ms")).into_iter().collect();
     steps.extend(boot.started_unix_ms.map(|at| format!("guest started {}", ago(now, at))));
     steps.extend(boot.first_read_ms.map(|ms| format!("first read {ms} ms later")));
     steps.extend(boot.ready_ms.map(|ms| format!("ready {ms} ms after its start")));
+    if steps.is_empty() {
+        return "-".to_owned();
+    }
     steps.join(", ")
 }
 
@@ -162,7 +165,8 @@ mod tests {
 
     #[test]
     fn a_boot_is_told_as_far_as_it_came() {
-        let mut timeline = BootTimeline { disk_ms: 4, ..BootTimeline::default() };
+        assert_eq!(boot(&BootTimeline::default(), 0), "-");
+        let mut timeline = BootTimeline { disk_ms: Some(4), ..BootTimeline::default() };
         assert_eq!(boot(&timeline, 0), "disk after 4 ms");
         timeline.started_unix_ms = Some(1_000);
         timeline.first_read_ms = Some(90);

@@ -19,7 +19,7 @@ use image::{DeriveRequest, ImportProgress, Novelty, RootPage};
 use tokio::runtime::Handle;
 
 use super::images::Attached;
-use super::layers::{Below, Layer, LayerDisks};
+use super::layers::{Below, Layer, LayerDisks, LayerId};
 use super::node::Node;
 use super::routes::to_the_end;
 use super::snapshots::Quiesce;
@@ -228,7 +228,8 @@ impl Node {
         let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), Arc::clone(to));
         let made = tokio::task::spawn_blocking(move || {
             let size_bytes = from.root.size_bytes();
-            let landing = layers.make(Below::Carried { image: from, base: to }, size_bytes)?;
+            let landing =
+                layers.make(LayerId::draw(), Below::Carried { image: from, base: to }, size_bytes)?;
             landing.overlay().set_frozen();
             Ok::<_, String>(landing)
         });

@@ -40,7 +40,7 @@ impl Node {
             image: self.describe(&attached),
             cache: self.cache_status(),
             io: entry.disk.io(),
-            boot: boot_timeline(&entry, record.disk_ms),
+            boot: boot_timeline(&entry),
         })
     }
 
@@ -70,13 +70,13 @@ fn carried(lowest: &Layer) -> Option<CarriedImage> {
     }
 }
 
-fn boot_timeline(entry: &Entry, disk_ms: u64) -> BootTimeline {
+fn boot_timeline(entry: &Entry) -> BootTimeline {
     let started_unix_ms = entry.running().map(|guest| unix_ms(guest.started()));
     let ready = entry.last_ready();
     let since_start = |at: u64| started_unix_ms.map(|started| at.saturating_sub(started));
     let first_read_ms = entry.disk.first_read_unix_ms().and_then(since_start);
     BootTimeline {
-        disk_ms,
+        disk_ms: entry.disk_ms(),
         started_unix_ms,
         first_read_ms: first_read_ms.or(ready.and_then(|ready| ready.first_read_ms)),
         ready_ms: ready.map(|ready| ready.ready_ms),

@@ -1,7 +1,7 @@
 //! One VM of a node: its record, its disk and its guest.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use block::{ImageId, ImageName, NodeName, SnapshotName, VmName};
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use store::Chain;
 
 use super::exports::{ExportSocket, WatchedDisk};
+use super::files::sync_dir;
 use super::layers::{Layer, LayerId};
 use crate::api::compute::{StartVm, VmReady};
 use crate::http::ApiError;
@@ -28,7 +29,6 @@ pub(super) struct Record {
     pub(super) image: ImageName,
     pub(super) image_id: ImageId,
     pub(super) size_bytes: u64,
-    pub(super) disk_ms: u64,
     pub(super) created_unix_ms: u64,
     /// The disk's serial number, which stays with it wherever it goes.
     pub(super) serial: String,
@@ -78,6 +78,8 @@ pub(crate) struct Entry {
     state: Mutex<State>,
     pub(super) disk: Arc<WatchedDisk<Chain>>,
     guest: Mutex<Guest>,
+    /// How long it took to make the disk, if this daemon did.
+    disk_ms: OnceLock<u64>,
     /// How long its last boot took, if anybody waited for it.
     ready: Mutex<Option<VmReady>>,
     export: Mutex<Option<ExportSocket>>,
@@ -101,14 +103,24 @@ pub(super) enum Guest {
 }
 
 impl Entry {
-    /// The VM of this record, whose disk has `top` as its topmost layer. It is exported at `socket`.
-    pub(super) fn open(record: Record, top: Arc<Layer>, socket: &Path) -> Result<Arc<Entry>, String> {
-        let disk = Arc::new(WatchedDisk::new(Chain::new(Arc::clone(top.overlay()))));
+    /// The VM of this record in `dir`, whose disk has `top` as its topmost layer. It is exported at `socket`.
+    pub(super) fn open(
+        record: Record,
+        dir: &Path,
+        top: Arc<Layer>,
+        socket: &Path,
+    ) -> Result<Arc<Entry>, String> {
+        let (layers, _) = top.chain();
+        let below = layers[1..].iter().map(|layer| Arc::clone(layer.overlay())).collect();
+        let dir = dir.to_owned();
+        let chain = Chain::new(Arc::clone(top.overlay()), below, Box::new(move || sync_dir(&dir)));
+        let disk = Arc::new(WatchedDisk::new(chain));
         let entry = Entry {
             name: record.name.clone(),
             state: Mutex::new(State { record, top }),
             disk,
             guest: Mutex::new(Guest::None),
+            disk_ms: OnceLock::new(),
             ready: Mutex::new(None),
             export: Mutex::new(None),
             moving: Mutex::new(None),
@@ -199,6 +211,17 @@ impl Entry {
     pub(super) fn boots_anew(&self) {
         self.disk.await_first_read();
         *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Notes how long it took to make the disk.
+    pub(super) fn note_made(&self, took: Duration) {
+        // It is made once.
+        let _ = self.disk_ms.set(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+    }
+
+    /// How long it took to make the disk, in milliseconds, if this daemon did.
+    pub(super) fn disk_ms(&self) -> Option<u64> {
+        self.disk_ms.get().copied()
     }
 
     /// Notes how long the boot took.

@@ -19,7 +19,7 @@
 //! never torn. A directory whose name begins with `.` is unfinished and swept away at the next start.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -29,7 +29,7 @@ use serde::de::DeserializeOwned;
 use crate::http::ApiError;
 
 pub(crate) use crate::identity::files::sync_dir;
-use crate::identity::files::{NewFile, Secrecy};
+use crate::identity::files::{NewFile, Secrecy, UnsyncedFile};
 
 /// The layout of a node's directory.
 #[derive(Debug, Clone)]
@@ -171,15 +171,43 @@ pub(crate) fn write_record<T: Serialize>(path: &Path, record: &T) -> io::Result<
 
 /// Writes a record that is still to be put at `path`.
 pub(crate) fn new_record<T: Serialize>(path: &Path, record: &T) -> io::Result<NewFile> {
+    start_record(path, record)?.sync()
+}
+
+/// The same without waiting until it is durable.
+pub(crate) fn start_record<T: Serialize>(path: &Path, record: &T) -> io::Result<UnsyncedFile> {
+    NewFile::start(path, &to_json(record)?, Secrecy::Secret)
+}
+
+/// Writes a record where there is none. Until the caller has synced it and its directory, a crash may leave it torn:
+/// nobody may rely on it before.
+pub(crate) fn write_first_record<T: Serialize>(path: &Path, record: &T) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(&to_json(record)?)?;
+    store::start_sync(&file);
+    Ok(file)
+}
+
+fn to_json<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
     let mut json = serde_json::to_vec_pretty(record)?;
     json.push(b'\n');
-    NewFile::write(path, &json, Secrecy::Secret)
+    Ok(json)
 }
 
 /// Reads a record; the error names the file.
 pub(crate) fn read_record<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     let bytes = fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
     serde_json::from_slice(&bytes).map_err(|error| format!("{} is damaged: {error}", path.display()))
+}
+
+/// The same for one that others are removed by: a daemon that was killed may have put it there and not synced that, and
+/// a power cut would bring the one before back.
+pub(crate) fn read_durable_record<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+    let record = read_record(path)?;
+    let dir = path.parent().unwrap_or(path);
+    sync_dir(dir).map_err(|error| format!("cannot sync {}: {error}", dir.display()))?;
+    Ok(record)
 }
 
 /// Whether a file is known not to be there: one that cannot be looked at may be.

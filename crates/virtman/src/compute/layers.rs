@@ -8,6 +8,7 @@
 //! layer holds it until a record that names it is written, and whoever gives one up has written its record before.
 //! Crash: what no record names is swept away at the next start, unless a record cannot be read: then all that was
 //! there stays as it is, since that record may name it, and neither goes nor is merged until a start at which all can.
+//! A layer that was being made may be torn, its record too; nothing names it yet, so that is no damage.
 //! Retries: none. Opening, making and removing block the thread.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +28,6 @@ use super::carried::Carried;
 use super::files;
 use super::images::{Attached, Images};
 use crate::api::now_unix_ms;
-use crate::identity::files::NewFile;
 
 /// Most layers of one disk. A read looks through all of them, some 50 ns each.
 pub(crate) const DEPTH_MAX: usize = 64;
@@ -38,6 +38,13 @@ const RECORD: &str = "layer.json";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct LayerId(u64);
+
+impl LayerId {
+    /// A name for a new layer.
+    pub(crate) fn draw() -> LayerId {
+        LayerId(rand::random())
+    }
+}
 
 impl fmt::Display for LayerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -157,6 +164,14 @@ impl Layer {
         self.below.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Makes it and the layers below durable: those that a daemon froze when it was killed may not be.
+    pub(super) async fn make_durable(self: &Arc<Layer>) -> Result<(), DiskError> {
+        for layer in self.chain().0 {
+            layer.overlay.flush().await?;
+        }
+        Ok(())
+    }
+
     /// The layers of the disk whose top it is, and the image below them all.
     pub(crate) fn chain(self: &Arc<Layer>) -> (Vec<Arc<Layer>>, Arc<Attached>) {
         let mut layers = vec![Arc::clone(self)];
@@ -225,8 +240,17 @@ pub(crate) struct Layers {
 #[derive(Default)]
 struct Forest {
     layers: BTreeMap<LayerId, Known>,
-    /// Layers whose records cannot be read.
-    damaged: usize,
+    /// Layers whose records cannot be read. While the node starts, they may be some that were being made.
+    damaged: Vec<Damaged>,
+}
+
+struct Damaged {
+    dir: PathBuf,
+    /// `None` if its directory has another name than a layer's.
+    id: Option<LayerId>,
+    reason: String,
+    /// Somebody names it, or may.
+    is_needed: bool,
 }
 
 struct Known {
@@ -260,6 +284,27 @@ impl Forest {
             }
         }
         needed
+    }
+
+    /// Notes that somebody names the layer. `false` if it is not there.
+    fn hold(&mut self, id: LayerId) -> bool {
+        for damaged in self.damaged.iter_mut().filter(|damaged| damaged.id == Some(id)) {
+            damaged.is_needed = true;
+        }
+        let known = self.layers.get_mut(&id);
+        known.map(|known| known.holders += 1).is_some()
+    }
+
+    /// Takes out the layers that were being made when the daemon ended, if all that cannot be read are such.
+    fn take_torn(&mut self) -> Vec<LayerId> {
+        let parents: BTreeSet<LayerId> =
+            self.layers.values().filter_map(|known| known.record.parent.layer()).collect();
+        let is_parent = |id: LayerId| parents.contains(&id);
+        // What one that is needed stands on is not known, and may be any other.
+        if self.damaged.iter().any(|damaged| damaged.is_needed || damaged.id.is_some_and(is_parent)) {
+            return Vec::new();
+        }
+        self.damaged.drain(..).filter_map(|damaged| damaged.id).collect()
     }
 
     /// Holds every layer once more, for those whose records cannot be read.
@@ -331,14 +376,13 @@ impl Layers {
         let mut records = Vec::new();
         for dir in files::sweep(&dir)? {
             let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let record =
-                name.parse::<LayerId>().and_then(|id| Ok((id, files::read_record(&dir.join(RECORD))?)));
-            match record {
+            let id = name.parse::<LayerId>();
+            let read = id.clone().and_then(|id| Ok((id, files::read_durable_record(&dir.join(RECORD))?)));
+            match read {
                 Ok(record) => records.push(record),
                 Err(_) if files::is_absent(&dir.join(RECORD)) => fs::remove_dir_all(&dir)?,
                 Err(reason) => {
-                    tracing::error!(dir = %dir.display(), reason, "a layer cannot be used; no layer is removed until it is mended or moved away");
-                    forest.damaged += 1;
+                    forest.damaged.push(Damaged { dir, is_needed: id.is_err(), id: id.ok(), reason });
                 }
             }
         }
@@ -361,13 +405,21 @@ impl Layers {
     /// of them could be asked.
     pub(crate) fn sweep(&self, certain: bool) {
         let mut forest = self.forest();
-        if !certain || forest.damaged > 0 {
+        let torn = if certain { forest.take_torn() } else { Vec::new() };
+        for id in &torn {
+            tracing::info!(layer = %id, "removing a layer that was being made");
+        }
+        for Damaged { dir, reason, .. } in &forest.damaged {
+            tracing::error!(dir = %dir.display(), reason, "a layer cannot be used; no layer is removed until it is mended or moved away");
+        }
+        if !certain || !forest.damaged.is_empty() {
             tracing::warn!("all layers are kept as they are: some records that may name them cannot be read");
             forest.hold_all();
         }
         let all: Vec<LayerId> = forest.layers.keys().copied().collect();
         let unneeded: Vec<LayerId> = all.into_iter().flat_map(|id| forest.take_unneeded(id)).collect();
         drop(forest);
+        self.remove(&torn);
         self.remove(&unneeded);
         self.merges.notify_one();
         self.settles.notify_one();
@@ -438,20 +490,20 @@ impl Layers {
         layer
     }
 
-    /// Makes an empty layer, which the caller holds.
-    pub(crate) fn make(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, String> {
+    /// Makes an empty layer of this new name, which the caller holds.
+    pub(crate) fn make(&self, id: LayerId, below: Below, size_bytes: u64) -> Result<Arc<Layer>, String> {
         let base = below.disk();
-        self.make_over(below, size_bytes, base)
+        self.make_over(id, below, size_bytes, base)
     }
 
     /// The same; what it does not hold is read through `base`, which reads as what is below.
     pub(crate) fn make_over(
         &self,
+        id: LayerId,
         below: Below,
         size_bytes: u64,
         base: Arc<dyn Disk>,
     ) -> Result<Arc<Layer>, String> {
-        let id = LayerId(rand::random());
         let record = Record { parent: below.parent(), made_unix_ms: now_unix_ms() };
         self.forest().insert(id, record.clone(), 1);
         let made = self.write(id, &record, size_bytes, base);
@@ -480,18 +532,18 @@ impl Layers {
         let dir = self.layer_dir(id);
         let failed = |e: std::io::Error| format!("{}: {e}", dir.display());
         fs::create_dir(&dir).map_err(failed)?;
-        // Nobody names the layer yet, and creating the overlay syncs the directory.
-        files::new_record(&dir.join(RECORD), record).and_then(NewFile::put).map_err(failed)?;
+        // Nobody names the layer yet, so that all of it is written before any of it is synced.
+        let record = files::write_first_record(&dir.join(RECORD), record).map_err(failed)?;
         let overlay = Overlay::create(&dir, size_bytes, base).map_err(|e| e.to_string())?;
-        files::sync_dir(&self.dir).map_err(failed)?;
+        record.sync_all().map_err(failed)?;
+        let overlay = overlay.sync().map_err(|e| e.to_string())?;
+        files::sync_dir(&dir).and_then(|()| files::sync_dir(&self.dir)).map_err(failed)?;
         Ok(overlay)
     }
 
     /// Notes that somebody names the layer. `false` if it is not there.
     pub(crate) fn hold(&self, id: LayerId) -> bool {
-        let mut forest = self.forest();
-        let known = forest.layers.get_mut(&id);
-        known.map(|known| known.holders += 1).is_some()
+        self.forest().hold(id)
     }
 
     /// Notes that somebody names the layer no longer. What nobody needs then is removed.
@@ -532,7 +584,7 @@ impl Layers {
             Parent::Carried { image: id, base } => id == *image || base == *image,
         };
         let forest = self.forest();
-        forest.damaged > 0 || forest.layers.values().any(needs)
+        !forest.damaged.is_empty() || forest.layers.values().any(needs)
     }
 
     /// The layer that takes over another VM's disk, if there is one.
@@ -728,6 +780,37 @@ mod tests {
         assert!(forest.take_unneeded(ids[1]).is_empty(), "what was there when the record could not be read");
         forest.insert(ids[2], record(Parent::Layer(ids[1])), 0);
         assert_eq!(forest.take_unneeded(ids[2]), [ids[2]], "what was made since");
+    }
+
+    #[test]
+    fn a_torn_record_is_what_a_killed_daemon_was_making_only_if_nobody_may_name_it() {
+        let torn = |id| Damaged {
+            dir: PathBuf::new(),
+            id: Some(LayerId(id)),
+            reason: "it is torn".to_owned(),
+            is_needed: false,
+        };
+        let forest = || {
+            let mut forest = Forest::default();
+            forest.insert(LayerId(0), record(image()), 1);
+            forest.damaged.extend([torn(1), torn(2)]);
+            forest
+        };
+        let mut unnamed = forest();
+        assert_eq!(unnamed.take_torn(), [LayerId(1), LayerId(2)]);
+        assert!(unnamed.damaged.is_empty());
+
+        let mut held = forest();
+        assert!(!held.hold(LayerId(2)));
+        let mut below = forest();
+        below.insert(LayerId(3), record(Parent::Layer(LayerId(1))), 1);
+        let mut foreign = forest();
+        foreign.damaged.push(Damaged { id: None, is_needed: true, ..torn(4) });
+        for mut forest in [held, below, foreign] {
+            let damaged = forest.damaged.len();
+            assert!(forest.take_torn().is_empty(), "what the damaged one stands on may be any other");
+            assert_eq!(forest.damaged.len(), damaged);
+        }
     }
 
     #[test]

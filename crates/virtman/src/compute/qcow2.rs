@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use super::clones::{quiesce_of, union};
 use super::entry::Record;
 use super::images::Attached;
-use super::layers::{Below, Layer};
+use super::layers::{Below, Layer, LayerId};
 use super::node::Node;
 use super::vms::{NewVm, Vms};
 use crate::api::compute::Vm;
@@ -165,7 +165,8 @@ impl Node {
         let file = open(request.file.clone()).await?;
         let backing = must_fit(&file, &request, attached.root.size_bytes())?;
         let (image_id, size_bytes) = (attached.id, file.size_bytes());
-        let layer = self.vms.make_above(Below::Image(Arc::clone(&attached)), size_bytes).await?;
+        let layer =
+            self.vms.make_above(LayerId::draw(), Below::Image(Arc::clone(&attached)), size_bytes).await?;
         let imported_bytes = match take_over(file, &layer, progress).await {
             Ok(bytes) => bytes,
             Err(error) => {
@@ -192,7 +193,7 @@ impl Vms {
             self.release(top).await;
             return Err(error);
         }
-        let entry = self.add(new, asked, move || Ok(top)).await?;
+        let entry = self.add(new, top.id(), move |_| Ok(top), asked).await?;
         Ok(self.describe(&entry))
     }
 }

@@ -1,7 +1,8 @@
 //! Snapshots of VMs' disks: taken of running guests, gone back to, and given up.
 //!
-//! A snapshot is a frozen layer with a name. Taking one holds up the guest's changes for as long as it takes to make
-//! what was written meanwhile durable and to write the VM's record anew; reads go on.
+//! A snapshot is a frozen layer with a name. Taking one holds up the guest's changes for as long as it takes to put
+//! the VM's new record where the old one was; reads go on. What is not durable then becomes so while the guest goes on,
+//! before its next flush is answered and before the snapshot is.
 //!
 //! Consistency: a snapshot holds all changes that were answered before it was taken, as after a power cut at that
 //! moment; quiesced, the guest has written out its file systems before. Crash: the VM's record says what is true.
@@ -14,7 +15,7 @@ use block::{SnapshotName, VmName};
 
 use super::entry::{Entry, Record, Snapshot};
 use super::layers::{Below, DEPTH_MAX, Layer, LayerId};
-use super::vms::Vms;
+use super::vms::{Vms, write_record};
 use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
 use crate::api::now_unix_ms;
 use crate::http::ApiError;
@@ -97,8 +98,7 @@ impl Vms {
             )
             .with_hint(format!("delete some of its snapshots: 'virtman snapshot list {name}'")));
         }
-        let next = self.make_above(Below::Layer(Arc::clone(&top)), record.size_bytes).await?;
-        let mut changed = Record { top: next.id(), ..record };
+        let mut changed = Record { top: LayerId::draw(), ..record };
         if let Some(snapshot) = snapshot {
             changed.snapshots.push(Snapshot {
                 name: snapshot.clone(),
@@ -107,30 +107,38 @@ impl Vms {
                 quiesced: quiesce == Quiesce::Yes,
             });
         }
-        let pause = self.put_on_top(entry, changed, next, quiesce).await?;
+        let pause = self.put_on_top(entry, changed, Below::Layer(Arc::clone(&top)), quiesce).await?;
         Ok(FrozenLayer { layer: top, pause })
     }
 
-    /// Makes an empty layer, which the caller holds.
-    pub(super) async fn make_above(&self, below: Below, size_bytes: u64) -> Result<Arc<Layer>, ApiError> {
+    /// Makes an empty layer of this new name, which the caller holds.
+    pub(super) async fn make_above(
+        &self,
+        id: LayerId,
+        below: Below,
+        size_bytes: u64,
+    ) -> Result<Arc<Layer>, ApiError> {
         let layers = Arc::clone(&self.layers);
-        let made = tokio::task::spawn_blocking(move || layers.make(below, size_bytes));
+        let made = tokio::task::spawn_blocking(move || layers.make(id, below, size_bytes));
         made.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
     }
 
-    /// Freezes what is on top, writes `record` and lets `next` take the changes. Says how long those waited. The
-    /// hold on the old top goes over to the caller.
+    /// Freezes what is on top, writes `record` and lets the top that this names take the changes, a new layer on
+    /// `below`. Says how long those waited. The hold on the old top goes over to the caller.
     async fn put_on_top(
         &self,
         entry: &Entry,
         record: Record,
-        next: Arc<Layer>,
+        below: Below,
         quiesce: Quiesce,
     ) -> Result<Duration, ApiError> {
-        let before = entry.record();
+        // Begun before the layer, so that making that durable covers most of it.
+        let unsynced = self.start_record(&record).await?;
+        let next = self.make_above(record.top, below, record.size_bytes).await?;
         let prepared = async {
-            let new = self.new_record(&record).await?;
-            Ok((new, quiesced(entry, quiesce).await?))
+            let new =
+                write_record(move || unsynced.sync().map_err(|e| format!("cannot write a VM's record: {e}")));
+            Ok((new.await?, quiesced(entry, quiesce).await?))
         };
         let (new, quiet) = match prepared.await {
             Ok(prepared) => prepared,
@@ -139,28 +147,36 @@ impl Vms {
                 return Err(error);
             }
         };
-        let commit = async {
-            self.put_record(new).await?;
+        let disk = entry.disk.inner();
+        let put = async {
+            write_record(move || new.put().map_err(|e| format!("cannot replace a VM's record: {e}"))).await?;
             Ok::<_, ApiError>(Arc::clone(next.overlay()))
         };
-        let frozen = entry.disk.inner().freeze(commit).await;
+        let frozen = disk.freeze(put).await;
+        let was_put = frozen.is_ok();
+        if was_put {
+            entry.become_known(record, Arc::clone(&next));
+        }
         if let Some(quiet) = quiet
             && let Err(error) = quiet.thaw(QUIESCE_TIMEOUT).await
         {
-            tracing::error!(vm = %record.name, %error, "a guest that was quiesced does not go on");
+            tracing::error!(vm = %entry.name(), %error, "a guest that was quiesced does not go on");
         }
-        match frozen {
-            Ok(frozen) => {
-                entry.become_known(record, next);
-                Ok(frozen.pause)
-            }
-            Err(error) => {
-                // The record may be there all the same. Its layer stays for as long as it may be named.
-                self.save(&before).await?;
-                self.layers.release(next.id());
-                Err(error)
-            }
+        if !was_put {
+            self.layers.release(next.id());
         }
+        let pause = frozen?.pause;
+        // If this fails, the hold on the old top is left to nobody: the old record may come back and name it.
+        disk.settle().await.map_err(|error| {
+            let error = ApiError::from(error);
+            let message = format!(
+                "the disk of '{}' was frozen, and that cannot be made durable: {}",
+                entry.name(),
+                error.message
+            );
+            ApiError { message, ..error }
+        })?;
+        Ok(pause)
     }
 
     /// Sets a VM's disk back to a snapshot. What was written since is gone, unless another snapshot has it.
@@ -180,11 +196,10 @@ impl Vms {
         let opened = tokio::task::spawn_blocking(move || layers.open_frozen(layer));
         let layer =
             opened.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
-        let next = self.make_above(Below::Layer(layer), record.size_bytes).await?;
         // Whoever has the disk open must see that it is another: its connection ends.
         entry.close_export();
-        let changed = Record { top: next.id(), ..record };
-        let done = self.put_on_top(&entry, changed, next, Quiesce::No).await;
+        let changed = Record { top: LayerId::draw(), ..record };
+        let done = self.put_on_top(&entry, changed, Below::Layer(layer), Quiesce::No).await;
         entry.export_at(&self.disk_socket(name)).map_err(ApiError::internal)?;
         done?;
         self.release(old).await;
@@ -270,7 +285,12 @@ impl Vms {
         if !self.layers.hold(id) {
             return Err(ApiError::internal(format!("layer {id} is not there")));
         }
-        let opened = self.open_frozen(id).await;
+        let opened = async {
+            let layer = self.open_frozen(id).await?;
+            layer.make_durable().await?;
+            Ok(layer)
+        };
+        let opened = opened.await;
         if opened.is_err() {
             self.layers.release(id);
         }

@@ -22,13 +22,13 @@ use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::images::Attached;
 use super::iscsi::Exported;
-use super::layers::{Below, Layer, Layers};
+use super::layers::{Below, Layer, LayerId, Layers};
 use super::migrate::{self, IncomingRecord, Phase};
 use super::profile::BootTap;
 use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
-use crate::identity::files::NewFile;
+use crate::identity::files::{NewFile, UnsyncedFile};
 use crate::vm::seed::SeedError;
 use crate::vm::{Accel, AccelChoice, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
@@ -72,7 +72,7 @@ impl Vms {
                     fs::remove_dir_all(&dir)?;
                     continue;
                 }
-                match files::read_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
+                match files::read_durable_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
                     Ok(coming) if coming.phase == Phase::Ready => {
                         self.layers.hold(coming.record.top);
                         restored.incoming.push(coming);
@@ -89,7 +89,7 @@ impl Vms {
                 }
                 continue;
             }
-            match files::read_record::<Record>(&dir.join(RECORD)) {
+            match files::read_durable_record::<Record>(&dir.join(RECORD)) {
                 Ok(record) => {
                     for layer in record.holds() {
                         self.layers.hold(layer);
@@ -126,7 +126,7 @@ impl Vms {
     pub(super) fn open_incoming(&self, record: Record) -> Result<(Arc<Entry>, Option<Qemu>), String> {
         let (dir, socket) = (self.dir(&record.name), self.disk_socket(&record.name));
         let top = self.layers.open_top(record.top)?;
-        Ok((Entry::open(record, top, &socket)?, Qemu::adopt(&dir)))
+        Ok((Entry::open(record, &dir, top, &socket)?, Qemu::adopt(&dir)))
     }
 
     /// Lets a guest that came from another node go on, if it was not told to.
@@ -248,8 +248,8 @@ impl Vms {
         let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
         let layers = Arc::clone(&self.layers);
         let below = Below::Image(attached);
-        let make = move || layers.make_over(below, size_bytes, Arc::new(base));
-        let entry = self.add(new, asked, make).await?;
+        let make = move |id| layers.make_over(id, below, size_bytes, Arc::new(base));
+        let entry = self.add(new, LayerId::draw(), make, asked).await?;
         Ok(self.describe(&entry))
     }
 
@@ -267,27 +267,27 @@ impl Vms {
         }
         self.layout.must_have_room_for(new.name.as_str())?;
         let (layers, size_bytes) = (Arc::clone(&self.layers), new.size_bytes);
-        let entry = self.add(new, asked, move || layers.make(Below::Layer(below), size_bytes)).await?;
+        let make = move |id| layers.make(id, Below::Layer(below), size_bytes);
+        let entry = self.add(new, LayerId::draw(), make, asked).await?;
         Ok(self.describe(&entry))
     }
 
-    /// Makes a VM with what `make` makes as the top of its disk. The caller has the lock of its name and knows that
-    /// it is free.
+    /// Makes a VM with the layer `top`, which `make` makes, as the top of its disk. The caller has the lock of its name
+    /// and knows that it is free.
     pub(super) async fn add(
         &self,
         new: NewVm,
+        top: LayerId,
+        make: impl FnOnce(LayerId) -> Result<Arc<Layer>, String> + Send + 'static,
         asked: Instant,
-        make: impl FnOnce() -> Result<Arc<Layer>, String> + Send + 'static,
     ) -> Result<Arc<Entry>, ApiError> {
         let name = new.name.clone();
         let (dir, socket) = (self.dir(&name), self.disk_socket(&name));
-        let (node, layers) = (self.node.clone(), Arc::clone(&self.layers));
+        let (record, layers) = (new.record(&self.node, top), Arc::clone(&self.layers));
         let made = tokio::task::spawn_blocking(move || {
-            let top = make()?;
-            let id = top.id();
-            let added = add_files(&dir, &new.record(&node, &top, asked), top, &socket);
+            let added = add_files(&dir, record, || make(top), &socket);
             if added.is_err() {
-                layers.release(id);
+                layers.release(top);
             }
             added
         });
@@ -295,6 +295,7 @@ impl Vms {
             .await
             .map_err(|e| ApiError::internal(format!("creating '{name}' was interrupted: {e}")))?
             .map_err(|reason| ApiError::internal(format!("cannot create the disk of '{name}': {reason}")))?;
+        entry.note_made(asked.elapsed());
         self.insert(Arc::clone(&entry));
         Ok(entry)
     }
@@ -459,7 +460,7 @@ impl Vms {
             state,
             pid: running.as_ref().map(|guest| guest.pid()),
             console: running.as_ref().map(|guest| guest.console_socket()),
-            disk_ms: record.disk_ms,
+            disk_ms: entry.disk_ms(),
             created_unix_ms: record.created_unix_ms,
         }
     }
@@ -495,7 +496,7 @@ impl Vms {
         let dir = self.dir(&record.name);
         let socket = self.disk_socket(&record.name);
         let top = self.layers.open_top(record.top)?;
-        let entry = Entry::open(record, top, &socket)?;
+        let entry = Entry::open(record, &dir, top, &socket)?;
         if let Some(guest) = Qemu::adopt(&dir) {
             tracing::info!(vm = %entry.name(), pid = guest.pid(), "guest still runs");
             let guest = Arc::new(guest);
@@ -507,25 +508,20 @@ impl Vms {
 
     /// Writes what is to be remembered of a VM.
     pub(super) async fn save(&self, record: &Record) -> Result<(), ApiError> {
-        self.put_record(self.new_record(record).await?).await
-    }
-
-    /// Writes what is to be remembered of a VM once it is [put](Vms::put_record) in its place, so that less is to be
-    /// done while others wait.
-    pub(super) async fn new_record(&self, record: &Record) -> Result<NewFile, ApiError> {
         let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
-        let written = tokio::task::spawn_blocking(move || {
-            files::new_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
-        });
-        written.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+        write_record(move || {
+            files::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
+        })
+        .await
     }
 
-    /// Lets a record replace the one before, durably.
-    pub(super) async fn put_record(&self, record: NewFile) -> Result<(), ApiError> {
-        let put = tokio::task::spawn_blocking(move || {
-            record.put_durably().map_err(|e| format!("cannot replace a VM's record: {e}"))
-        });
-        put.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    /// Begins to write what is to be remembered of a VM once it is put in its place.
+    pub(super) async fn start_record(&self, record: &Record) -> Result<UnsyncedFile, ApiError> {
+        let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
+        write_record(move || {
+            files::start_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
+        })
+        .await
     }
 
     pub(super) fn insert(&self, entry: Arc<Entry>) {
@@ -546,6 +542,14 @@ impl Vms {
         name.hash(&mut hasher);
         &self.locks[(hasher.finish() % LOCKS as u64) as usize]
     }
+}
+
+/// Runs what writes a record, off the threads that must not wait.
+pub(super) async fn write_record<T: Send + 'static>(
+    write: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, ApiError> {
+    let written = tokio::task::spawn_blocking(write);
+    written.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
 }
 
 /// Writes the NoCloud seed disk from which the guest learns who it is.
@@ -584,22 +588,20 @@ pub(super) struct NewVm {
 }
 
 impl NewVm {
-    fn record(self, node: &NodeName, top: &Layer, asked: Instant) -> Record {
+    fn record(self, node: &NodeName, top: LayerId) -> Record {
         let NewVm { name, image, image_id, size_bytes } = self;
         let created_unix_ms = now_unix_ms();
         // A VM that is destroyed and created anew has another disk.
         let identity = format!("{node}/{name}/{image_id}/{created_unix_ms}");
         let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
-        let disk_ms = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
         Record {
             name,
             image,
             image_id,
             size_bytes,
-            disk_ms,
             created_unix_ms,
             serial,
-            top: top.id(),
+            top,
             snapshots: Vec::new(),
             start: None,
             moved_to: None,
@@ -608,14 +610,23 @@ impl NewVm {
     }
 }
 
-/// Makes a VM's directory with its record, and opens its export. Leaves nothing behind if it fails.
-fn add_files(dir: &Path, record: &Record, top: Arc<Layer>, socket: &Path) -> Result<Arc<Entry>, String> {
+/// Makes a VM's directory with its record, the top of its disk, which `make` makes, and its export. Leaves nothing
+/// behind but that layer if it fails.
+fn add_files(
+    dir: &Path,
+    record: Record,
+    make: impl FnOnce() -> Result<Arc<Layer>, String>,
+    socket: &Path,
+) -> Result<Arc<Entry>, String> {
     // A directory that is there belongs to a VM that could not be opened: it is not ours to touch.
     fs::create_dir(dir).map_err(|e| format!("{}: {e}; see the node's log", dir.display()))?;
     let add = || {
-        let entry = Entry::open(record.clone(), top, socket)?;
         let file = dir.join(RECORD);
-        files::write_record(&file, record).map_err(|e| format!("{}: {e}", file.display()))?;
+        let failed = |e: std::io::Error| format!("{}: {e}", file.display());
+        // Begun before the layer, so that making that durable covers most of it.
+        let unsynced = files::start_record(&file, &record).map_err(failed)?;
+        let entry = Entry::open(record, dir, make()?, socket)?;
+        unsynced.sync().and_then(NewFile::put_durably).map_err(failed)?;
         let parent = dir.parent().unwrap_or(dir);
         files::sync_dir(parent).map_err(|e| format!("{}: {e}", parent.display()))?;
         Ok(entry)

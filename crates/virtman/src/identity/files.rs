@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use store::start_sync;
 use tempfile::NamedTempFile;
 
 use super::IdentityError;
@@ -42,9 +43,25 @@ pub(crate) struct NewFile {
     path: PathBuf,
 }
 
+/// The same before it is durable.
+pub(crate) struct UnsyncedFile(NewFile);
+
+impl UnsyncedFile {
+    /// Waits until it is durable.
+    pub(crate) fn sync(self) -> io::Result<NewFile> {
+        self.0.file.as_file().sync_all()?;
+        Ok(self.0)
+    }
+}
+
 impl NewFile {
-    /// Writes what is to be at `path`. It has its final mode before it has a byte of its content.
+    /// Writes what is to be at `path`.
     pub(crate) fn write(path: &Path, bytes: &[u8], secrecy: Secrecy) -> io::Result<NewFile> {
+        NewFile::start(path, bytes, secrecy)?.sync()
+    }
+
+    /// The same without waiting until it is durable. It has its final mode before it has a byte of its content.
+    pub(crate) fn start(path: &Path, bytes: &[u8], secrecy: Secrecy) -> io::Result<UnsyncedFile> {
         let dir = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
         let mode = match secrecy {
@@ -53,8 +70,8 @@ impl NewFile {
         };
         file.as_file().set_permissions(Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        Ok(NewFile { file, path: path.to_owned() })
+        start_sync(file.as_file());
+        Ok(UnsyncedFile(NewFile { file, path: path.to_owned() }))
     }
 
     /// Puts it where it is to be, in one step. That is durable once the caller has synced the directory.
@@ -109,6 +126,22 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(read(dir.path(), "key.pem").unwrap(), "new");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn a_new_file_is_the_old_one_until_it_is_put_and_leaves_nothing_if_it_never_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record");
+        fs::write(&path, "old").unwrap();
+        let entries = || fs::read_dir(dir.path()).unwrap().count();
+        let new = |text: &str| NewFile::start(&path, text.as_bytes(), Secrecy::Public).unwrap();
+        let (given_up, never_put, put) = (new("1"), new("2").sync().unwrap(), new("3").sync().unwrap());
+        assert_eq!((fs::read(&path).unwrap(), entries()), (b"old".to_vec(), 4));
+        drop((given_up, never_put));
+        assert_eq!(entries(), 2);
+        put.put().unwrap();
+        assert_eq!((fs::read(&path).unwrap(), entries()), (b"3".to_vec(), 1));
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
     }
 
     #[test]

@@ -313,7 +313,7 @@ fn refusals_a_node_brings_no_vm_that_no_administrator_named() {
     };
     let id = image["id"].as_str().unwrap();
     let offer = format!(
-        "{{\"image\":\"disk:1\",\"image_id\":\"{id}\",\"size_bytes\":1048576,\"disk_ms\":0,\"created_unix_ms\":0,\"serial\":\"s\"}}"
+        "{{\"image\":\"disk:1\",\"image_id\":\"{id}\",\"size_bytes\":1048576,\"created_unix_ms\":0,\"serial\":\"s\"}}"
     );
     let node = cluster.node_dir("n").join("identity");
     let target = cluster.node_address("o");

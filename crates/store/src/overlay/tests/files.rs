@@ -13,11 +13,15 @@ fn base() -> Arc<Base> {
     Base::new(vec![9; 1 << 20])
 }
 
+fn create(dir: &Path) -> Overlay {
+    Overlay::create(dir, SIZE, base()).unwrap().sync().unwrap()
+}
+
 #[tokio::test]
 async fn what_was_flushed_is_there_when_the_directory_is_opened_again() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("vm/disk");
-    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    let disk = create(&dir);
     disk.write(5000, &[1; 100_000]).await.unwrap();
     disk.flush().await.unwrap();
     drop(disk);
@@ -32,7 +36,7 @@ fn an_overlay_is_open_once_and_created_once() {
     let dir = parent.path().join("disk");
     assert!(matches!(Overlay::open(&dir, base()), Err(OverlayError::Missing(_))));
     assert!(matches!(Overlay::remove(&dir), Err(OverlayError::Missing(_))));
-    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    let disk = create(&dir);
     for error in [
         Overlay::open(&dir, base()).err(),
         Overlay::create(&dir, SIZE, base()).err(),
@@ -44,7 +48,7 @@ fn an_overlay_is_open_once_and_created_once() {
     assert!(matches!(Overlay::create(&dir, SIZE, base()), Err(OverlayError::Exists(_))));
     Overlay::remove(&dir).unwrap();
     assert!(!dir.exists());
-    Overlay::create(&dir, SIZE, base()).unwrap();
+    create(&dir);
 }
 
 #[tokio::test]
@@ -53,9 +57,8 @@ async fn what_a_crash_left_of_a_creation_is_no_overlay_and_in_nobodys_way() {
     let dir = parent.path().join("disk");
     fs::create_dir(&dir).unwrap();
     fs::write(dir.join("data"), vec![5; 10_000]).unwrap();
-    fs::write(dir.join("map.new"), "half").unwrap();
     assert!(matches!(Overlay::open(&dir, base()), Err(OverlayError::Missing(_))));
-    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    let disk = create(&dir);
     assert_eq!(read(&disk, 0, 20_000).await, [9; 20_000]);
 }
 
@@ -63,7 +66,7 @@ async fn what_a_crash_left_of_a_creation_is_no_overlay_and_in_nobodys_way() {
 async fn a_new_overlay_whose_length_a_crash_forgot_is_whole_again() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("disk");
-    drop(Overlay::create(&dir, SIZE, base()).unwrap());
+    drop(create(&dir));
     fs::File::options().write(true).open(dir.join("data")).unwrap().set_len(0).unwrap();
     let disk = Overlay::open(&dir, base()).unwrap();
     disk.write(SIZE - 1, &[7]).await.unwrap();
@@ -75,7 +78,7 @@ async fn a_new_overlay_whose_length_a_crash_forgot_is_whole_again() {
 async fn damage_is_told_with_the_name_of_the_file() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("disk");
-    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    let disk = create(&dir);
     disk.write(SIZE - 4096, &[7; 4096]).await.unwrap();
     disk.flush().await.unwrap();
     drop(disk);
@@ -107,7 +110,7 @@ fn impossible_sizes_are_refused_before_anything_is_made() {
 async fn discard_gives_space_back_and_extents_tell_so() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("disk");
-    let disk = Overlay::create(&dir, SIZE, base()).unwrap();
+    let disk = create(&dir);
     let used_bytes = || fs::metadata(dir.join("data")).unwrap().blocks() * 512;
     disk.write(0, &vec![1; 4 << 20]).await.unwrap();
     disk.flush().await.unwrap();

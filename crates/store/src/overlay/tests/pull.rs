@@ -27,12 +27,12 @@ async fn what_was_pulled_reads_the_same_without_the_base() {
 }
 
 #[tokio::test]
-async fn a_frozen_overlay_refuses_changes_and_is_durable() {
+async fn a_frozen_overlay_refuses_changes_and_can_still_be_flushed() {
     let trio = Trio::new(1);
     let base = Base::new(vec![9; 5000]);
     let disk = trio.create(10 * BLOCK, base.clone());
     disk.write(0, &[1; 10]).await.unwrap();
-    let freezing = disk.freeze().await.unwrap();
+    let freezing = disk.freeze().await;
     let mut write = disk.write(0, &[2; 10]);
     assert!((&mut write).now_or_never().is_none(), "it waits until it is known what becomes of the layer");
     freezing.keep();
@@ -42,6 +42,7 @@ async fn a_frozen_overlay_refuses_changes_and_is_durable() {
     assert!(matches!(disk.write_zeroes(0, BLOCK).await, Err(DiskError::ReadOnly)));
     assert!(matches!(disk.discard(0, BLOCK).await, Err(DiskError::ReadOnly)));
     assert_eq!(disk.access(), Access::ReadOnly);
+    disk.flush().await.unwrap();
     drop(disk);
     assert_eq!(read(&trio.power_cut().open(base), 0, 11).await, [&[1; 10][..], &[9]].concat());
 }
@@ -50,7 +51,7 @@ async fn a_frozen_overlay_refuses_changes_and_is_durable() {
 async fn changes_go_on_when_a_freeze_is_given_up() {
     let trio = Trio::new(1);
     let disk = trio.create(10 * BLOCK, Base::new(vec![]));
-    let freezing = disk.freeze().await.unwrap();
+    let freezing = disk.freeze().await;
     let write = disk.write(0, &[2; 10]);
     drop(freezing);
     write.await.unwrap();

@@ -225,7 +225,6 @@ impl Move<'_> {
             image_id: record.image_id,
             carried,
             size_bytes: record.size_bytes,
-            disk_ms: record.disk_ms,
             created_unix_ms: record.created_unix_ms,
             serial: record.serial,
             start: record.start,

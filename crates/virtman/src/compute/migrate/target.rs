@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::super::entry::{Entry, Member, Record, watch};
 use super::super::files;
-use super::super::layers::Below;
+use super::super::layers::{Below, LayerId};
 use super::super::node::Node;
 use super::wire::{self, Cargo};
 use crate::api::compute::{ExpectVm, HandOver, MovingState, Vm};
@@ -276,7 +276,7 @@ impl Node {
             None => (Below::Image(Arc::clone(&own)), None),
         };
         let (layers, size_bytes) = (Arc::clone(&self.vms.layers), request.size_bytes);
-        let made = tokio::task::spawn_blocking(move || layers.make(below, size_bytes)).await;
+        let made = tokio::task::spawn_blocking(move || layers.make(LayerId::draw(), below, size_bytes)).await;
         if let Some(landing) = landing {
             self.vms.release(landing).await;
         }
@@ -286,7 +286,6 @@ impl Node {
             image: request.image.clone(),
             image_id: request.image_id,
             size_bytes,
-            disk_ms: request.disk_ms,
             created_unix_ms: request.created_unix_ms,
             serial: request.serial.clone(),
             top: top.id(),
@@ -311,7 +310,8 @@ impl Node {
         let top = record.top;
         let top = tokio::task::spawn_blocking(move || layers.open_top(top)).await;
         let top = top.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
-        let entry = Entry::open(record, top, &self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
+        let entry =
+            Entry::open(record, &dir, top, &self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
         let qemu = match (&request.live, &request.start) {
             (Some(live), Some(start)) => {
                 let spec = self.vms.spec(&entry.record(), start, live.accel, Some(live.platform.clone()))?;
