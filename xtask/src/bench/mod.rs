@@ -23,9 +23,10 @@ mod storm;
 mod tools;
 mod volt;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
+use tempfile::TempDir;
 
 use self::process::Virtman;
 use self::report::Report;
@@ -85,7 +86,7 @@ enum Large {
 /// What every benchmark needs.
 struct Bench {
     virtman: Virtman,
-    dir: tempfile::TempDir,
+    dir: TempDir,
     rounds: u32,
 }
 
@@ -94,6 +95,17 @@ impl Bench {
     fn note(&self, what: &str) {
         eprintln!("bench: {what}");
     }
+}
+
+/// A directory for the files, in `dir` or where such directories are, removed in the end.
+fn files_dir(prefix: &str, dir: Option<&Path>) -> Outcome<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(prefix);
+    let made = match dir {
+        Some(dir) => builder.tempdir_in(dir),
+        None => builder.tempdir(),
+    };
+    made.map_err(|e| format!("cannot make a directory for the files: {e}"))
 }
 
 /// Measures what was asked for and prints it.
@@ -112,20 +124,8 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         (wanted(What::ImageAdd), &[tools::B3SUM]),
         (wanted(What::Create), &[tools::QEMU_IMG]),
     ])?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix("vmb");
-    let dir = match &args.dir {
-        Some(dir) => builder.tempdir_in(dir),
-        None => builder.tempdir(),
-    };
-    let dir = dir.map_err(|e| format!("cannot make a directory for the files: {e}"))?;
-    let virtman = match &args.program {
-        Some(path) => Virtman::at(path),
-        None => {
-            eprintln!("bench: building the program");
-            Virtman::build()?
-        }
-    };
+    let dir = files_dir("vmb", args.dir.as_deref())?;
+    let virtman = Virtman::given_or_built(args.program.as_deref(), "bench")?;
     let bench = Bench { virtman, dir, rounds: args.rounds };
 
     let mut report = Report::new(machine::describe(bench.dir.path()), args.rounds);

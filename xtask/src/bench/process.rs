@@ -163,8 +163,17 @@ pub(super) struct Virtman {
 }
 
 impl Virtman {
+    /// The program at `path`, which was built before; without one it is built for the benchmark `who`.
+    pub(super) fn given_or_built(path: Option<&Path>, who: &str) -> Outcome<Virtman> {
+        let Some(path) = path else {
+            eprintln!("{who}: building the program");
+            return Virtman::build();
+        };
+        Ok(Virtman { path: fs::canonicalize(path).map_err(|e| format!("{}: {e}", path.display()))? })
+    }
+
     /// Builds it as it is released.
-    pub(super) fn build() -> Outcome<Virtman> {
+    fn build() -> Outcome<Virtman> {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
         command.args(["build", "--release", "--locked", "--package", "virtman"]);

@@ -15,6 +15,7 @@ use block::{ImageName, SnapshotName, VmName};
 use futures_util::{Stream, stream};
 use image::ImportProgress;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -124,13 +125,8 @@ async fn add_image(
     Json(request): Json<AddImage>,
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
-    let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = {
-        let progress = Arc::clone(&progress);
-        async move { node.add_image(&name, request, progress).await }
-    };
-    Ok(lines(reported(work, progress), shutdown))
+    Ok(with_progress(shutdown, |progress| async move { node.add_image(&name, request, progress).await }))
 }
 
 /// Reads an image of which the node is the origin again, and compares every chunk. Answers like adding.
@@ -142,13 +138,8 @@ async fn verify_image(
     Path(name): Path<ImageName>,
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
-    let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = {
-        let progress = Arc::clone(&progress);
-        async move { node.verify_image(&name, progress).await }
-    };
-    Ok(lines(reported(work, progress), shutdown))
+    Ok(with_progress(shutdown, |progress| async move { node.verify_image(&name, progress).await }))
 }
 
 /// How an image is removed.
@@ -247,13 +238,10 @@ async fn import_vm(
     Json(request): Json<ImportVm>,
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
-    let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = {
-        let progress = Arc::clone(&progress);
+    Ok(with_progress(shutdown, |progress| {
         to_the_end(async move { node.import_vm(&name, request, progress).await })
-    };
-    Ok(lines(reported(work, progress), shutdown))
+    }))
 }
 
 /// Gives a VM a private disk on an image. Repeating it changes nothing.
@@ -402,13 +390,10 @@ async fn export_snapshot(
     Json(request): Json<ExportSnapshot>,
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
-    let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = {
-        let progress = Arc::clone(&progress);
+    Ok(with_progress(shutdown, |progress| {
         to_the_end(async move { node.export_snapshot(&name, &snapshot, request, progress).await })
-    };
-    Ok(lines(reported(work, progress), shutdown))
+    }))
 }
 
 /// Clones a VM's disk on the node, while its guest runs or not.
@@ -434,13 +419,8 @@ async fn commit_vm(
     Json(request): Json<CommitVm>,
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
-    let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = {
-        let progress = Arc::clone(&progress);
-        async move { node.commit(&name, request, progress).await }
-    };
-    Ok(lines(reported(work, progress), shutdown))
+    Ok(with_progress(shutdown, |progress| async move { node.commit(&name, request, progress).await }))
 }
 
 /// Moves a VM to another node, which was told to expect it; its guest runs on there if it runs. Answers like adding an
@@ -454,13 +434,10 @@ async fn migrate_vm(
     Json(request): Json<MigrateVm>,
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
-    let progress = Arc::new(ImportProgress::default());
     let shutdown = node.shutdown.clone();
-    let work = {
-        let progress = Arc::clone(&progress);
+    Ok(with_progress(shutdown, |progress| {
         to_the_end(async move { node.migrate(&name, request, progress).await })
-    };
-    Ok(lines(reported(work, progress), shutdown))
+    }))
 }
 
 /// What becomes of a VM that the node that asks was told to take.
@@ -591,6 +568,16 @@ impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         self.0.cancel();
     }
+}
+
+/// Answers with lines that say how far `work` is, the last of which is its result.
+fn with_progress<T, W>(shutdown: CancellationToken, work: impl FnOnce(Arc<ImportProgress>) -> W) -> Response
+where
+    T: Serialize + Send + 'static,
+    W: Future<Output = Result<T, ApiError>> + Send + 'static,
+{
+    let progress = Arc::new(ImportProgress::default());
+    lines(reported(work(Arc::clone(&progress)), progress), shutdown)
 }
 
 /// Turns work into a stream of how far it is, with its result as the last value.

@@ -98,20 +98,8 @@ pub(super) fn run(args: &LifeArgs) -> Outcome {
         (wanted(Part::Depth), &[tools::FIO]),
         (wanted(Part::Crowd) || wanted(Part::Moves), &[tools::QEMU_SYSTEM]),
     ])?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix("vml");
-    let dir = match &args.dir {
-        Some(dir) => builder.tempdir_in(dir),
-        None => builder.tempdir(),
-    };
-    let dir = dir.map_err(|e| format!("cannot make a directory for the files: {e}"))?;
-    let virtman = match &args.program {
-        Some(path) => Virtman::at(path),
-        None => {
-            eprintln!("life: building the program");
-            Virtman::build()?
-        }
-    };
+    let dir = super::files_dir("vml", args.dir.as_deref())?;
+    let virtman = Virtman::given_or_built(args.program.as_deref(), "life")?;
     let debian = args.debian.as_ref().map(|image| Guest::debian(image, &args.memory)).transpose()?;
     let runtime = Runtime::new().map_err(|e| format!("cannot start the runtime: {e}"))?;
     let life = Life { virtman, dir, rounds: args.rounds, debian, runtime };

@@ -59,13 +59,7 @@ pub(crate) fn run(args: &StormArgs) -> Outcome {
         |path: &PathBuf| File::create(path).map_err(|e| format!("cannot write {}: {e}", path.display()));
     let json = args.json.as_ref().map(create).transpose()?;
     let svg = args.svg.as_ref().map(create).transpose()?;
-    let virtman = match &args.program {
-        Some(path) => Virtman::at(&fs::canonicalize(path).map_err(|e| format!("{}: {e}", path.display()))?),
-        None => {
-            eprintln!("storm: building the program");
-            Virtman::build()?
-        }
-    };
+    let virtman = Virtman::given_or_built(args.program.as_deref(), "storm")?;
     let files = cage::settle()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|e| format!("cannot start the runtime: {e}"))?;
