@@ -377,7 +377,7 @@ impl Layers {
         for dir in files::sweep(&dir)? {
             let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let id = name.parse::<LayerId>();
-            let read = id.clone().and_then(|id| Ok((id, files::read_durable_record(&dir.join(RECORD))?)));
+            let read = id.clone().and_then(|id| Ok((id, files::read_record(&dir.join(RECORD))?)));
             match read {
                 Ok(record) => records.push(record),
                 Err(_) if files::is_absent(&dir.join(RECORD)) => fs::remove_dir_all(&dir)?,

@@ -98,6 +98,10 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let images = Arc::new(images);
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
     images.restore().map_err(restored)?;
+    let synced = layout.sync_records();
+    if let Err(error) = &synced {
+        tracing::error!(dir = %layout.dir().display(), %error, "records cannot be made durable");
+    }
     let layers = Arc::new(Layers::open(layout.layers(), Arc::clone(&images)).map_err(restored)?);
     let vms = Vms::new(name.clone(), layout.clone(), Arc::clone(&layers));
     images.layers.are_in(&layers);
@@ -105,7 +109,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     if let Err(reason) = &derived_from {
         tracing::error!(reason, "what an image was derived from is not known");
     }
-    let complete = derived_from.is_ok();
+    let complete = synced.is_ok() && derived_from.is_ok();
     for layer in derived_from.into_iter().flatten() {
         layers.hold(layer);
     }

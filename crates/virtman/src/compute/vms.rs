@@ -72,7 +72,7 @@ impl Vms {
                     fs::remove_dir_all(&dir)?;
                     continue;
                 }
-                match files::read_durable_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
+                match files::read_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
                     Ok(coming) if coming.phase == Phase::Ready => {
                         self.layers.hold(coming.record.top);
                         restored.incoming.push(coming);
@@ -89,7 +89,7 @@ impl Vms {
                 }
                 continue;
             }
-            match files::read_durable_record::<Record>(&dir.join(RECORD)) {
+            match files::read_record::<Record>(&dir.join(RECORD)) {
                 Ok(record) => {
                     for layer in record.holds() {
                         self.layers.hold(layer);
