@@ -362,6 +362,10 @@ fn end(process: Option<Child>) {
     if let Some(mut process) = process {
         let _ = process.kill();
         let _ = process.wait();
+        // What the library for clocks leaves of a process that was killed.
+        for file in ["faketime_shm_", "sem.faketime_sem_"] {
+            let _ = fs::remove_file(format!("/dev/shm/{file}{}", process.id()));
+        }
     }
 }
 
