@@ -7,13 +7,10 @@
 //! - Consistency: the disk must not change meanwhile. What is not in the named ranges is not read.
 //! - Retries: none.
 //! - Cancellation: by [`ImportProgress::cancel`], also while a read is waited for.
-//! - Crash: the file has its name once it is complete and synced; before, one that begins with `.virtman-part-`,
-//!   which is only left behind if the process is killed.
+//! - Crash: the file has its name once it is complete and synced; see [`unfinished`](crate::unfinished).
 
-use std::fs::{File, Permissions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -23,12 +20,12 @@ use block::{Disk, DiskError};
 use futures_util::StreamExt;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatCreateBuilder, StorageOpenOptions};
-use tempfile::NamedTempFile;
 use tokio::runtime::Handle;
 
 use crate::ImportProgress;
 use crate::layout;
 use crate::pieces::{Content, Touched};
+use crate::unfinished::Unfinished;
 
 /// Bytes of a cluster: what `qemu-img` takes if it is not told otherwise. A piece of a disk is a whole number of them.
 const CLUSTER_BYTES: usize = CHUNK_BYTES;
@@ -128,11 +125,8 @@ pub fn write_qcow2(request: &Qcow2Request, progress: &ImportProgress) -> Result<
     check(request)?;
     let path = &request.path;
     let unwritable = |error: io::Error| ExportError::writing(path, &error);
-    let mut unfinished = tempfile::Builder::new();
-    // As any new file: it is the process's mask that takes rights away.
-    unfinished.prefix(".virtman-part-").permissions(Permissions::from_mode(0o666));
-    let unfinished = unfinished.tempfile_in(dir_of(path)).map_err(unwritable)?;
-    let qcow2 = create(unfinished.path(), request).map_err(unwritable)?;
+    let unfinished = Unfinished::create_in(dir_of(path)).map_err(unwritable)?;
+    let qcow2 = create(&unfinished.path(), request).map_err(unwritable)?;
     let size_bytes = qcow2.size();
     let touched = Touched::new(&request.data, request.disk.size_bytes());
     progress.begin(touched.bytes());
@@ -239,9 +233,8 @@ fn runs_of(content: Content) -> (Content, Vec<Run>) {
 }
 
 /// Gives the finished file its name, unless another has it by now; gives its length.
-fn publish(unfinished: NamedTempFile, path: &Path) -> io::Result<u64> {
-    unfinished.as_file().sync_all()?;
-    let file: File = unfinished.persist_noclobber(path).map_err(|refused| refused.error)?;
+fn publish(unfinished: Unfinished, path: &Path) -> io::Result<u64> {
+    let file = unfinished.publish(path)?;
     layout::sync_dir(dir_of(path))?;
     Ok(file.metadata()?.len())
 }

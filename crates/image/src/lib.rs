@@ -34,6 +34,7 @@ mod profile;
 mod source;
 mod stored;
 mod take_over;
+mod unfinished;
 mod verify;
 mod volume;
 

@@ -5,8 +5,8 @@
 //!
 //! Consistency: what is written is frozen, whatever the VM does meanwhile, and held, so that the snapshot may be given
 //! up and the VM destroyed. Cancellation: when the client hangs up; like any failure that leaves nothing behind, neither
-//! a file nor a VM nor a snapshot that was taken for this. Crash: a layer that no VM names is swept away; beside a file
-//! that was being written one remains whose name begins with `.virtman-part-`. Retries: none.
+//! a file nor a VM nor a snapshot that was taken for this. Crash: a layer that no VM names is swept away, and a file
+//! that was being written has no name. Retries: none.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
