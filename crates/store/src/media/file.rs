@@ -75,8 +75,7 @@ impl FileMedia {
         Ok(rustix::fs::fadvise(&self.file, 0, None, Advice::Random)?)
     }
 
-    /// Has the file system begin to write out what was written, without waiting for it. Files of which all are begun
-    /// before the first is synced take a journaling file system one commit instead of one each.
+    /// See [`start_sync`].
     pub(crate) fn start_sync(&self) {
         start_sync(&self.file);
     }
@@ -103,7 +102,8 @@ impl FileMedia {
     }
 }
 
-/// See [`FileMedia::start_sync`].
+/// Has the file system begin to write out what was written, without waiting for it. Files of which all are begun
+/// before the first is synced take a journaling file system one commit instead of one each.
 pub fn start_sync(file: &File) {
     // Linux begins to write out the pages that it is told to forget. It is a hint: the sync that follows counts.
     let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);

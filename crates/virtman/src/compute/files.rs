@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Crash: a record is written to a file of its own, synced and renamed, so that it is old or new and
-//! never torn. A directory whose name begins with `.` is unfinished and swept away at the next start.
+//! never torn. Only that of a new layer, which nothing names yet, is written in its place. A directory whose name begins with `.` is unfinished and swept away at the next start.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
