@@ -13,8 +13,8 @@
 //! Crash: the map never names a block whose bytes are not durable, and [`log`] finds its own torn tail. A killed
 //! process loses nothing that it answered, flushed or not: its guests go on; see [`live`].
 //! Layers: an overlay may be the base of others. It is [frozen](Overlay::freeze) first; from then on what it reads
-//! as never changes. What it lacks can still be [pulled](Overlay::pull) from its base, so that the base can be
-//! [replaced](Overlay::set_base) by one further below.
+//! as never changes. What it lacks can still be [pulled](Overlay::pull) from its base, or what it holds be
+//! [absorbed](Overlay::absorb) by that, so that one of the two can be [left out](Overlay::set_base).
 //! Retries: none. [`DiskError::NoSpace`] leaves everything as it was, and the guest may try again.
 
 mod claims;

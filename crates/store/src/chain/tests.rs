@@ -485,6 +485,51 @@ impl World {
         self.merged(lower, upper);
     }
 
+    /// Merges a frozen layer into the one below, or gives that up half-way, or between two of its records.
+    async fn merge_down(&mut self) {
+        let Some((lower, upper)) = self.mergeable() else { return };
+        // One that takes changes, or will again after a power cut.
+        let is_top = |file: &RecordFile| file.now.top == upper || file.durable.top == upper;
+        if self.vms.iter().any(|vm| is_top(&vm.record())) {
+            return;
+        }
+        let below = Arc::clone(&self.layers[&lower].overlay);
+        let above = Arc::clone(&self.layers[&upper].overlay);
+        above.flush().await.unwrap();
+        let mut random = StdRng::seed_from_u64(self.random.random());
+        let is_given_up = random.random_range(0..3) == 0;
+        for range in above.own_ranges() {
+            if is_given_up {
+                poll_some(&mut random, async { below.absorb(&above, range).await.map(drop) }).await;
+            } else {
+                below.absorb(&above, range).await.unwrap();
+            }
+        }
+        if is_given_up {
+            return;
+        }
+        below.flush().await.unwrap();
+        self.layers.get_mut(&lower).unwrap().is_durable = true;
+        for vm in &self.vms {
+            let mut record = vm.record();
+            let record = &mut *record;
+            for record in [&mut record.now, &mut record.durable] {
+                for (layer, _) in record.snapshots.iter_mut().filter(|(layer, _)| *layer == upper) {
+                    *layer = lower;
+                }
+            }
+        }
+        let children: Vec<usize> =
+            self.layers.iter().filter(|(_, layer)| layer.parent == Some(upper)).map(|(id, _)| *id).collect();
+        for child in children {
+            if random.random_range(0..8) == 0 {
+                return;
+            }
+            self.layers[&child].overlay.set_base(self.base_of(Some(lower)));
+            self.layers.get_mut(&child).unwrap().parent = Some(lower);
+        }
+    }
+
     /// Lets `upper`, which holds all of `lower` durably, stand on what that stands on.
     fn merged(&mut self, lower: usize, upper: usize) {
         let parent = self.layers[&lower].parent;
@@ -522,7 +567,8 @@ impl World {
                 }
             }
             16 if self.vms.len() > 1 => drop(self.vms.remove(at)),
-            17..20 => self.merge().await,
+            17..19 => self.merge().await,
+            19 => self.merge_down().await,
             20 => {
                 let vm = &self.vms[at];
                 let refused = vm.chain.freeze::<DiskError>(async { Err(DiskError::NoSpace) }).await;

@@ -1,7 +1,8 @@
-//! Taking over what an overlay so far reads from its base, so that it needs that base no longer.
+//! Merging two layers: the upper takes over what it so far reads from its base, or the base what the upper holds.
 //!
-//! Nobody sees a difference: a block reads the same before and after. So this may go on under a guest, may be
-//! given up anywhere, and concerns frozen overlays as well.
+//! Nobody sees a difference: a block of the upper reads the same before and after, and nobody else may read the base if
+//! that is the one that changes. So this may go on under a guest, may be given up anywhere, and concerns frozen
+//! overlays as well.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -50,7 +51,29 @@ impl Overlay {
         Ok(pulled)
     }
 
-    /// The same for whole blocks, of which a guest may have written some meanwhile.
+    /// Takes over what `upper` holds itself of `range`, which then reads the same here. `upper` must be frozen, durable
+    /// and of the same size, stand on this overlay, and be all that does: what it holds hides what changes here. Says how
+    /// many bytes it took over. They are durable after a flush.
+    pub async fn absorb(&self, upper: &Overlay, range: Range<u64>) -> Result<u64, DiskError> {
+        self.check(range.start, range.end - range.start)?;
+        let mut absorbed = 0;
+        let mut at = range.start / BLOCK * BLOCK;
+        while at < range.end {
+            let end = self.geometry.size_bytes().min(range.end.next_multiple_of(BLOCK)).min(at + PIECE_BYTES);
+            let (place, len) = upper.run(at, end - at);
+            if place == Place::Own {
+                let claim = Arc::new(self.claims.claim(touched(at, len)).await);
+                let mut bytes = vec![0; len as usize];
+                upper.read_run(place, at, &mut bytes).await?;
+                self.keep(&claim, at / BLOCK, &bytes).await?;
+                absorbed += len;
+            }
+            at += len;
+        }
+        Ok(absorbed)
+    }
+
+    /// What [`Overlay::pull`] does for whole blocks, of which a guest may have written some meanwhile.
     async fn pull_piece(&self, piece: Range<u64>) -> Result<u64, DiskError> {
         let claim = Arc::new(self.claims.claim(touched(piece.start, piece.end - piece.start)).await);
         let mut pulled = 0;

@@ -1,24 +1,28 @@
 //! Keeps chains of layers short, in the background.
 //!
-//! A frozen layer that no snapshot names and on which only one other stands is merged into that: the upper takes
-//! over what it lacks of the lower, and then stands on what the lower stood on. Guests notice nothing.
+//! A frozen layer that no snapshot names and on which only one other stands is merged with that: one of the two takes
+//! over what the other holds, which is then left out and removed. Guests notice nothing. It is the one that holds more
+//! that takes over, so that the work is that of the smaller. A layer that takes changes cannot be left out; below it a
+//! much larger one stays, at most one for each disk.
 //!
-//! Consistency: what the disks read never changes; see [`store::Overlay::pull`]. Retries: for ever, with a pause.
-//! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: a merge that was not finished begins
-//! anew, and passes over what was taken over and flushed.
+//! Consistency: what the disks read never changes; see [`store::Overlay::pull`] and [`store::Overlay::absorb`].
+//! Retries: for ever, with a pause. Cancellation: may be dropped anywhere; what was taken over is kept. Crash: a merge
+//! that was not finished begins anew, or is one of others.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use block::Disk;
+use block::{Disk, VmName};
 
-use super::layers::{Layers, Merge, Stands};
+use super::layers::{Merge, Stands, Way};
+use super::vms::Vms;
 
 /// How long a merge that failed is left alone: somebody has to make room, most likely.
 const RETRY_PAUSE: Duration = Duration::from_secs(10);
 
 /// Merges what can be merged until dropped.
-pub(super) async fn run(layers: &Layers) {
+pub(super) async fn run(vms: &Vms) {
+    let layers = &vms.layers;
     let mut failed = BTreeMap::new();
     loop {
         let changed = layers.merges.notified();
@@ -33,26 +37,52 @@ pub(super) async fn run(layers: &Layers) {
             }
             continue;
         };
-        match merge_one(layers, &merge).await {
-            Ok((Stands::Gone, _)) => {}
-            Ok((Stands::Anew, bytes)) => {
-                tracing::info!(lower = %merge.lower.id(), upper = %merge.upper.id(), bytes, "layers merged");
+        let (lower, upper, way) = (merge.lower.id(), merge.upper.id(), merge.way);
+        let named = vms.snapshot_that_is(upper);
+        let merged = match way {
+            Way::Up => merge_up(vms, &merge).await,
+            // One that is being copied, or from which an image was derived: that may last.
+            Way::Down if !layers.is_held_by(upper, usize::from(named.is_some())) => {
+                failed.insert(lower, Instant::now());
+                continue;
             }
+            Way::Down => merge_down(vms, &merge, named).await,
+        };
+        match merged {
+            Ok((Stands::Gone, _)) => {}
+            Ok((Stands::Anew, bytes)) => tracing::info!(%lower, %upper, ?way, bytes, "layers merged"),
             Err(reason) => {
-                tracing::warn!(lower = %merge.lower.id(), upper = %merge.upper.id(), reason, "layers cannot be merged yet");
-                failed.insert(merge.lower.id(), Instant::now());
+                tracing::warn!(%lower, %upper, ?way, reason, "layers cannot be merged yet");
+                failed.insert(lower, Instant::now());
             }
         }
     }
 }
 
-/// Merges one layer into the one above it, unless that is removed meanwhile; says how many bytes that took.
-async fn merge_one(layers: &Layers, merge: &Merge) -> Result<(Stands, u64), String> {
+/// Merges a layer into the one above it, unless that is removed meanwhile; says how many bytes that took.
+async fn merge_up(vms: &Vms, merge: &Merge) -> Result<(Stands, u64), String> {
     let (lower, upper) = (merge.lower.overlay(), merge.upper.overlay());
     let mut bytes = 0;
     for range in lower.own_ranges() {
         bytes += upper.pull(range).await.map_err(|e| e.to_string())?;
     }
     upper.flush().await.map_err(|e| e.to_string())?;
-    Ok((layers.merged(merge)?, bytes))
+    Ok((vms.layers.merged_up(merge)?, bytes))
+}
+
+/// Merges a layer into the one below it, unless it is removed meanwhile; says how many bytes that took. Nobody holds it
+/// but the VM of which it is a snapshot, if it is one.
+async fn merge_down(vms: &Vms, merge: &Merge, named: Option<VmName>) -> Result<(Stands, u64), String> {
+    let (lower, upper) = (merge.lower.overlay(), merge.upper.overlay());
+    upper.flush().await.map_err(|e| e.to_string())?;
+    let mut bytes = 0;
+    for range in upper.own_ranges() {
+        bytes += lower.absorb(upper, range).await.map_err(|e| e.to_string())?;
+    }
+    lower.flush().await.map_err(|e| e.to_string())?;
+    // From here on both read the same, and either may be named.
+    if let Some(vm) = named {
+        vms.name_instead(&vm, merge.upper.id(), merge.lower.id()).await.map_err(|e| e.to_string())?;
+    }
+    Ok((vms.layers.merged_down(merge)?, bytes))
 }

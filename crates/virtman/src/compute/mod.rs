@@ -181,7 +181,7 @@ pub(crate) async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
             node.volt.report(reports),
             node.volt.hand_in(recorded),
             node.volt.renew(&credentials, &identity_dir),
-            merge::run(&layers),
+            merge::run(&node.vms),
             settle::run(&node),
             node.ask_for_incoming(),
             migrate::hand_over_moved(&node),

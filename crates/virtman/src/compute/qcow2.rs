@@ -50,13 +50,14 @@ impl Node {
         let (record, layer) = self.vms.hold_snapshot(name, snapshot).await?;
         let id = layer.id();
         let written = self.write_layer(&record, &layer, to.clone(), &backing, progress).await;
-        self.vms.release(layer).await;
+        // As long as the layer is held, the snapshot is no other.
         if written.is_err()
             && taken.is_some()
             && let Err(error) = self.vms.give_up_snapshot(name, id).await
         {
             tracing::warn!(vm = %name, %snapshot, %error, "a snapshot that was not written stays");
         }
+        self.vms.release(layer).await;
         let (exported, backing) = written?;
         tracing::info!(vm = %name, %snapshot, file = %to.display(), bytes = exported.file_bytes, "snapshot written");
         Ok(SnapshotExported {

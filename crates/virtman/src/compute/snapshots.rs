@@ -19,6 +19,7 @@ use super::vms::{Vms, write_record};
 use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
 use crate::api::now_unix_ms;
 use crate::http::ApiError;
+use crate::identity::files::NewFile;
 use crate::vm::FrozenGuest;
 
 /// How long the guest may take to write out its file systems, and to go on afterwards.
@@ -238,6 +239,47 @@ impl Vms {
         entry.become_known(record, entry.top());
         let layers = Arc::clone(&self.layers);
         let released = tokio::task::spawn_blocking(move || layers.release(layer));
+        released.await.map_err(|e| ApiError::internal(e.to_string()))
+    }
+
+    /// The VM of which a snapshot is this layer.
+    pub(super) fn snapshot_that_is(&self, layer: LayerId) -> Option<VmName> {
+        let all = self.all();
+        let vm = all.iter().find(|vm| vm.record().snapshots.iter().any(|known| known.layer == layer));
+        vm.map(|vm| vm.name().clone())
+    }
+
+    /// Lets the snapshot of a VM that is the layer `old` be `new`, which reads the same, unless it was given up. Refused
+    /// if others hold `old`.
+    pub(super) async fn name_instead(
+        &self,
+        name: &VmName,
+        old: LayerId,
+        new: LayerId,
+    ) -> Result<(), ApiError> {
+        let _one_at_a_time = self.lock(name).lock().await;
+        let Ok(entry) = self.get(name) else { return Ok(()) };
+        let mut record = entry.record();
+        let Some(snapshot) = record.snapshots.iter_mut().find(|known| known.layer == old) else {
+            return Ok(());
+        };
+        if !self.layers.is_held_by(old, 1) {
+            return Err(ApiError::conflict("in_use", format!("layer {old} is in use")));
+        }
+        snapshot.layer = new;
+        let unsynced = self.start_record(&record).await?;
+        self.layers.hold(new);
+        let put = write_record(move || {
+            unsynced
+                .sync()
+                .and_then(NewFile::put_durably)
+                .map_err(|e| format!("cannot replace a VM's record: {e}"))
+        });
+        // If this fails, both layers are held for as long as this daemon runs, since either may be named.
+        put.await?;
+        entry.become_known(record, entry.top());
+        let layers = Arc::clone(&self.layers);
+        let released = tokio::task::spawn_blocking(move || layers.release(old));
         released.await.map_err(|e| ApiError::internal(e.to_string()))
     }
 

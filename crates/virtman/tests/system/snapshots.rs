@@ -1,5 +1,7 @@
 //! Layers of VMs' disks: snapshots, going back, and what a daemon that is killed leaves of them. Judged by qemu-io.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::time::Duration;
 
@@ -28,6 +30,11 @@ fn layers(cluster: &Cluster, vm: &str) -> u64 {
 /// How many layers there are on the node.
 fn layer_dirs(cluster: &Cluster) -> usize {
     fs::read_dir(cluster.node_dir("o").join("layers")).unwrap().count()
+}
+
+fn layer_names(cluster: &Cluster) -> BTreeSet<OsString> {
+    let dirs = fs::read_dir(cluster.node_dir("o").join("layers")).unwrap();
+    dirs.map(|dir| dir.unwrap().file_name()).collect()
 }
 
 #[test]
@@ -74,6 +81,45 @@ fn snapshots_keep_what_was_and_merge_when_they_are_given_up() {
     assert!(said.contains("'v' has no snapshot 'one'") && said.contains("snapshot list v"), "{said}");
     cluster.ok(&["destroy", "v"]);
     assert_eq!(layer_dirs(&cluster), 0);
+}
+
+#[test]
+fn a_layer_that_holds_much_takes_over_the_little_above_it_and_is_the_snapshot() {
+    let mut cluster = cluster();
+    cluster.ok(&["--node", "o", "create", "w", "--image", "disk:1", "--size", "200M"]);
+    let disk = cluster.disk("o", "w");
+    let before = layer_names(&cluster);
+    qemu_io(&disk, &["write -P 1 0 100M"]);
+    cluster.ok(&["snapshot", "w", "much"]);
+    qemu_io(&disk, &["write -P 2 1M 64k", "write -z -u 2M 64k", "write -P 2 150M 64k"]);
+    cluster.ok(&["snapshot", "w", "little"]);
+    qemu_io(&disk, &["write -P 3 1M 4k", "flush"]);
+    // That of 'little', and the top.
+    let made = &layer_names(&cluster) - &before;
+    assert_eq!(made.len(), 2);
+    let reads =
+        ["read -P 1 0 1M", "read -P 3 1M 4k", "read -P 2 1028k 60k", "read -P 0 2M 64k", "read -P 1 3M 97M"];
+    let reads = [&reads[..], &["read -P 2 150M 64k", "read -P 0 151M 1M"]].concat();
+
+    cluster.ok(&["snapshot", "delete", "w", "much"]);
+    wait_for("the layers are merged", Duration::from_secs(20), || (layers(&cluster, "w") == 2).then_some(()));
+    qemu_io(&disk, &reads);
+    let gone = &(&before | &made) - &layer_names(&cluster);
+    assert_eq!(gone.len(), 1);
+    assert!(made.is_superset(&gone), "that of 'little' is gone, and what was that of 'much' is 'little' now");
+    cluster.kill_node("o");
+    cluster.restart_node("o");
+    qemu_io(&disk, &reads);
+    cluster.ok(&["snapshot", "revert", "w", "little"]);
+    qemu_io(&disk, &["read -P 2 1M 64k", "read -P 0 2M 64k", "read -P 1 3M 97M", "read -P 2 150M 64k"]);
+    cluster.ok(&["snapshot", "delete", "w", "little"]);
+    qemu_io(&disk, &["read -P 2 1M 64k", "write -P 4 0 64k", "flush"]);
+    cluster.kill_node("o");
+    cluster.restart_node("o");
+    assert_eq!(layers(&cluster, "w"), 2, "100 MiB are not copied for the sake of one layer less");
+    qemu_io(&disk, &["read -P 4 0 64k", "read -P 1 64k 960k", "read -P 2 1M 64k"]);
+    cluster.ok(&["destroy", "w"]);
+    assert_eq!(layer_names(&cluster).len(), 1, "that of 'v'");
 }
 
 #[test]

@@ -129,7 +129,7 @@ fn clone_one(
     all.read_ms.push(millis());
     site.wait_settled("b", "disk:1", SETTLE_TIME_MAX)?;
     all.settled_ms.push(millis());
-    site.wait_merged("b", "w", SETTLE_TIME_MAX)?;
+    site.wait_at_rest("b", SETTLE_TIME_MAX)?;
     all.wire.push((site.sent_bytes("a")? - sent) as f64 / written);
     all.stored.push((site.layer_bytes("b")? - stored) as f64 / written);
     Ok(())

@@ -145,11 +145,13 @@ impl<'a> Site<'a> {
         })
     }
 
-    /// Waits until a VM's disk has but one layer, so that nothing is stored twice.
-    pub(super) fn wait_merged(&self, node: &str, vm: &str, limit: Duration) -> Outcome {
-        let mut api = self.api(node)?;
-        let path = format!("/v1/vms/{vm}");
-        wait_for("a single layer", limit, || (api.get(&path).ok()?["layers"] == 1).then_some(()))
+    /// Waits until a node's layers take as much room as half a second before, so that none is being merged.
+    pub(super) fn wait_at_rest(&self, node: &str, limit: Duration) -> Outcome {
+        wait_for("layers at rest", limit, || {
+            let before = self.layer_bytes(node).ok()?;
+            std::thread::sleep(Duration::from_millis(500));
+            (self.layer_bytes(node).ok()? == before).then_some(())
+        })
     }
 
     /// Ends the guests of all nodes, in the hardest way.
