@@ -39,16 +39,23 @@ impl Overlay {
     pub async fn pull(&self, range: Range<u64>) -> Result<u64, DiskError> {
         self.check(range.start, range.end - range.start)?;
         let mut pulled = 0;
-        let mut at = range.start / BLOCK * BLOCK;
-        while at < range.end {
-            let end = self.geometry.size_bytes().min(range.end.next_multiple_of(BLOCK)).min(at + PIECE_BYTES);
-            let (place, len) = self.run(at, end - at);
-            if place == Place::Base {
-                pulled += self.pull_piece(at..at + len).await?;
-            }
-            at += len;
+        for (_, piece) in self.pieces(range).filter(|(place, _)| *place == Place::Base) {
+            pulled += self.pull_piece(piece).await?;
         }
         Ok(pulled)
+    }
+
+    /// All blocks that `range` touches, in pieces that each lie in one place, as far as is known when it is its turn.
+    fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Place, Range<u64>)> {
+        let end = self.geometry.size_bytes().min(range.end.next_multiple_of(BLOCK));
+        let mut at = range.start / BLOCK * BLOCK;
+        std::iter::from_fn(move || {
+            let left = end.checked_sub(at).filter(|left| *left > 0)?;
+            let (place, len) = self.run(at, left.min(PIECE_BYTES));
+            let piece = at..at + len;
+            at = piece.end;
+            Some((place, piece))
+        })
     }
 
     /// Takes over what `upper` holds itself of `range`, which then reads the same here. `upper` must be frozen, durable
@@ -57,18 +64,13 @@ impl Overlay {
     pub async fn absorb(&self, upper: &Overlay, range: Range<u64>) -> Result<u64, DiskError> {
         self.check(range.start, range.end - range.start)?;
         let mut absorbed = 0;
-        let mut at = range.start / BLOCK * BLOCK;
-        while at < range.end {
-            let end = self.geometry.size_bytes().min(range.end.next_multiple_of(BLOCK)).min(at + PIECE_BYTES);
-            let (place, len) = upper.run(at, end - at);
-            if place == Place::Own {
-                let claim = Arc::new(self.claims.claim(touched(at, len)).await);
-                let mut bytes = vec![0; len as usize];
-                upper.read_run(place, at, &mut bytes).await?;
-                self.keep(&claim, at / BLOCK, &bytes).await?;
-                absorbed += len;
-            }
-            at += len;
+        for (place, piece) in upper.pieces(range).filter(|(place, _)| *place == Place::Own) {
+            let len = piece.end - piece.start;
+            let claim = Arc::new(self.claims.claim(touched(piece.start, len)).await);
+            let mut bytes = vec![0; len as usize];
+            upper.read_run(place, piece.start, &mut bytes).await?;
+            self.keep(&claim, piece.start / BLOCK, &bytes).await?;
+            absorbed += len;
         }
         Ok(absorbed)
     }

@@ -24,7 +24,7 @@ use super::node::Node;
 use super::routes::to_the_end;
 use super::snapshots::Quiesce;
 use super::unused::Stay;
-use super::vms::NewVm;
+use super::vms::{NewVm, blocking};
 use crate::api::compute::{CloneVm, CommitVm, NodeImage, Vm};
 use crate::http::ApiError;
 
@@ -226,14 +226,14 @@ impl Node {
             self.images.let_stay(from, Stay::UntilSettled).map_err(ApiError::internal)?;
         }
         let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), Arc::clone(to));
-        let made = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             let size_bytes = from.root.size_bytes();
             let landing =
                 layers.make(LayerId::draw(), Below::Carried { image: from, base: to }, size_bytes)?;
             landing.overlay().set_frozen();
-            Ok::<_, String>(landing)
-        });
-        made.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+            Ok(landing)
+        })
+        .await
     }
 }
 

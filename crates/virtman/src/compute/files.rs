@@ -16,7 +16,8 @@
 //! ```
 //!
 //! Crash: a record is written to a file of its own, synced and renamed, so that it is old or new and
-//! never torn. Only that of a new layer, which nothing names yet, is written in its place. A directory whose name begins with `.` is unfinished and swept away at the next start.
+//! never torn. Only that of a new layer, which nothing names yet, is written in its place. A directory whose
+//! name begins with `.` is unfinished and swept away at the next start.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -193,15 +194,10 @@ fn set_private(dir: &Path) -> io::Result<()> {
 
 /// Writes a record so that it is there whole, or not at all, whatever happens.
 pub(crate) fn write_record<T: Serialize>(path: &Path, record: &T) -> io::Result<()> {
-    new_record(path, record)?.put_durably()
+    start_record(path, record)?.sync()?.put_durably()
 }
 
-/// Writes a record that is still to be put at `path`.
-pub(crate) fn new_record<T: Serialize>(path: &Path, record: &T) -> io::Result<NewFile> {
-    start_record(path, record)?.sync()
-}
-
-/// The same without waiting until it is durable.
+/// Begins to write a record that is still to be put at `path`.
 pub(crate) fn start_record<T: Serialize>(path: &Path, record: &T) -> io::Result<UnsyncedFile> {
     NewFile::start(path, &to_json(record)?, Secrecy::Secret)
 }

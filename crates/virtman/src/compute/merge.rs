@@ -38,15 +38,17 @@ pub(super) async fn run(vms: &Vms) {
             continue;
         };
         let (lower, upper, way) = (merge.lower.id(), merge.upper.id(), merge.way);
-        let named = vms.snapshot_that_is(upper);
         let merged = match way {
             Way::Up => merge_up(vms, &merge).await,
-            // One that is being copied, or from which an image was derived: that may last.
-            Way::Down if !layers.is_held_by(upper, usize::from(named.is_some())) => {
-                failed.insert(lower, Instant::now());
-                continue;
+            Way::Down => {
+                let named = vms.snapshot_that_is(upper);
+                // One that is being copied, or from which an image was derived: that may last.
+                if !layers.is_held_by(upper, usize::from(named.is_some())) {
+                    failed.insert(lower, Instant::now());
+                    continue;
+                }
+                merge_down(vms, &merge, named).await
             }
-            Way::Down => merge_down(vms, &merge, named).await,
         };
         match merged {
             Ok((Stands::Gone, _)) => {}

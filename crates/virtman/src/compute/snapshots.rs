@@ -15,7 +15,7 @@ use block::{SnapshotName, VmName};
 
 use super::entry::{Entry, Record, Snapshot};
 use super::layers::{Below, DEPTH_MAX, Layer, LayerId};
-use super::vms::{Vms, write_record};
+use super::vms::{Vms, blocking};
 use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
 use crate::api::now_unix_ms;
 use crate::http::ApiError;
@@ -120,8 +120,7 @@ impl Vms {
         size_bytes: u64,
     ) -> Result<Arc<Layer>, ApiError> {
         let layers = Arc::clone(&self.layers);
-        let made = tokio::task::spawn_blocking(move || layers.make(id, below, size_bytes));
-        made.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+        blocking(move || layers.make(id, below, size_bytes)).await
     }
 
     /// Freezes what is on top, writes `record` and lets the top that this names take the changes, a new layer on
@@ -138,7 +137,7 @@ impl Vms {
         let next = self.make_above(record.top, below, record.size_bytes).await?;
         let prepared = async {
             let new =
-                write_record(move || unsynced.sync().map_err(|e| format!("cannot write a VM's record: {e}")));
+                blocking(move || unsynced.sync().map_err(|e| format!("cannot write a VM's record: {e}")));
             Ok((new.await?, quiesced(entry, quiesce).await?))
         };
         let (new, quiet) = match prepared.await {
@@ -150,21 +149,18 @@ impl Vms {
         };
         let disk = entry.disk.inner();
         let put = async {
-            write_record(move || new.put().map_err(|e| format!("cannot replace a VM's record: {e}"))).await?;
+            blocking(move || new.put().map_err(|e| format!("cannot replace a VM's record: {e}"))).await?;
             Ok::<_, ApiError>(Arc::clone(next.overlay()))
         };
         let frozen = disk.freeze(put).await;
-        let was_put = frozen.is_ok();
-        if was_put {
-            entry.become_known(record, Arc::clone(&next));
+        match frozen {
+            Ok(_) => entry.become_known(record, next),
+            Err(_) => self.layers.release(next.id()),
         }
         if let Some(quiet) = quiet
             && let Err(error) = quiet.thaw(QUIESCE_TIMEOUT).await
         {
             tracing::error!(vm = %entry.name(), %error, "a guest that was quiesced does not go on");
-        }
-        if !was_put {
-            self.layers.release(next.id());
         }
         let pause = frozen?.pause;
         // If this fails, the hold on the old top is left to nobody: the old record may come back and name it.
@@ -193,10 +189,7 @@ impl Vms {
         }
         let (record, old) = (entry.record(), entry.top());
         let layer = find(&record, snapshot)?.layer;
-        let layers = Arc::clone(&self.layers);
-        let opened = tokio::task::spawn_blocking(move || layers.open_frozen(layer));
-        let layer =
-            opened.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
+        let layer = self.open_frozen(layer).await?;
         // Whoever has the disk open must see that it is another: its connection ends.
         entry.close_export();
         let changed = Record { top: LayerId::draw(), ..record };
@@ -237,9 +230,7 @@ impl Vms {
         record.snapshots.retain(|known| known.layer != layer);
         self.save(&record).await?;
         entry.become_known(record, entry.top());
-        let layers = Arc::clone(&self.layers);
-        let released = tokio::task::spawn_blocking(move || layers.release(layer));
-        released.await.map_err(|e| ApiError::internal(e.to_string()))
+        self.give_up_hold(layer).await
     }
 
     /// The VM of which a snapshot is this layer.
@@ -269,7 +260,7 @@ impl Vms {
         snapshot.layer = new;
         let unsynced = self.start_record(&record).await?;
         self.layers.hold(new);
-        let put = write_record(move || {
+        let put = blocking(move || {
             unsynced
                 .sync()
                 .and_then(NewFile::put_durably)
@@ -278,9 +269,7 @@ impl Vms {
         // If this fails, both layers are held for as long as this daemon runs, since either may be named.
         put.await?;
         entry.become_known(record, entry.top());
-        let layers = Arc::clone(&self.layers);
-        let released = tokio::task::spawn_blocking(move || layers.release(old));
-        released.await.map_err(|e| ApiError::internal(e.to_string()))
+        self.give_up_hold(old).await
     }
 
     /// The snapshots of a VM, from old to new.
@@ -305,8 +294,7 @@ impl Vms {
 
     async fn open_frozen(&self, layer: LayerId) -> Result<Arc<Layer>, ApiError> {
         let layers = Arc::clone(&self.layers);
-        let opened = tokio::task::spawn_blocking(move || layers.open_frozen(layer));
-        opened.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+        blocking(move || layers.open_frozen(layer)).await
     }
 
     /// The layer that a snapshot is, which the caller holds, and the record of its VM.
@@ -339,11 +327,21 @@ impl Vms {
         opened
     }
 
+    /// Gives up one hold on a layer.
+    async fn give_up_hold(&self, layer: LayerId) -> Result<(), ApiError> {
+        let layers = Arc::clone(&self.layers);
+        blocking(move || {
+            layers.release(layer);
+            Ok(())
+        })
+        .await
+    }
+
     /// Gives up a layer that the caller holds.
     pub(super) async fn release(&self, layer: Arc<Layer>) {
-        let (layers, id) = (Arc::clone(&self.layers), layer.id());
+        let id = layer.id();
         drop(layer);
-        if let Err(error) = tokio::task::spawn_blocking(move || layers.release(id)).await {
+        if let Err(error) = self.give_up_hold(id).await {
             tracing::warn!(%error, "a layer was not given up");
         }
     }

@@ -509,7 +509,7 @@ impl Vms {
     /// Writes what is to be remembered of a VM.
     pub(super) async fn save(&self, record: &Record) -> Result<(), ApiError> {
         let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
-        write_record(move || {
+        blocking(move || {
             files::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
         })
         .await
@@ -518,7 +518,7 @@ impl Vms {
     /// Begins to write what is to be remembered of a VM once it is put in its place.
     pub(super) async fn start_record(&self, record: &Record) -> Result<UnsyncedFile, ApiError> {
         let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
-        write_record(move || {
+        blocking(move || {
             files::start_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
         })
         .await
@@ -544,12 +544,12 @@ impl Vms {
     }
 }
 
-/// Runs what writes a record, off the threads that must not wait.
-pub(super) async fn write_record<T: Send + 'static>(
-    write: impl FnOnce() -> Result<T, String> + Send + 'static,
+/// Runs what blocks its thread on one that may wait.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let written = tokio::task::spawn_blocking(write);
-    written.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
+    let done = tokio::task::spawn_blocking(work);
+    done.await.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)
 }
 
 /// Writes the NoCloud seed disk from which the guest learns who it is.

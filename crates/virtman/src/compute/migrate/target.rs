@@ -17,6 +17,7 @@ use super::super::entry::{Entry, Member, Record, watch};
 use super::super::files;
 use super::super::layers::{Below, LayerId};
 use super::super::node::Node;
+use super::super::vms::blocking;
 use super::wire::{self, Cargo};
 use crate::api::compute::{ExpectVm, HandOver, MovingState, Vm};
 use crate::http::{ApiError, OnConnection, Peer};
@@ -276,11 +277,11 @@ impl Node {
             None => (Below::Image(Arc::clone(&own)), None),
         };
         let (layers, size_bytes) = (Arc::clone(&self.vms.layers), request.size_bytes);
-        let made = tokio::task::spawn_blocking(move || layers.make(LayerId::draw(), below, size_bytes)).await;
+        let made = blocking(move || layers.make(LayerId::draw(), below, size_bytes)).await;
         if let Some(landing) = landing {
             self.vms.release(landing).await;
         }
-        let top = made.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
+        let top = made?;
         Ok(Record {
             name: name.clone(),
             image: request.image.clone(),
@@ -308,8 +309,7 @@ impl Node {
         save(&dir, &from, Phase::Arriving, &record)?;
         let layers = Arc::clone(&self.vms.layers);
         let top = record.top;
-        let top = tokio::task::spawn_blocking(move || layers.open_top(top)).await;
-        let top = top.map_err(|e| ApiError::internal(e.to_string()))?.map_err(ApiError::internal)?;
+        let top = blocking(move || layers.open_top(top)).await?;
         let entry =
             Entry::open(record, &dir, top, &self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
         let qemu = match (&request.live, &request.start) {
