@@ -232,6 +232,7 @@ impl Child {
     fn have(&mut self, id: RequestId, payload: Payload) {
         let Some(request) = self.answered(id) else { return };
         if request.state == State::Cancelled {
+            self.session.tally.add(|s| &s.chunks_in_vain, 1);
             return;
         }
         let Some(chunk) = verified(request.chunk, payload) else {
@@ -240,8 +241,6 @@ impl Child {
             self.events.push_back(ChildEvent::Liar { image: request.image, chunk: request.chunk });
             return;
         };
-        self.session.tally.add(|s| &s.chunks_received, 1);
-        self.session.tally.add(|s| &s.raw_bytes_received, chunk.bytes().len());
         self.events.push_back(ChildEvent::Arrived { id, chunk });
     }
 

@@ -21,8 +21,10 @@ macro_rules! stats {
 stats! {
     /// Chunks sent to children.
     chunks_sent,
-    /// Verified chunks that came from parents.
+    /// Verified chunks that came from parents and were taken by those who wanted them.
     chunks_received,
+    /// Chunks that came from parents when nobody wanted them any more.
+    chunks_in_vain,
     /// Bytes of the chunks sent, unpacked.
     raw_bytes_sent,
     /// Bytes of the chunks received, unpacked.

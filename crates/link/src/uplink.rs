@@ -32,6 +32,9 @@ use crate::wire::{LackReason, RequestId};
 /// What a parent answered.
 pub(crate) type Answer = Result<Chunk, LackReason>;
 
+/// Whom the answers go to.
+type Replies = HashMap<RequestId, oneshot::Sender<Answer>>;
+
 /// The connection to one parent. See the module's documentation.
 pub(crate) struct Uplink {
     parent: ParentAddr,
@@ -53,8 +56,8 @@ impl Uplink {
     pub(crate) fn spawn(uplinks: &Arc<Uplinks>, parent: ParentAddr, circuit: Circuit) -> Uplink {
         let paths = uplinks.paths().clone();
         let path = paths.lock().add(circuit);
-        let desk = Arc::new(Desk::new());
         let tally = Tally::under(&uplinks.total);
+        let desk = Arc::new(Desk::new(tally.clone()));
         let task = Task {
             // Weak, because the table that owns this uplink must be able to end while it lives.
             uplinks: Arc::downgrade(uplinks),
@@ -132,15 +135,25 @@ impl Future for Asked {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Answer>> {
         let answer = std::task::ready!(Pin::new(&mut self.answer).poll(context));
         self.answered = Answered::Yes;
+        if let Ok(Ok(chunk)) = &answer {
+            self.desk.tally.add(|s| &s.chunks_received, 1);
+            self.desk.tally.add(|s| &s.raw_bytes_received, chunk.bytes().len());
+        }
         Poll::Ready(answer.ok())
     }
 }
 
 impl Drop for Asked {
     fn drop(&mut self) {
-        if self.answered == Answered::No {
-            self.desk.withdraw(self.id, self.image, self.chunk);
+        if self.answered == Answered::Yes {
+            return;
         }
+        // From here on an answer is not taken any more, and whoever sends it counts it.
+        self.answer.close();
+        if let Ok(Ok(_)) = self.answer.try_recv() {
+            self.desk.tally.add(|s| &s.chunks_in_vain, 1);
+        }
+        self.desk.withdraw(self.id, self.image, self.chunk);
     }
 }
 
@@ -156,6 +169,7 @@ struct Want {
 struct Desk {
     state: Mutex<DeskState>,
     changed: Notify,
+    tally: Tally,
 }
 
 struct DeskState {
@@ -194,7 +208,7 @@ enum Needed {
 }
 
 impl Desk {
-    fn new() -> Desk {
+    fn new(tally: Tally) -> Desk {
         let state = DeskState {
             open: Open::Yes,
             needed: Needed::No,
@@ -202,7 +216,7 @@ impl Desk {
             wants: VecDeque::new(),
             withdrawn: Withdrawn::default(),
         };
-        Desk { state: Mutex::new(state), changed: Notify::new() }
+        Desk { state: Mutex::new(state), changed: Notify::new(), tally }
     }
 
     /// The state stays whole whatever a holder of the lock does: each change is one call.
@@ -344,7 +358,7 @@ impl Task {
     async fn drive(&mut self, stream: Box<dyn Stream>) {
         let mut child =
             Child::new(&self.node, self.parent.node.clone(), self.tally.clone(), self.clock.now());
-        let mut replies = HashMap::new();
+        let mut replies = Replies::new();
         let (mut reading, mut writing) = stream::halves(stream);
         let mut lie = None;
         loop {
@@ -353,8 +367,8 @@ impl Task {
             while let Some(event) = child.poll_event() {
                 match event {
                     ChildEvent::Ready => self.greeted(),
-                    ChildEvent::Arrived { id, chunk } => reply(&mut replies, id, Ok(chunk)),
-                    ChildEvent::Lacking { id, reason } => reply(&mut replies, id, Err(reason)),
+                    ChildEvent::Arrived { id, chunk } => self.reply(&mut replies, id, Ok(chunk)),
+                    ChildEvent::Lacking { id, reason } => self.reply(&mut replies, id, Err(reason)),
                     ChildEvent::Liar { image, chunk } => lie = Some((image, chunk)),
                     ChildEvent::Closed(closed) => {
                         match lie {
@@ -397,7 +411,7 @@ impl Task {
     }
 
     /// Takes what is on the desk.
-    fn take_in(&self, child: &mut Child, replies: &mut HashMap<RequestId, oneshot::Sender<Answer>>) {
+    fn take_in(&self, child: &mut Child, replies: &mut Replies) {
         let (wants, withdrawn) = {
             let mut state = self.desk.state();
             (std::mem::take(&mut state.wants), std::mem::take(&mut state.withdrawn))
@@ -418,11 +432,13 @@ impl Task {
             replies.remove(&id);
         }
     }
-}
 
-fn reply(replies: &mut HashMap<RequestId, oneshot::Sender<Answer>>, id: RequestId, answer: Answer) {
-    if let Some(reply) = replies.remove(&id) {
+    fn reply(&self, replies: &mut Replies, id: RequestId, answer: Answer) {
         // Whoever asked may have gone meanwhile.
-        let _ = reply.send(answer);
+        if let Some(reply) = replies.remove(&id)
+            && let Err(Ok(_)) = reply.send(answer)
+        {
+            self.tally.add(|s| &s.chunks_in_vain, 1);
+        }
     }
 }

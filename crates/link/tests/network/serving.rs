@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::limits::CHUNK_BYTES;
 use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority};
@@ -15,6 +15,7 @@ use link::{
 };
 use tokio::io::{AsyncWriteExt, duplex};
 use tokio::sync::{OnceCell, mpsc};
+use tokio::time::timeout;
 
 use crate::harness::{
     AtHand, GUEST, Joining, Listener, Memory, Mood, Net, Node, One, addr, chunk, count, image, name,
@@ -59,6 +60,31 @@ async fn dropping_a_fetch_withdraws_it_from_the_parent_and_from_nobody_else() {
     assert_eq!(kept.await.unwrap().unwrap(), chunk(0));
     assert_eq!(node.counter(|s| &s.cancels_sent), 1);
     assert_eq!(node.counter(|s| &s.chunks_received), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_a_parent_sent_was_taken_or_came_in_vain() {
+    let net = Arc::new(Net::default());
+    let sent = net.listen("origin", Memory::new(Mood::Gives));
+    let node = Node::new(&net, "child", &["origin"]);
+    for round in 0..2000 {
+        let fetches: Vec<_> = (0..10).map(|n| node.start((round + n) % 100)).collect();
+        // The readers go at any moment between asking and having their chunks.
+        let moment = Instant::now() + Duration::from_micros(u64::from(round));
+        while Instant::now() < moment {
+            tokio::task::yield_now().await;
+        }
+        fetches.iter().for_each(|fetch| fetch.abort());
+    }
+    let counts = || [node.counter(|s| &s.chunks_received), node.counter(|s| &s.chunks_in_vain)];
+    let is_settled = async {
+        while counts().iter().sum::<u64>() != count(&sent, |s| &s.chunks_sent) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let settled = timeout(Duration::from_secs(30), is_settled).await;
+    assert!(settled.is_ok(), "{:?} of {} that were sent", counts(), count(&sent, |s| &s.chunks_sent));
+    assert!(counts().iter().all(|&count| count > 0), "{:?}", counts());
 }
 
 #[tokio::test(start_paused = true)]

@@ -399,8 +399,11 @@ pub(crate) enum MediumState {
 /// Links in numbers, since the daemon started.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
 pub(crate) struct LinkStatus {
-    /// Chunks that came from parents.
+    /// Chunks that came from parents and were wanted.
     pub(crate) received_chunks: u64,
+    /// Chunks that came when nobody wanted them any more: another parent was faster, or whoever asked had gone.
+    #[serde(default)]
+    pub(crate) vain_chunks: u64,
     /// Their bytes on the wire.
     pub(crate) received_wire_bytes: u64,
     /// Chunks that went to children.

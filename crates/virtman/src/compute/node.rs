@@ -464,6 +464,7 @@ impl Node {
         let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
         LinkStatus {
             received_chunks: get(&self.links.chunks_received),
+            vain_chunks: get(&self.links.chunks_in_vain),
             received_wire_bytes: get(&self.links.wire_bytes_received),
             sent_chunks: get(&self.links.chunks_sent),
             sent_wire_bytes: get(&self.links.wire_bytes_sent),

@@ -197,17 +197,16 @@ fn assert_vms(report: &Value, guests: &[(&str, &str)]) {
     }
 }
 
-/// Checks that all that ever came over a link is in the cache: then nothing came twice that was not asked twice.
+/// Checks that all that was ever fetched over a link is in the cache, and hardly anything came in vain.
 fn assert_each_chunk_was_fetched_once(cluster: &Cluster, node: &str) {
     let status = cluster.node_status(node);
     let cache = &status["cache"];
     assert!(cache["resident_chunks"].as_u64().unwrap() > 0, "{node}: {status}");
     assert_eq!(cache["fetched_chunks"], cache["resident_chunks"], "{node}: {status}");
-    // A request that is late is asked again, and then both answers may come.
-    let count = |value: &Value| value.as_u64().unwrap();
-    let (links, resident) = (&status["links"], count(&cache["resident_chunks"]));
-    let most = resident + count(&links["hedges"]) + count(&links["failovers"]);
-    assert!((resident..=most).contains(&count(&links["received_chunks"])), "{node}: {status}");
+    assert_eq!(status["links"]["received_chunks"], cache["resident_chunks"], "{node}: {status}");
+    // A child that waits too long on a busy machine asks another, and what it asked for here may be on its way.
+    let [vain, resident] = [&status["links"]["vain_chunks"], &cache["resident_chunks"]].map(Value::as_u64);
+    assert!(vain.unwrap() * 10 <= resident.unwrap(), "{node}: {status}");
     for lost in ["evicted_chunks", "dropped_chunks", "unstored_chunks"] {
         assert_eq!(cache[lost], 0, "{node}: {status}");
     }
