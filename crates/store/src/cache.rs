@@ -25,6 +25,7 @@ mod set;
 mod shard;
 mod slot;
 mod source;
+mod sums;
 mod table;
 mod writer;
 
@@ -44,6 +45,7 @@ use self::set::{MediumSet, SlotId};
 use self::shard::{Index, Reserved, Shard};
 use self::slot::{Seen, Stage};
 use self::source::{Cached, Reader};
+use self::sums::Sums;
 use self::writer::{Store, Writer};
 use crate::Media;
 
@@ -315,23 +317,28 @@ impl CacheGroup {
         id: SlotId,
         mut seen: Seen,
     ) -> Option<Chunk> {
+        let (shard, slot) = (self.shard(&hash), medium.slot(id));
         let was_ready = seen.stage() == Stage::Ready;
-        match medium.read(id, &mut seen).await {
+        match medium.read(id).await {
             Err(error) => medium.note_error(&error),
             Ok(bytes) => match Chunk::verify(hash, bytes.into()) {
                 Ok(chunk) => {
-                    let seen = medium.slot(id).mark_ready(seen);
-                    self.note_hit(self.shard(&hash), medium, id, seen);
+                    if !was_ready {
+                        let sums = Sums::of(chunk.bytes());
+                        let _nobody_fills_it = shard.lock();
+                        seen = slot.mark_ready(seen, &sums);
+                    }
+                    self.note_hit(shard, medium, id, seen);
                     return Some(chunk);
                 }
                 // What was there at the start may be wrong in an honest way; see the format's page on crashes.
-                Err(_) if was_ready && medium.slot(id).is_still(seen) => medium.note_wrong_chunk(),
+                Err(_) if was_ready && slot.is_still(seen) => medium.note_wrong_chunk(),
                 Err(_) => {}
             },
         }
-        let mut index = self.shard(&hash).lock();
+        let mut index = shard.lock();
         // A slot is emptied before its number can mean another's.
-        if medium.slot(id).is_still(seen) {
+        if slot.is_still(seen) {
             index.drop_chunk(id);
             add(&self.counters.dropped, 1);
         }
@@ -360,7 +367,7 @@ impl CacheGroup {
         let shard = self.shard(&hash);
         let written = if medium.is_usable() { medium.write(*id, chunk) } else { Ok(()) };
         let is_entered = match written {
-            Ok(()) => shard.enter(medium, *id, &hash),
+            Ok(()) => shard.enter(medium, *id, &hash, &Sums::of(chunk.bytes())),
             Err(error) => {
                 medium.note_error(&error);
                 let mut index = shard.lock();
@@ -374,7 +381,7 @@ impl CacheGroup {
         }
     }
 
-    /// Copies from the slot, if it holds the chunk, verified, and its bytes are in memory.
+    /// Copies from the slot, if it holds the chunk, verified, and its bytes are in memory and still the same.
     fn copy_now(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> Now {
         let media = self.media.load();
         let Some((medium, slot)) = media.get(id) else { return Now::Wait };
@@ -382,11 +389,12 @@ impl CacheGroup {
         if seen.stage() != Stage::Ready || !medium.is_usable() {
             return Now::Wait;
         }
-        match medium.read_now(id, offset, buf) {
+        match medium.copy_now(id, offset, buf) {
             Ok(Now::Done) if slot.is_still(seen) && medium.is_usable() => {
                 self.note_hit(shard, medium, id, seen);
                 Now::Done
             }
+            // A chunk of which a part is wrong is found to be so by whoever reads it as a whole now.
             Ok(_) => Now::Wait,
             Err(error) => {
                 medium.note_error(&error);

@@ -15,6 +15,7 @@ use link::{
 };
 use tokio::io::{AsyncWriteExt, duplex};
 use tokio::sync::{OnceCell, mpsc};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::harness::{
@@ -74,7 +75,7 @@ async fn what_a_parent_sent_was_taken_or_came_in_vain() {
         while Instant::now() < moment {
             tokio::task::yield_now().await;
         }
-        fetches.iter().for_each(|fetch| fetch.abort());
+        fetches.iter().for_each(JoinHandle::abort);
     }
     let counts = || [node.counter(|s| &s.chunks_received), node.counter(|s| &s.chunks_in_vain)];
     let is_settled = async {

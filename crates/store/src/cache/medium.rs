@@ -8,13 +8,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block::limits::CHUNK_BYTES;
+use block::limits::{BLOCK_BYTES, CHUNK_BYTES};
 use block::{Chunk, ChunkHash, Now};
 use tokio::sync::watch;
 
 use super::health::Health;
 use super::set::SlotId;
-use super::slot::{Seen, Slot};
+use super::slot::Slot;
 use super::writer::Queue;
 use super::{CacheError, SLOTS_PER_MEDIUM_MAX};
 use crate::{Media, asyncio};
@@ -201,20 +201,48 @@ impl Medium {
         self.layout.slots_offset + u64::from(index) * CHUNK
     }
 
-    /// Copies from a slot at `offset` if its bytes are in memory.
-    pub(super) fn read_now(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<Now> {
+    fn read_now(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<Now> {
         self.media.read_at_now(self.slot_offset(id.index()) + offset as u64, buf)
     }
 
-    /// Reads a whole slot. What has to come from the device may have rotted there, so the slot is not ready
-    /// again, and nobody takes a part of it, before the whole was verified; `seen` follows that. What the blocking pool
-    /// reads holds the medium, also if nobody waits for it any more.
-    pub(super) async fn read(self: &Arc<Self>, id: SlotId, seen: &mut Seen) -> io::Result<Vec<u8>> {
+    /// Copies from the chunk in a slot that is ready, at `offset`, if its bytes are in memory and are what they were when
+    /// the chunk was verified. That is not known of bytes in the page cache: another reader, or the kernel ahead of one,
+    /// may have brought them from the device a moment ago. So each block is compared with its checksum.
+    pub(super) fn copy_now(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<Now> {
+        let slot = self.slot(id);
+        let read = |block: usize, piece: &mut [u8]| -> io::Result<bool> {
+            let is_read = self.read_now(id, block * BLOCK_BYTES, piece)? == Now::Done;
+            Ok(is_read && slot.has_blocks(block, piece))
+        };
+        let mut done = 0;
+        while done < buf.len() {
+            let (block, within) = ((offset + done) / BLOCK_BYTES, (offset + done) % BLOCK_BYTES);
+            let rest = &mut buf[done..];
+            let whole = rest.len() / BLOCK_BYTES * BLOCK_BYTES;
+            let (is_read, len) = if within == 0 && whole > 0 {
+                (read(block, &mut rest[..whole])?, whole)
+            } else {
+                // The edge of a range that begins or ends within a block.
+                let mut bytes = [0; BLOCK_BYTES];
+                let (is_read, len) = (read(block, &mut bytes)?, rest.len().min(BLOCK_BYTES - within));
+                rest[..len].copy_from_slice(&bytes[within..within + len]);
+                (is_read, len)
+            };
+            if !is_read {
+                return Ok(Now::Wait);
+            }
+            done += len;
+        }
+        Ok(Now::Done)
+    }
+
+    /// Reads a whole slot, to be verified. What the blocking pool reads holds the medium, also if nobody waits for it any
+    /// more.
+    pub(super) async fn read(self: &Arc<Self>, id: SlotId) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; CHUNK_BYTES];
         if self.read_now(id, 0, &mut bytes)? == Now::Done {
             return Ok(bytes);
         }
-        *seen = self.slot(id).doubt(*seen);
         let medium = Arc::clone(self);
         asyncio::blocking(move || {
             medium.media.read_at(medium.slot_offset(id.index()), &mut bytes)?;

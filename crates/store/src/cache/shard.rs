@@ -18,7 +18,7 @@ use block::ChunkHash;
 use super::flight::Flight;
 use super::medium::Medium;
 use super::set::{MediumSet, SlotId};
-use super::slot::Stage;
+use super::sums::Sums;
 use super::table::Table;
 
 /// Probation's share of the slots is one in this many.
@@ -88,7 +88,7 @@ impl Shard {
     }
 
     /// Enters a chunk that a slot now holds; `false` if its medium is not used any more.
-    pub(super) fn enter(&self, medium: &Medium, id: SlotId, hash: &ChunkHash) -> bool {
+    pub(super) fn enter(&self, medium: &Medium, id: SlotId, hash: &ChunkHash, sums: &Sums) -> bool {
         let mut index = self.lock();
         index.flights.remove(hash);
         if !medium.is_usable() {
@@ -96,7 +96,7 @@ impl Shard {
             return false;
         }
         let epoch = index.arrive(self);
-        index.link(id, hash, Stage::Ready, epoch);
+        index.link(id, hash, Some(sums), epoch);
         if index.forget_ghost(hash.prefix()) {
             index.main.push_back(id);
         } else {
@@ -145,7 +145,7 @@ impl Index {
             return false;
         }
         self.capacity += 1;
-        self.link(id, hash, Stage::Unverified, 0);
+        self.link(id, hash, None, 0);
         // In which order they came is not known; they have all stood the test of time.
         self.main.push_back(id);
         true
@@ -209,9 +209,9 @@ impl Index {
     }
 
     /// Enters a chunk under the slot that holds it.
-    fn link(&mut self, id: SlotId, hash: &ChunkHash, stage: Stage, epoch: u8) {
+    fn link(&mut self, id: SlotId, hash: &ChunkHash, sums: Option<&Sums>, epoch: u8) {
         let media = &self.media;
-        media.slot(id).fill(hash, stage, epoch);
+        media.slot(id).fill(hash, sums, epoch);
         media.medium(id).count_filled();
         self.table.insert(hash.prefix(), id, |id| media.slot(id).prefix());
     }

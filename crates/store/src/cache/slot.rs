@@ -1,22 +1,24 @@
-//! One place for a chunk, as it is known in memory: 40 bytes that are read without a lock.
+//! One place for a chunk, as it is known in memory: 104 bytes that are read without a lock.
 //!
 //! A slot works as a seqlock. Who fills it holds its shard's lock while it empties the slot, which
 //! begins a new generation; who reads it looks at the state before and after, and takes the bytes only
 //! if both are the same generation of the wanted chunk. Only the use count may change in between.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use block::ChunkHash;
+use block::limits::BLOCK_BYTES;
+
+use super::sums::{BLOCKS, Sums, sum_of};
 
 /// What a slot holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
     /// Nothing, or something that is just being written.
     Empty,
-    /// What the directory said at the start, or what is just being read from the device; to be verified as a whole before
-    /// it is used.
+    /// What the directory said at the start; to be verified as a whole before it is used.
     Unverified,
-    /// A chunk that was verified, and of which nothing had to be read from the device since.
+    /// A chunk that was verified. The checksums of its blocks are known, so that parts of it can be read.
     Ready,
 }
 
@@ -68,6 +70,8 @@ pub(super) struct Slot {
     /// Generation, stage, uses and the epoch of the last counted use.
     state: AtomicU64,
     hash: [AtomicU64; 4],
+    /// Of a chunk that is ready.
+    sums: [AtomicU32; BLOCKS],
 }
 
 fn words(hash: &ChunkHash) -> [u64; 4] {
@@ -111,30 +115,44 @@ impl Slot {
         fence(Ordering::Release);
     }
 
-    /// Names the chunk that the empty slot now holds. Under the shard's lock.
-    pub(super) fn fill(&self, hash: &ChunkHash, stage: Stage, epoch: u8) {
+    /// Names the chunk that the empty slot now holds, ready if its checksums are known. Under the shard's lock.
+    pub(super) fn fill(&self, hash: &ChunkHash, sums: Option<&Sums>, epoch: u8) {
         for (own, word) in self.hash.iter().zip(words(hash)) {
             own.store(word, Ordering::Relaxed);
         }
+        let stage = match sums {
+            Some(sums) => {
+                self.set_sums(sums);
+                Stage::Ready
+            }
+            None => Stage::Unverified,
+        };
         let generation = self.state.load(Ordering::Relaxed) & GENERATION;
         let state = generation | stage_bits(stage) | u64::from(epoch) << EPOCH_SHIFT;
         self.state.store(state, Ordering::Release);
     }
 
-    /// Notes that the chunk was verified, unless the slot was filled anew since `seen`. Returns what is seen if it was
-    /// not.
-    pub(super) fn mark_ready(&self, seen: Seen) -> Seen {
-        self.set_stage(seen, Stage::Ready)
+    fn set_sums(&self, sums: &Sums) {
+        for (own, sum) in self.sums.iter().zip(sums.0) {
+            own.store(sum, Ordering::Relaxed);
+        }
     }
 
-    /// Notes that the chunk has to be verified again; otherwise like [`Slot::mark_ready`].
-    pub(super) fn doubt(&self, seen: Seen) -> Seen {
-        self.set_stage(seen, Stage::Unverified)
+    /// Whether these whole blocks, from the chunk's block `first` on, are as they were when the chunk was verified. Only
+    /// for one that is ready, and to be believed only if the slot [is still](Slot::is_still) what it was before.
+    pub(super) fn has_blocks(&self, first: usize, bytes: &[u8]) -> bool {
+        let mut blocks = bytes.chunks(BLOCK_BYTES).zip(&self.sums[first..]);
+        blocks.all(|(block, sum)| sum_of(block) == sum.load(Ordering::Relaxed))
     }
 
-    fn set_stage(&self, seen: Seen, stage: Stage) -> Seen {
-        let changed = |state| state & !STAGE | stage_bits(stage);
-        self.update(seen, changed);
+    /// Notes that the chunk was verified, unless it is not what it was at `seen`. Returns what is seen if it is. Under
+    /// the shard's lock, so that nobody fills the slot meanwhile.
+    pub(super) fn mark_ready(&self, seen: Seen, sums: &Sums) -> Seen {
+        let changed = |state| state & !STAGE | stage_bits(Stage::Ready);
+        if self.is_still(seen) {
+            self.set_sums(sums);
+            self.update(seen, changed);
+        }
         Seen(changed(seen.0))
     }
 
@@ -169,22 +187,29 @@ impl Slot {
 
 #[cfg(test)]
 mod tests {
+    use block::limits::CHUNK_BYTES;
+
     use super::*;
 
     fn hash(byte: u8) -> ChunkHash {
         ChunkHash::from_bytes([byte; 32])
     }
 
+    /// The checksums of a chunk of such bytes.
+    fn sums(byte: u8) -> Sums {
+        Sums::of(&[byte; CHUNK_BYTES])
+    }
+
     #[test]
     fn a_slot_that_was_filled_anew_is_noticed_even_with_the_same_chunk() {
         let slot = Slot::default();
-        slot.fill(&hash(1), Stage::Ready, 0);
+        slot.fill(&hash(1), Some(&sums(1)), 0);
         let seen = slot.see_chunk(&hash(1)).unwrap();
         slot.count_use(seen, 1);
         assert!(slot.is_still(seen), "a use changes nothing");
         slot.empty();
         assert!(!slot.is_still(seen));
-        slot.fill(&hash(1), Stage::Ready, 0);
+        slot.fill(&hash(1), Some(&sums(1)), 0);
         assert!(!slot.is_still(seen));
         slot.count_use(seen, 2);
         assert_eq!(slot.uses(), 0, "a use of what is gone does not count");
@@ -192,26 +217,39 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_in_doubt_is_ready_again_for_whoever_verified_it() {
+    fn a_chunk_that_was_verified_is_ready_and_not_if_it_is_another_by_then() {
         let slot = Slot::default();
-        slot.fill(&hash(1), Stage::Ready, 0);
+        slot.fill(&hash(1), None, 0);
         let before = slot.see();
-        let (one, other) = (slot.doubt(before), slot.doubt(before));
-        assert!(!slot.is_still(before), "who read a part meanwhile does not trust it");
-        assert!(slot.is_still(one) && slot.is_still(other));
-        slot.mark_ready(one);
+        assert_eq!(before.stage(), Stage::Unverified);
+        assert!(slot.is_still(slot.mark_ready(before, &sums(1))));
         assert_eq!(slot.see().stage(), Stage::Ready);
         slot.empty();
-        slot.fill(&hash(2), Stage::Ready, 0);
-        let late = slot.doubt(before);
-        assert!(!slot.is_still(late), "it was filled anew");
-        assert_eq!(slot.see().stage(), Stage::Ready);
+        slot.fill(&hash(2), None, 0);
+        let late = slot.mark_ready(before, &sums(1));
+        assert!(!slot.is_still(late));
+        assert_eq!(slot.see().stage(), Stage::Unverified);
+        slot.mark_ready(slot.see(), &sums(2));
+        assert!(slot.has_blocks(0, &[2; CHUNK_BYTES]), "it has its own checksums");
+    }
+
+    #[test]
+    fn a_part_is_compared_block_by_block() {
+        let slot = Slot::default();
+        let mut bytes: Vec<u8> = (0..CHUNK_BYTES).map(|at| (at / 1000) as u8).collect();
+        slot.fill(&hash(1), Some(&Sums::of(&bytes)), 0);
+        let of = |first: usize, count: usize| first * BLOCK_BYTES..(first + count) * BLOCK_BYTES;
+        assert!(slot.has_blocks(0, &bytes) && slot.has_blocks(15, &bytes[of(15, 1)]));
+        assert!(slot.has_blocks(3, &bytes[of(3, 4)]));
+        assert!(!slot.has_blocks(4, &bytes[of(3, 4)]), "at another's place");
+        bytes[5 * BLOCK_BYTES] ^= 0x80;
+        assert!(!slot.has_blocks(3, &bytes[of(3, 4)]) && slot.has_blocks(6, &bytes[of(6, 10)]));
     }
 
     #[test]
     fn uses_count_once_per_epoch_up_to_the_bound() {
         let slot = Slot::default();
-        slot.fill(&hash(1), Stage::Ready, 0);
+        slot.fill(&hash(1), Some(&sums(1)), 0);
         for _ in 0..10 {
             slot.count_use(slot.see(), 0);
         }
@@ -225,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_takes_forty_bytes() {
-        assert_eq!(size_of::<Slot>(), 40);
+    fn a_slot_takes_104_bytes() {
+        assert_eq!(size_of::<Slot>(), 104);
     }
 }

@@ -115,7 +115,7 @@ fn survive_fifty_kills_snapshots_clones_merges_and_a_lying_cache() {
 
     let boot = begin_boot(&cluster);
     File::options().write(true).open(&cut).unwrap().set_len(0).unwrap();
-    spoil(&spoilt);
+    overwrite(&spoilt);
     boot.finish(BOOT_LIMIT);
     // What a boot reads may lie on either of them alone.
     let cache = cluster.node_status(NODE)["cache"].clone();
@@ -129,22 +129,25 @@ fn survive_fifty_kills_snapshots_clones_merges_and_a_lying_cache() {
 fn survive_a_medium_that_lies_or_is_cut_short_gives_no_wrong_byte() {
     let mut cluster = Cluster::start();
     cluster.add_node("o", &[]);
-    let medium = cluster.path("medium");
-    cluster.add_node(NODE, &["--cache", &format!("{}={CACHE_MIB}M", medium.display())]);
     let source = cluster.path("source");
     make_raw(&source, 48, 5);
-    cluster.share(&["o", NODE], "disk:1", &source);
-    let volume = cluster.volume(NODE, "disk+1");
-    for _ in 0..2 {
+    cluster.share(&["o"], "disk:1", &source);
+    for (node, spoil) in [("n", overwrite as fn(&Path)), ("m", punch)] {
+        let medium = cluster.path(&format!("medium-{node}"));
+        cluster.add_node(node, &["--cache", &format!("{}={CACHE_MIB}M", medium.display())]);
+        cluster.ok(&["--node", node, "image", "attach", "disk:1"]);
+        let volume = cluster.volume(node, "disk+1");
+        for _ in 0..2 {
+            assert_same(&volume, &source);
+        }
+        spoil(&medium);
+        assert_same(&volume, &source);
+        let cache = cluster.node_status(node)["cache"].clone();
+        assert!(cache["dropped_chunks"].as_u64().unwrap() > 0, "{cache}");
+        // Most chunks have been fetched anew if the medium was not given up.
+        File::options().write(true).open(&medium).unwrap().set_len(0).unwrap();
         assert_same(&volume, &source);
     }
-    spoil(&medium);
-    assert_same(&volume, &source);
-    let cache = cluster.node_status(NODE)["cache"].clone();
-    assert!(cache["dropped_chunks"].as_u64().unwrap() > 0, "{cache}");
-    // Most chunks have been fetched anew if the medium was not given up.
-    File::options().write(true).open(&medium).unwrap().set_len(0).unwrap();
-    assert_same(&volume, &source);
 }
 
 /// What happens to the guest's disk and daemon.
@@ -304,9 +307,14 @@ fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
-/// Overwrites a cache medium on its device: past the page cache, which is the daemon's memory.
-fn spoil(medium: &Path) {
+/// Overwrites a cache medium, in the page cache too.
+fn overwrite(medium: &Path) {
     let (to, count) = (format!("of={}", medium.display()), format!("count={CACHE_MIB}"));
-    let how = ["if=/dev/urandom", &to, &count, "bs=1M", "oflag=direct", "conv=notrunc", "status=none"];
-    tool("coreutils", "dd", &how);
+    tool("coreutils", "dd", &["if=/dev/urandom", &to, &count, "bs=1M", "conv=notrunc", "status=none"]);
+}
+
+/// Makes a hole of all that a cache medium holds.
+fn punch(medium: &Path) {
+    let length = format!("{CACHE_MIB}MiB");
+    tool("util-linux", "fallocate", &["--punch-hole", "--length", &length, medium.to_str().unwrap()]);
 }

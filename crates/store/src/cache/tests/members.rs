@@ -287,6 +287,39 @@ async fn what_comes_from_the_device_is_read_by_nobody_before_it_is_verified() {
 }
 
 #[tokio::test]
+async fn bytes_that_changed_in_memory_reach_nobody_who_reads_a_part_either() {
+    for seed in 0..40 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let media = Arc::new(MemoryMedia::new(3 * CHUNK));
+        let group = CacheGroup::from_media(vec![("changed".to_owned(), media.clone() as _)]).unwrap();
+        let origin = Origin::open(2);
+        let source = group.over(origin.clone());
+        fetch_all(&source, 0..2).await;
+        group.settled().await;
+        for changes in 1..10 {
+            let damaged = random.random_range(CHUNK..3 * CHUNK);
+            let mut byte = [0];
+            media.read_at(damaged, &mut byte).unwrap();
+            media.write_at(damaged, &[byte[0] ^ 1 << random.random_range(0..8)]).unwrap();
+            for _ in 0..20 {
+                let number = random.random_range(0..2);
+                let from = random.random_range(0..CHUNK_BYTES);
+                let len = random.random_range(1..=CHUNK_BYTES - from).min(random.random_range(1..20_000));
+                let mut buf = vec![0xee; len];
+                match source.read_now(&hash(number), &SlotHint::default(), from, &mut buf) {
+                    Now::Done => assert_eq!(buf, chunk(number).bytes()[from..from + len], "seed {seed}"),
+                    Now::Wait => {}
+                }
+            }
+            fetch_all(&source, 0..2).await;
+            group.settled().await;
+            assert_eq!(group.media()[0].failures, changes, "seed {seed}");
+            assert_eq!(origin.asked().len() as u32, 2 + changes, "seed {seed}: one chunk was fetched again");
+        }
+    }
+}
+
+#[tokio::test]
 async fn the_last_medium_that_works_stays_and_one_that_failed_can_go() {
     let media = [medium(40, 1), medium(40, 2)];
     let origin = Origin::open(40);
