@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use block::Disk;
 
@@ -51,11 +52,19 @@ fn remove_if_there(path: &Path) -> Result<(), OverlayError> {
     }
 }
 
+/// How long an overlay that somebody just closed may seem to be in use: a child of this process has what this process
+/// had open until it has become another program.
+const CLOSING_TIME_MAX: Duration = Duration::from_secs(1);
+
 /// Takes the overlay in `dir` for ourselves: its data file, locked.
 fn lock_data(dir: &Path, data: FileMedia) -> Result<FileMedia, OverlayError> {
     let path = data_path(dir);
-    if let Err(InUse) = data.lock().map_err(io_error(&path))? {
-        return Err(OverlayError::InUse(dir.to_owned()));
+    let began = Instant::now();
+    while let Err(InUse) = data.lock().map_err(io_error(&path))? {
+        if began.elapsed() > CLOSING_TIME_MAX {
+            return Err(OverlayError::InUse(dir.to_owned()));
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
     // Between opening and locking, another may have removed the file and even created the next.
     let ours = data.metadata().map_err(io_error(&path))?;

@@ -2,6 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use block::limits::DISK_BYTES_MAX;
 
@@ -49,6 +52,23 @@ fn an_overlay_is_open_once_and_created_once() {
     Overlay::remove(&dir).unwrap();
     assert!(!dir.exists());
     create(&dir);
+}
+
+#[test]
+fn who_opens_an_overlay_that_is_just_being_closed_waits_for_that() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("disk");
+    let disk = create(&dir);
+    let (begin, began) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            began.recv().unwrap();
+            thread::sleep(Duration::from_millis(100));
+            drop(disk);
+        });
+        begin.send(()).unwrap();
+        Overlay::open(&dir, base()).unwrap();
+    });
 }
 
 #[tokio::test]
