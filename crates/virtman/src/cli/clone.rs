@@ -104,10 +104,12 @@ pub(super) async fn clone(context: &Context, args: &CloneArgs) -> Outcome {
         .map_err(|e| Failure::new(format!("cannot name what is cloned: {e}")))?;
     let body = CommitVm { image: image.clone(), quiesce: args.quiesce, passing: true };
     let carried = commit_on(&source, &vm.name, &body).await?;
-    // A disk that is still as its image needs no other to carry it.
-    let is_changed = carried.names.contains(&image);
+    // A disk that is still as its image needs no other to carry it. One that was carried here itself a moment ago, and
+    // not changed since, goes on as it came.
+    let is_changed = carried.id != vm.image_id;
+    let came_as = carried.names.iter().find(|name| **name == image).or(carried.names.first());
     let create = CreateVm {
-        image: if is_changed { image } else { vm.image.clone() },
+        image: came_as.filter(|_| is_changed).unwrap_or(&vm.image).clone(),
         size_bytes: Some(vm.size_bytes),
         iscsi: None,
         settle_on: is_changed.then(|| vm.image.clone()),

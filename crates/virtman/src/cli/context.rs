@@ -211,15 +211,20 @@ impl Context {
         Ok(all)
     }
 
-    /// Where a VM is. With the same name on several nodes, `--node` has to say which is meant.
+    /// Where a VM is. With the same name on several nodes, `--node` has to say which is meant. A node that does not
+    /// answer matters only if no other has the VM.
     pub(super) async fn find_vm(&self, name: &VmName) -> Outcome<(NodeClient, Vm)> {
         let mut found: Vec<(NodeClient, Vm)> = Vec::new();
+        let mut silent = None;
         for node in self.nodes().await? {
             match node.client.get::<Vm>(&format!("/v1/vms/{name}")).await {
                 Ok(vm) => found.push((node, vm)),
                 Err(ClientError::Refused(refusal)) if refusal.code == "no_such_vm" => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => silent = Some(error),
             }
+        }
+        if let Some(error) = silent.filter(|_| found.is_empty()) {
+            return Err(error.into());
         }
         if found.len() > 1 {
             let nodes: Vec<String> = found.iter().map(|(_, vm)| vm.node.to_string()).collect();

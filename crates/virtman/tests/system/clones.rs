@@ -3,10 +3,12 @@
 use std::fs;
 use std::time::Duration;
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
+use crate::tools::{assert_same, make_raw, qemu_io, tool, wait_for};
 
 const MIB: usize = 48;
 
@@ -43,6 +45,31 @@ fn wait_settled(cluster: &Cluster, nodes: &[&str]) {
         };
         nodes.iter().all(only_own).then_some(())
     });
+}
+
+#[test]
+fn a_clone_of_a_clone_that_has_yet_to_get_all_of_its_own_has_all_of_it() {
+    let mut cluster = cluster();
+    let noise = cluster.path("noise");
+    fs::write(&noise, noise_of(MIB << 20)).unwrap();
+    tool("libnbd-bin", "nbdcopy", &[noise.to_str().unwrap(), &cluster.disk("v", "v")]);
+    cluster.ok(&["clone", "v", "--to", "b", "--name", "c"]);
+    cluster.kill_node("v");
+    cluster.ok(&["clone", "c", "--to", "a", "--name", "d"]);
+    cluster.restart_node("v");
+    cluster.wait_up("v");
+    for (name, node) in [("c", "b"), ("d", "a")] {
+        assert_same(&cluster.disk(node, name), &noise);
+        assert_eq!(vm(&cluster, name)["image"], "disk:1");
+    }
+    wait_settled(&cluster, &["a", "b"]);
+}
+
+/// Bytes of which no two chunks are the same.
+fn noise_of(len: usize) -> Vec<u8> {
+    let mut noise = vec![0; len];
+    StdRng::seed_from_u64(12).fill(&mut noise[..]);
+    noise
 }
 
 #[test]
