@@ -498,9 +498,12 @@ pub(crate) struct HandOver {
     /// That image's id.
     #[schema(value_type = String)]
     pub(crate) image_id: ImageId,
-    /// The image that carries what it wrote, if it wrote anything.
-    #[schema(value_type = Option<String>)]
-    pub(crate) carried: Option<ImageName>,
+    /// Its snapshots, older ones before those that stand on them.
+    #[serde(default)]
+    pub(crate) snapshots: Vec<HandOverSnapshot>,
+    /// What it wrote.
+    #[serde(flatten)]
+    pub(crate) state: HandOverState,
     /// Size of its disk.
     pub(crate) size_bytes: u64,
     /// When it was created.
@@ -511,6 +514,33 @@ pub(crate) struct HandOver {
     pub(crate) start: Option<StartVm>,
     /// What its guest runs on, if it runs.
     pub(crate) live: Option<LiveGuest>,
+}
+
+/// A state of a disk that a node brings to another.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandOverState {
+    /// The image that carries what was written, if anything was.
+    #[schema(value_type = Option<String>)]
+    pub(crate) carried: Option<ImageName>,
+    /// The snapshot that it was written after, if there is one.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub(crate) on: Option<SnapshotName>,
+}
+
+/// A snapshot of a disk that a node brings to another.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HandOverSnapshot {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub(crate) name: SnapshotName,
+    /// When it was taken.
+    pub(crate) created_unix_ms: u64,
+    /// Whether the guest had its file systems frozen.
+    pub(crate) quiesced: bool,
+    /// What was written before.
+    #[serde(flatten)]
+    pub(crate) state: HandOverState,
 }
 
 /// What a running guest runs on.

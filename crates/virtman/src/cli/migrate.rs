@@ -13,7 +13,7 @@ use crate::units::{ByteSize, show_ms};
 ///
 /// A running guest goes on where it was, after a pause of some hundred milliseconds: its memory is sent while it runs,
 /// and so is what it writes. What it wrote before is there at once and follows in the background; until it has, the
-/// VM needs the node that it came from. Whatever fails, the VM runs on one of the two nodes.
+/// VM needs the node that it came from. Its snapshots move with it. Whatever fails, the VM runs on one of the two nodes.
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArgs {
     /// The VM

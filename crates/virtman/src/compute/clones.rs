@@ -19,11 +19,11 @@ use image::{DeriveRequest, ImportProgress, Novelty, RootPage};
 use tokio::runtime::Handle;
 
 use super::images::Attached;
-use super::layers::{Below, Layer, LayerDisks, LayerId};
+use super::layers::{Below, Layer, LayerDisks, LayerId, Older, Parent};
 use super::node::Node;
 use super::routes::to_the_end;
 use super::snapshots::Quiesce;
-use super::unused::Stay;
+use super::unused::{Held, Stay};
 use super::vms::{NewVm, blocking};
 use crate::api::compute::{CloneVm, CommitVm, NodeImage, Vm};
 use crate::http::ApiError;
@@ -129,10 +129,15 @@ impl Node {
 
     /// The disk is as its image. To carry it elsewhere that is good news.
     fn unchanged(&self, layer: &Arc<Layer>, purpose: Purpose) -> Result<Arc<Attached>, ApiError> {
-        let (_, base) = layer.chain();
+        let (layers, base) = layer.chain();
         if purpose == Purpose::Passing {
             self.vms.layers.release(layer.id());
             return Ok(base);
+        }
+        if layers.last().is_some_and(|lowest| matches!(lowest.below(), Below::Carried { .. })) {
+            let message = "the disk came from another node a moment ago, and not all of it is here yet";
+            return Err(ApiError::conflict("settling", message)
+                .with_hint("try again when 'virtman show' no longer says that it is taken over"));
         }
         let names: Vec<String> = base.names().iter().map(ToString::to_string).collect();
         let message = format!("the disk does not differ from its image, {}", names.join(", "));
@@ -188,6 +193,14 @@ impl Node {
         Ok(attached)
     }
 
+    /// Attaches an image that carries a VM's disk from elsewhere. If this node is or becomes an origin of it, because it
+    /// carries the same elsewhere, the image goes under this name too when nobody uses it any more.
+    pub(super) async fn attach_carried(&self, name: &ImageName) -> Result<Held, ApiError> {
+        let image = self.attach(name).await?;
+        self.images.let_pass(&image, name).map_err(ApiError::internal)?;
+        Ok(image)
+    }
+
     /// Gives a VM a disk on an image that carries another VM's disk here. In the background the difference from that
     /// VM's own image is taken over, and the disk stands on that.
     pub(super) async fn create_settling(
@@ -201,7 +214,7 @@ impl Node {
         let landing = match from.derived() {
             // On the node where the disk is that it was made of, there is nothing to carry.
             Some(derived) => self.vms.hold_frozen(LayerDisks::layer_at(derived.location())).await?,
-            None => self.landing(&from, &to).await?,
+            None => self.landing(&from, &to, None).await?,
         };
         let size_bytes = from.root.size_bytes();
         let new = NewVm { name: name.clone(), image: own.clone(), image_id: to.id, size_bytes };
@@ -210,14 +223,16 @@ impl Node {
         created
     }
 
-    /// The layer on which clones on this node stand, held for the caller.
+    /// The layer that takes over a disk which comes as the image `from`, and is to stand on its image `to`, or `on` an
+    /// older state of the disk. Held for the caller.
     pub(super) async fn landing(
         &self,
         from: &Arc<Attached>,
         to: &Arc<Attached>,
+        on: Option<Older>,
     ) -> Result<Arc<Layer>, ApiError> {
         let _one_at_a_time = self.landing.lock().await;
-        if let Some(landing) = self.vms.layers.carried(from.id, to.id)
+        if let Some(landing) = self.vms.layers.carried(Parent::Carried { image: from.id, base: to.id, on })
             && self.vms.layers.hold(landing.id())
         {
             return Ok(landing);
@@ -228,8 +243,8 @@ impl Node {
         let (layers, from, to) = (Arc::clone(&self.vms.layers), Arc::clone(from), Arc::clone(to));
         blocking(move || {
             let size_bytes = from.root.size_bytes();
-            let landing =
-                layers.make(LayerId::draw(), Below::Carried { image: from, base: to }, size_bytes)?;
+            let below = Below::Carried { image: from, base: to, on };
+            let landing = layers.make(LayerId::draw(), below, size_bytes)?;
             landing.overlay().set_frozen();
             Ok(landing)
         })

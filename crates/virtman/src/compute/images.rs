@@ -522,7 +522,7 @@ impl Images {
         Ok(Upstream::Derived(Arc::new(opened.map_err(|e| e.to_string())?)))
     }
 
-    /// Has a name of an image of this origin removed from the catalog once no other node uses it.
+    /// Has a name of an image removed from the catalog once no other node uses it, if this one is an origin of it.
     pub(crate) fn let_pass(&self, attached: &Attached, name: &ImageName) -> Result<(), String> {
         attached.state().passing.insert(name.clone());
         self.save(attached)

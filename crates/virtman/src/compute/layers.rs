@@ -29,7 +29,7 @@ use tokio::sync::Notify;
 use self::forest::{Damaged, Forest, Known};
 pub(crate) use self::id::LayerId;
 use self::layer::Record;
-pub(crate) use self::layer::{Below, Layer, Parent};
+pub(crate) use self::layer::{Below, Layer, Older, Parent};
 pub(super) use self::merging::{Merge, Settle, Stands, Way};
 use super::files;
 use super::images::{Attached, Images};
@@ -75,7 +75,7 @@ impl Layers {
             forest.insert(*id, Record::clone(record), 0);
         }
         for (id, record) in &records {
-            if let Parent::Layer(parent) = record.parent
+            if let Some(parent) = record.parent.layer()
                 && let Some(parent) = forest.layers.get_mut(&parent)
             {
                 parent.children.insert(*id);
@@ -122,7 +122,7 @@ impl Layers {
     }
 
     fn open_chain(&self, id: LayerId) -> Result<Arc<Layer>, String> {
-        let _one_at_a_time = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.opening();
         let (closed, mut below) = self.first_open(id)?;
         for id in closed.into_iter().rev() {
             if let Below::Layer(parent) = &below {
@@ -154,9 +154,9 @@ impl Layers {
             match known.record.parent {
                 Parent::Layer(parent) => at = parent,
                 Parent::Image(image) => return Ok((closed, Below::Image(self.attached(&image)?))),
-                Parent::Carried { image, base } => {
+                Parent::Carried { image, base, on } => {
                     let (image, base) = (self.attached(&image)?, self.attached(&base)?);
-                    return Ok((closed, Below::Carried { image, base }));
+                    return Ok((closed, Below::Carried { image, base, on }));
                 }
             }
         }
@@ -189,12 +189,14 @@ impl Layers {
         base: Arc<dyn Disk>,
     ) -> Result<Arc<Layer>, String> {
         let record = Record { parent: below.parent(), made_unix_ms: now_unix_ms() };
+        // What is to settle is opened as soon as it is known.
+        let _not_before_it_is_made = record.parent.is_carried().then(|| self.opening());
         self.forest().insert(id, record.clone(), 1);
         let made = self.write(id, &record, size_bytes, base);
         match made {
             Ok(overlay) => {
                 let layer = self.enter(id, overlay, below);
-                if matches!(record.parent, Parent::Carried { .. }) {
+                if record.parent.is_carried() {
                     self.settles.notify_one();
                 }
                 Ok(layer)
@@ -265,15 +267,16 @@ impl Layers {
         let needs = |known: &Known| match known.record.parent {
             Parent::Layer(_) => false,
             Parent::Image(id) => id == *image,
-            Parent::Carried { image: id, base } => id == *image || base == *image,
+            Parent::Carried { image: id, base, on } => {
+                id == *image || base == *image || on.is_some_and(|older| older.image == *image)
+            }
         };
         let forest = self.forest();
         !forest.damaged.is_empty() || forest.layers.values().any(needs)
     }
 
     /// The layer that takes over another VM's disk, if there is one.
-    pub(super) fn carried(&self, image: ImageId, base: ImageId) -> Option<Arc<Layer>> {
-        let parent = Parent::Carried { image, base };
+    pub(super) fn carried(&self, parent: Parent) -> Option<Arc<Layer>> {
         self.forest().layers.values().find(|known| known.record.parent == parent)?.open.upgrade()
     }
 
@@ -295,6 +298,10 @@ impl Layers {
 
     fn layer_dir(&self, id: LayerId) -> PathBuf {
         self.dir.join(id.to_string())
+    }
+
+    fn opening(&self) -> MutexGuard<'_, ()> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn forest(&self) -> MutexGuard<'_, Forest> {

@@ -214,7 +214,7 @@ impl Node {
         if force == Force::No {
             match self.volt.attached_elsewhere(name.as_str()).await {
                 Ok(nodes) if !nodes.is_empty() && attached.names().len() == 1 => {
-                    let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+                    let nodes: Vec<String> = nodes.iter().map(|at| at.node.to_string()).collect();
                     return Err(ApiError::conflict(
                         "image_in_use",
                         format!(
@@ -250,17 +250,18 @@ impl Node {
 
     /// Removes the images that carried VMs' disks to other nodes, once those have them.
     pub(super) async fn remove_passed(&self) {
-        for attached in self.images.all() {
+        for attached in self.images.all().into_iter().filter(|image| image.derived().is_some()) {
             for name in attached.passing() {
                 match self.volt.attached_elsewhere(name.as_str()).await {
-                    // An image that has another name too stays where it is, whoever uses it.
+                    // Other origins have it from elsewhere; and an image that has another name too stays where it is,
+                    // whoever uses it.
                     Ok(nodes)
-                        if (nodes.is_empty() || attached.names().len() > 1)
+                        if (nodes.iter().all(|at| at.role == Role::Origin) || attached.names().len() > 1)
                             && attached.is_older_than(PASSING_MIN) => {}
                     Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
                     Ok(_) | Err(_) => continue,
                 }
-                match self.remove_image(&name, Force::No).await {
+                match self.remove_image(&name, Force::Yes).await {
                     Ok(()) => tracing::info!(image = %name, "nobody needs the image any more"),
                     Err(error) => tracing::info!(image = %name, %error, "an image that is not needed stays"),
                 }
@@ -306,7 +307,10 @@ impl Node {
         if let Some(access) = &request.iscsi {
             self.iscsi.must_fit(&export, access)?;
         }
-        let held = self.attach(&request.image).await?;
+        let held = match &request.settle_on {
+            Some(_) => self.attach_carried(&request.image).await?,
+            None => self.attach(&request.image).await?,
+        };
         let attached = Arc::clone(&held);
         let known = self.vms.get(name).is_ok();
         let vm = match &request.settle_on {

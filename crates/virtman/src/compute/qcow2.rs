@@ -204,7 +204,7 @@ async fn ranges_over_image(layer: &Arc<Layer>) -> Result<Vec<Range<u64>>, ApiErr
     let (layers, _) = layer.chain();
     // Asked before the layers are: what is taken over meanwhile is in one of the two.
     let carried = match layers.last().map(|lowest| lowest.below()) {
-        Some(Below::Carried { image, base }) => {
+        Some(Below::Carried { image, base, .. }) => {
             let differing = difference(&base.volume, &image.volume).await.map_err(|error| {
                 ApiError::unavailable("no_manifest", format!("the disk is still being taken over: {error}"))
                     .with_hint("try again when the node that it comes from can be reached")

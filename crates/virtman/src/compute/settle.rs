@@ -1,8 +1,8 @@
 //! Lets clones stand on their own image, in the background.
 //!
 //! A layer on a derived image takes over the chunks in which that differs from the image that the clones are to
-//! stand on; then it stands on the latter, and the derived image is given up here. Until then whatever is missing is
-//! read from the derived image, by way of the hierarchy.
+//! stand on, or from an older snapshot of the same disk; then it stands on the latter, and the derived image is given
+//! up here. Until then whatever is missing is read from the derived image, by way of the hierarchy.
 //!
 //! Consistency: what the disks read never changes; see [`store::Overlay::pull`]. Retries: for ever, with a pause.
 //! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: it begins anew, and passes over what
@@ -27,8 +27,9 @@ const PIECE_CHUNKS: u64 = 256;
 pub(super) async fn run(node: &Node) {
     loop {
         let changed = node.vms.layers.settles.notified();
-        let Some(settle) = node.vms.layers.next_settle() else {
-            changed.await;
+        let Some(settle) = tokio::task::block_in_place(|| node.vms.layers.next_settle()) else {
+            // Or one could not be opened.
+            let _ = tokio::time::timeout(RETRY_PAUSE, changed).await;
             continue;
         };
         match settle_one(node, &settle).await {
@@ -48,7 +49,7 @@ pub(super) async fn run(node: &Node) {
 
 /// Takes over what differs, unless the layer is removed meanwhile; says how many bytes that were.
 async fn settle_one(node: &Node, settle: &Settle) -> Result<(Stands, u64), String> {
-    let Settle { layer, image, base } = settle;
+    let Settle { layer, image, base, .. } = settle;
     let size_bytes = image.root.size_bytes();
     let mut bytes = 0;
     let mut difference = Difference::new(&base.volume, &image.volume);

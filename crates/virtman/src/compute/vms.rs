@@ -74,7 +74,9 @@ impl Vms {
                 }
                 match files::read_record::<IncomingRecord>(&dir.join(migrate::RECORD)) {
                     Ok(coming) if coming.phase == Phase::Ready => {
-                        self.layers.hold(coming.record.top);
+                        for layer in coming.record.holds() {
+                            self.layers.hold(layer);
+                        }
                         restored.incoming.push(coming);
                     }
                     Ok(_) => {

@@ -22,7 +22,7 @@ use super::images::{Attached, Images};
 use crate::api::profile::{NewProfile, ProfileFile};
 use crate::api::volt::{
     AttachImage, Attachment, DetachImage, ImageRecord, NodeReport, Push, RegisterImage, RegisterNode,
-    Registered,
+    Registered, TreeNode, TreeView,
 };
 use crate::http::{ApiError, Client, ClientError, Target};
 use crate::identity::{Credentials, Principal, Removed, enroll};
@@ -83,10 +83,10 @@ impl VoltLink {
     }
 
     /// The nodes that have an image attached, this one aside.
-    pub(crate) async fn attached_elsewhere(&self, name: &str) -> Result<Vec<NodeName>, ClientError> {
-        let tree: crate::api::volt::TreeView = self.client.get(&format!("/v1/images/{name}/tree")).await?;
-        let nodes = tree.stripes.into_iter().take(1).flatten().map(|at| at.node);
-        Ok(nodes.filter(|node| *node != self.node).collect())
+    pub(crate) async fn attached_elsewhere(&self, name: &str) -> Result<Vec<TreeNode>, ClientError> {
+        let tree: TreeView = self.client.get(&format!("/v1/images/{name}/tree")).await?;
+        let nodes = tree.stripes.into_iter().take(1).flatten();
+        Ok(nodes.filter(|at| at.node != self.node).collect())
     }
 
     /// Whether the catalog has an image of this name.

@@ -1,6 +1,7 @@
 //! VMs that move from node to node, and what happens when one of the nodes dies on the way.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -9,7 +10,7 @@ use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::counting_guest::boot_disk;
 use crate::guests::assert_no_disk_errors;
-use crate::tools::{assert_same, guest_image, make_raw, qemu_io, wait_for};
+use crate::tools::{assert_same, guest_image, make_raw, qemu_io, tool, wait_for};
 
 /// How long what takes a second on an idle machine may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -99,9 +100,7 @@ fn a_disk_without_a_guest_moves_and_can_be_read_at_once() {
     assert_eq!(vm(&cluster, "v")["node"], "b");
     assert!(!cluster.node_dir("a").join("vms/v").exists(), "nothing of it is left");
     assert_same(&cluster.disk("b", "v"), &expected);
-    wait_for("all of it is on b", LIMIT, || {
-        (cluster.json(&["--node", "b", "image", "list"]).as_array().unwrap().len() == 1).then_some(())
-    });
+    wait_passed(&cluster, "b");
     cluster.kill_node("a");
     cluster.kill_node("b");
     cluster.restart_node("b");
@@ -109,6 +108,108 @@ fn a_disk_without_a_guest_moves_and_can_be_read_at_once() {
     cluster.restart_node("a");
     let said = cluster.refused(&["migrate", "v", "--to", "b"]);
     assert!(said.contains("'v' is on node b already"), "{said}");
+}
+
+/// Waits until a node keeps no layer any more.
+fn wait_no_layers(cluster: &Cluster, node: &str) {
+    wait_for(&format!("nothing is left on {node}"), LIMIT, || {
+        fs::read_dir(cluster.node_dir(node).join("layers")).unwrap().next().is_none().then_some(())
+    });
+}
+
+/// Bytes that a node's layers take.
+fn layer_bytes(cluster: &Cluster, node: &str) -> u64 {
+    let layers = fs::read_dir(cluster.node_dir(node).join("layers")).unwrap();
+    let files = layers.flat_map(|layer| fs::read_dir(layer.unwrap().path()).unwrap());
+    files.map(|file| file.unwrap().metadata().unwrap().blocks() * 512).sum()
+}
+
+/// Waits until a node fetches no image but the VM's own: all that came with the VM has settled.
+fn wait_settled(cluster: &Cluster, node: &str) {
+    wait_for("all of it is on the node", LIMIT, || {
+        let images = cluster.json(&["--node", node, "image", "list"]);
+        let fetched = images.as_array().unwrap().iter().filter(|image| image["role"] == "relay");
+        (fetched.count() == 1).then_some(())
+    });
+}
+
+/// Waits until a node has no image but the VM's own: what it carried to others is there.
+fn wait_passed(cluster: &Cluster, node: &str) {
+    wait_for("only the VM's image is on the node", LIMIT, || {
+        (cluster.json(&["--node", node, "image", "list"]).as_array().unwrap().len() == 1).then_some(())
+    });
+}
+
+#[test]
+fn snapshots_move_with_their_vm_and_each_byte_of_them_once() {
+    let mut cluster = Cluster::with_nodes(&["o", "a", "b"]);
+    let source = cluster.path("source");
+    make_raw(&source, 48, 3);
+    cluster.share(&["o", "a", "b"], "disk:1", &source);
+    cluster.ok(&["--node", "a", "create", "v", "--image", "disk:1"]);
+    cluster.ok(&["snapshot", "v", "new"]);
+    // One upon the other, and one beside the last: whoever goes back to a snapshot begins a branch there.
+    let steps = [
+        ("one", "new", "write -P 1 0 16M"),
+        ("two", "one", "write -P 2 16M 8M"),
+        ("three", "two", "write -z 30M 1M"),
+        ("beside", "two", "write -P 3 7000 300k"),
+    ];
+    let mut states = vec![("new", cluster.path("new"))];
+    fs::copy(&source, &states[0].1).unwrap();
+    for (name, after, write) in steps {
+        if states.last().unwrap().0 != after {
+            cluster.ok(&["snapshot", "revert", "v", after]);
+        }
+        qemu_io(&cluster.disk("a", "v"), &[write]);
+        cluster.ok(&["snapshot", "v", name]);
+        let state = cluster.path(name);
+        fs::copy(&states.iter().find(|(known, _)| *known == after).unwrap().1, &state).unwrap();
+        qemu_io(state.to_str().unwrap(), &[write]);
+        states.push((name, state));
+    }
+    let last = cluster.path("last");
+    fs::copy(&states.last().unwrap().1, &last).unwrap();
+    for disk in [cluster.disk("a", "v"), last.to_str().unwrap().to_owned()] {
+        qemu_io(&disk, &["write -P 4 40M 100k"]);
+    }
+    let told = |snapshot: &Value| (snapshot["name"].clone(), snapshot["created_unix_ms"].clone());
+    let list = |cluster: &Cluster| -> Vec<_> {
+        cluster.json(&["snapshot", "list", "v"]).as_array().unwrap().iter().map(told).collect()
+    };
+    let (known, bytes) = (list(&cluster), layer_bytes(&cluster, "a"));
+
+    // There, and on its way back before all of it is there.
+    for to in ["b", "a", "b"] {
+        cluster.ok(&["migrate", "v", "--to", to]);
+        assert_eq!(list(&cluster), known);
+        assert_same(&cluster.disk(to, "v"), &last);
+    }
+    wait_settled(&cluster, "b");
+    cluster.kill_node("a");
+    cluster.kill_node("b");
+    cluster.restart_node("b");
+    cluster.wait_up("b");
+    assert_same(&cluster.disk("b", "v"), &last);
+    cluster.restart_node("a");
+    cluster.wait_up("a");
+    for (name, state) in &states {
+        cluster.ok(&["snapshot", "revert", "v", name]);
+        assert_same(&cluster.disk("b", "v"), state);
+    }
+
+    // What the snapshots have in common comes, and is kept, once.
+    cluster.ok(&["migrate", "v", "--to", "a"]);
+    wait_passed(&cluster, "a");
+    let moved = layer_bytes(&cluster, "a");
+    assert!(moved <= bytes + bytes / 10, "{moved} bytes, and {bytes} before they were moved");
+    for (name, state) in &states {
+        cluster.ok(&["snapshot", "revert", "v", name]);
+        assert_same(&cluster.disk("a", "v"), state);
+        cluster.ok(&["snapshot", "delete", "v", name]);
+    }
+    cluster.ok(&["destroy", "v"]);
+    ["a", "b"].iter().for_each(|node| wait_no_layers(&cluster, node));
 }
 
 /// Steps at which the node dies that a VM leaves, and those at which the one dies that it goes to.
@@ -124,6 +225,7 @@ const TARGET_STEPS: [&str; 5] = ["receiving", "promising", "has promised", "taki
 fn a_vm_is_on_one_node_whichever_dies_at_whatever_step() {
     let mut cluster = cluster();
     boot(&cluster);
+    cluster.ok(&["snapshot", "count-1", "kept"]);
     let steps =
         SOURCE_STEPS.iter().map(|step| (step, true)).chain(TARGET_STEPS.iter().map(|step| (step, false)));
     for (step, source_dies) in steps {
@@ -146,6 +248,7 @@ fn a_vm_is_on_one_node_whichever_dies_at_whatever_step() {
             (vm["state"] == "running" && !left).then(|| node.to_owned())
         });
         counts_on(&cluster, &node);
+        assert_eq!(cluster.json(&["snapshot", "list", "count-1"])[0]["name"], "kept", "{step}");
         let printed = console(&cluster, &node);
         assert!(!printed.contains("lost") && !printed.contains("error"), "{step}: {printed}");
         // Up to the moment at which it is given up in writing it stays; from then on it is the other's.
@@ -201,9 +304,12 @@ fn debian_moves_ten_times_while_it_writes() {
     let boot_id = agent.run("cat /proc/sys/kernel/random/boot_id");
     agent.start(WRITER);
     let mut at = "a";
-    for _ in 0..10 {
+    for round in 0..10 {
         writes_on(&mut agent);
         drop(agent);
+        if round < 2 {
+            cluster.ok(&["snapshot", "d-1", &format!("s{round}"), "--quiesce"]);
+        }
         at = if at == "a" { "b" } else { "a" };
         let moved = cluster.json(&["migrate", "d-1", "--to", at]);
         println!(
@@ -218,9 +324,18 @@ fn debian_moves_ten_times_while_it_writes() {
     // From the disk, not from memory.
     agent.run("sync; echo 3 >/proc/sys/vm/drop_caches; cd /root/noise; for sum in *.sum; do sha256sum -c --quiet $sum || exit 1; done");
     assert_no_disk_errors(&cluster, at, "d-1", &mut agent);
-    let image = cluster.path("disk.raw");
     cluster.ok(&["stop", "d-1"]);
-    crate::tools::tool("libnbd-bin", "nbdcopy", &[&cluster.disk(at, "d-1"), image.to_str().unwrap()]);
+    check_file_system(&cluster, at);
+    for snapshot in ["s0", "s1"] {
+        cluster.ok(&["snapshot", "revert", "d-1", snapshot]);
+        check_file_system(&cluster, at);
+    }
+}
+
+/// Checks the root file system of Debian's disk on a node.
+fn check_file_system(cluster: &Cluster, node: &str) {
+    let image = cluster.path("disk.raw");
+    tool("libnbd-bin", "nbdcopy", &[&cluster.disk(node, "d-1"), image.to_str().unwrap()]);
     let check = format!("{}?offset=68157440", image.display());
-    crate::tools::tool("e2fsprogs", "e2fsck", &["-fn", &check]);
+    tool("e2fsprogs", "e2fsck", &["-fn", &check]);
 }

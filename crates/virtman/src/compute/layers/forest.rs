@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Weak;
 
 use super::LayerId;
-use super::layer::{Layer, Parent, Record};
+use super::layer::{Layer, Record};
 
 #[derive(Default)]
 pub(super) struct Forest {
@@ -33,7 +33,7 @@ pub(super) struct Known {
 
 impl Forest {
     pub(super) fn insert(&mut self, id: LayerId, record: Record, holders: usize) {
-        if let Parent::Layer(parent) = record.parent
+        if let Some(parent) = record.parent.layer()
             && let Some(parent) = self.layers.get_mut(&parent)
         {
             parent.children.insert(id);
@@ -91,8 +91,13 @@ impl Forest {
             return None;
         };
         // One that is to settle does that first.
-        let settles = matches!(known.record.parent, Parent::Carried { .. });
+        let settles = known.record.parent.is_carried() || self.settles(upper);
         (!settles).then_some(*upper)
+    }
+
+    /// Whether a layer has yet to take over another VM's disk.
+    pub(super) fn settles(&self, id: &LayerId) -> bool {
+        self.layers.get(id).is_some_and(|known| known.record.parent.is_carried())
     }
 
     /// Takes out a layer that nobody needs, and those below it that nobody needs without it.
@@ -106,7 +111,7 @@ impl Forest {
             }
             let known = self.layers.remove(&id).expect("it was just looked at");
             unneeded.push(id);
-            if let Parent::Layer(parent) = known.record.parent {
+            if let Some(parent) = known.record.parent.layer() {
                 if let Some(parent) = self.layers.get_mut(&parent) {
                     parent.children.remove(&id);
                 }
@@ -121,6 +126,7 @@ impl Forest {
 mod tests {
     use block::ImageId;
 
+    use super::super::layer::{Older, Parent};
     use super::*;
 
     fn record(parent: Parent) -> Record {
@@ -161,6 +167,29 @@ mod tests {
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[3], ids[4]]), []);
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[3]]), [ids[0], ids[4]]);
         assert_eq!(needed(&[ids[1], ids[2], ids[3], ids[4]]), [ids[0], ids[1], ids[3]]);
+    }
+
+    #[test]
+    fn what_is_to_stand_on_an_older_state_needs_it_and_is_merged_with_it_only_when_it_does() {
+        let mut forest = Forest::default();
+        let ids: Vec<LayerId> = (0..2).map(LayerId).collect();
+        let came_as = ImageId::of_root_page(b"older");
+        let on = Some(Older { layer: ids[0], image: came_as });
+        forest.insert(ids[0], record(image()), 0);
+        let carried = Parent::Carried { image: ImageId::of_root_page(b"newer"), base: came_as, on };
+        forest.insert(ids[1], record(carried), 1);
+        assert!(forest.take_unneeded(ids[0]).is_empty());
+        assert_eq!(forest.needed_beside(&[]).len(), 2);
+        assert_eq!(
+            forest.merges_into(&forest.layers[&ids[0]]),
+            None,
+            "it reads otherwise until it has settled"
+        );
+        forest.layers.get_mut(&ids[1]).unwrap().record = record(Parent::Layer(ids[0]));
+        assert_eq!(forest.merges_into(&forest.layers[&ids[0]]), Some(ids[1]));
+        forest.layers.get_mut(&ids[1]).unwrap().record = record(carried);
+        forest.layers.get_mut(&ids[1]).unwrap().holders = 0;
+        assert_eq!(forest.take_unneeded(ids[1]), [ids[1], ids[0]]);
     }
 
     #[test]

@@ -18,23 +18,41 @@ pub(crate) enum Parent {
     Layer(LayerId),
     /// An image.
     Image(ImageId),
-    /// Another VM's disk, from elsewhere. The layer takes over in what that differs from its base, and is to stand on the
-    /// base then.
+    /// Another VM's disk, from elsewhere. The layer takes over in what that differs from its base, or from the disk that
+    /// it is to be `on`, and is to stand there then.
     Carried {
         /// The image that it comes as.
         image: ImageId,
         /// The image that it was derived from.
         base: ImageId,
+        /// An older state of the same disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        on: Option<Older>,
     },
 }
 
+/// An older state of a disk that comes from elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Older {
+    /// The layer that reads as it.
+    pub(crate) layer: LayerId,
+    /// The image that it came as.
+    pub(crate) image: ImageId,
+}
+
 impl Parent {
-    /// The layer, if it is one.
+    /// The layer that is needed below, if there is one.
     pub(super) fn layer(self) -> Option<LayerId> {
         match self {
             Parent::Layer(id) => Some(id),
-            Parent::Image(_) | Parent::Carried { .. } => None,
+            Parent::Carried { on, .. } => on.map(|older| older.layer),
+            Parent::Image(_) => None,
         }
+    }
+
+    /// Whether the layer on it has yet to take over another VM's disk.
+    pub(super) fn is_carried(self) -> bool {
+        matches!(self, Parent::Carried { .. })
     }
 }
 
@@ -60,7 +78,7 @@ pub(crate) enum Below {
     /// An image.
     Image(Arc<Attached>),
     /// Another VM's disk, from elsewhere; see [`Parent::Carried`].
-    Carried { image: Arc<Attached>, base: Arc<Attached> },
+    Carried { image: Arc<Attached>, base: Arc<Attached>, on: Option<Older> },
 }
 
 impl Below {
@@ -69,7 +87,7 @@ impl Below {
         match self {
             Below::Layer(layer) => Arc::clone(layer) as _,
             Below::Image(image) => Arc::clone(&image.volume) as _,
-            Below::Carried { image, base } => {
+            Below::Carried { image, base, .. } => {
                 Arc::new(Carried::new(Arc::clone(&image.volume), Arc::clone(&base.volume)))
             }
         }
@@ -79,7 +97,7 @@ impl Below {
         match self {
             Below::Layer(layer) => Parent::Layer(layer.id),
             Below::Image(image) => Parent::Image(image.id),
-            Below::Carried { image, base } => Parent::Carried { image: image.id, base: base.id },
+            Below::Carried { image, base, on } => Parent::Carried { image: image.id, base: base.id, on: *on },
         }
     }
 }

@@ -55,7 +55,10 @@ impl Way {
 pub(in crate::compute) struct Settle {
     pub(in crate::compute) layer: Arc<Layer>,
     pub(in crate::compute) image: Arc<Attached>,
+    /// What the image differs from in what is to be taken over.
     pub(in crate::compute) base: Arc<Attached>,
+    /// What the layer is to stand on then, and reads as `base`.
+    stand_on: Below,
 }
 
 /// What became of a layer that was to stand on another.
@@ -76,7 +79,8 @@ impl Layers {
             let (lower, upper) = (known.open.upgrade()?, above.open.upgrade()?);
             let is_open =
                 |id: &LayerId| forest.layers.get(id).is_some_and(|known| known.open.strong_count() > 0);
-            let can_move = above.children.len() <= MOVES_MAX && above.children.iter().all(is_open);
+            let can_move = above.children.len() <= MOVES_MAX
+                && above.children.iter().all(|id| is_open(id) && !forest.settles(id));
             let way = Way::of(&lower.overlay, &upper.overlay, can_move)?;
             Some(Merge { lower, upper, way })
         })
@@ -87,13 +91,29 @@ impl Layers {
         self.forest().layers.get(&id).is_some_and(|known| known.holders == holders)
     }
 
-    /// A layer that takes over another VM's disk.
+    /// A layer that takes over another VM's disk; opened if it is one that nobody has open, as a snapshot's may be.
     pub(in crate::compute) fn next_settle(&self) -> Option<Settle> {
-        self.forest().layers.values().find_map(|known| {
-            let layer = known.open.upgrade()?;
-            let Below::Carried { image, base } = layer.below() else { return None };
-            Some(Settle { layer, image, base })
+        let settling: Vec<LayerId> = {
+            let forest = self.forest();
+            forest.layers.keys().filter(|id| forest.settles(id)).copied().collect()
+        };
+        settling.into_iter().find_map(|id| match self.settle_of(id) {
+            Ok(settle) => settle,
+            Err(reason) => {
+                tracing::debug!(layer = %id, reason, "a layer that is to settle cannot be opened now");
+                None
+            }
         })
+    }
+
+    fn settle_of(&self, id: LayerId) -> Result<Option<Settle>, String> {
+        let layer = self.open_frozen(id)?;
+        let Below::Carried { image, base, on } = layer.below() else { return Ok(None) };
+        let (base, stand_on) = match on {
+            None => (Arc::clone(&base), Below::Image(base)),
+            Some(older) => (self.attached(&older.image)?, Below::Layer(self.open_frozen(older.layer)?)),
+        };
+        Ok(Some(Settle { layer, image, base, stand_on }))
     }
 
     /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed. Refused if
@@ -128,6 +148,9 @@ impl Layers {
             let mut forest = self.forest();
             let Some(known) = forest.layers.get(&upper.id) else { return Ok(Stands::Gone) };
             for id in known.children.clone() {
+                if forest.settles(&id) {
+                    return Err(format!("layer {id} is yet to stand on it"));
+                }
                 let Some(child) = forest.layers.get(&id).and_then(|known| known.open.upgrade()) else {
                     return Err(format!("layer {id} is not open"));
                 };
@@ -143,9 +166,9 @@ impl Layers {
         Ok(Stands::Anew)
     }
 
-    /// Lets a layer that has taken over another VM's disk stand on the image that both have in common.
+    /// Lets a layer that has taken over another VM's disk stand on what both have in common.
     pub(in crate::compute) fn settled(&self, settle: &Settle) -> Result<Stands, String> {
-        let stands = self.stand(&mut self.forest(), &settle.layer, Below::Image(Arc::clone(&settle.base)))?;
+        let stands = self.stand(&mut self.forest(), &settle.layer, settle.stand_on.clone())?;
         self.merges.notify_one();
         Ok(stands)
     }

@@ -2,8 +2,9 @@
 //!
 //! An administrator tells the node that the VM goes to whom to take it from ([`target`]), and then the node that has
 //! it to move it ([`source`]). What the VM wrote is carried as a clone's is, so that the target reads it at once and
-//! has all of it after a while; what is written meanwhile follows in rounds, block by block, and the guest's memory is
-//! QEMU's business ([`wire`] brings both).
+//! has all of it after a while. So is each of its snapshots, of which the target takes over what the one below it has
+//! not. What is written meanwhile follows in rounds, block by block, and the guest's memory is QEMU's business
+//! ([`wire`] brings both).
 //!
 //! Consistency: at each moment the VM belongs to one node. It is the source's until that has written down that it is
 //! the target's, which it does when the target has written down that it has everything. The guest stands still on both

@@ -7,18 +7,20 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{Disk, ImageName, NodeName, VmName};
+use block::{Disk, NodeName, VmName};
 use image::ImportProgress;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::super::clones::{Purpose, passing_name, union};
-use super::super::entry::{Entry, Member, Record};
+use super::super::entry::{Entry, Member, Record, Snapshot};
 use super::super::layers::Layer;
 use super::super::node::Node;
 use super::super::snapshots::Quiesce;
 use super::target::Stream;
 use super::wire::{self, Cargo, Sender};
-use crate::api::compute::{HandOver, LiveGuest, MigrateVm, Migrated, MovingState, Vm};
+use crate::api::compute::{
+    HandOver, HandOverSnapshot, HandOverState, LiveGuest, MigrateVm, Migrated, MovingState, Vm,
+};
 use crate::http::{ApiError, Client, ClientError, Target};
 use crate::identity::Principal;
 use crate::identity::tls::{self, Alpn, Expected};
@@ -62,14 +64,6 @@ impl Node {
                 "same_node",
                 format!("'{name}' is on node {} already", self.name),
             ));
-        }
-        let record = entry.record();
-        if !record.snapshots.is_empty() {
-            let names: Vec<&str> = record.snapshots.iter().map(|known| known.name.as_str()).collect();
-            let message = format!("'{name}' has snapshots, which cannot be moved: {}", names.join(", "));
-            return Err(ApiError::conflict("has_snapshots", message).with_hint(format!(
-                "delete them, or write them to files before: 'virtman snapshot export {name} ...'"
-            )));
         }
         self.must_not_be_exported(name)?;
         let moving = entry
@@ -150,12 +144,14 @@ impl Move<'_> {
 
     async fn carry_out(&self, progress: Arc<ImportProgress>) -> Result<Migrated, ApiError> {
         let guest = self.entry.running();
+        let snapshots = self.carry_snapshots(&progress).await?;
         // All that is above this layer is still to be sent. It is held, so that it is not merged.
         let mut since = self.freeze().await?;
         let done = async {
-            let carried = self.carry(&since, Arc::clone(&progress)).await?;
+            let state = self.carry(&since, Arc::clone(&progress)).await?;
             self.node.reached("carried");
-            self.with_target(guest.as_deref(), carried, &mut since, &progress).await
+            let offer = self.offer(guest.as_deref(), snapshots, state)?;
+            self.with_target(guest.as_deref(), &offer, &mut since, &progress).await
         };
         let done = done.await;
         self.node.vms.release(since).await;
@@ -169,29 +165,49 @@ impl Move<'_> {
         Ok(vms.freeze(self.entry, Quiesce::No, None).await?.layer)
     }
 
+    /// Makes images that carry the snapshots.
+    async fn carry_snapshots(
+        &self,
+        progress: &Arc<ImportProgress>,
+    ) -> Result<Vec<HandOverSnapshot>, ApiError> {
+        let mut carried = Vec::new();
+        for Snapshot { name, created_unix_ms, quiesced, .. } in self.entry.record().snapshots {
+            let (_, frozen) = self.node.vms.hold_snapshot(self.name(), &name).await?;
+            let state = self.carry(&frozen, Arc::clone(progress)).await;
+            self.node.vms.release(frozen).await;
+            carried.push(HandOverSnapshot { name, created_unix_ms, quiesced, state: state? });
+        }
+        Ok(carried)
+    }
+
     /// Makes an image that carries a frozen layer and what is below it, if that differs from the VM's own.
     async fn carry(
         &self,
         frozen: &Arc<Layer>,
         progress: Arc<ImportProgress>,
-    ) -> Result<Option<ImageName>, ApiError> {
-        let name = passing_name("move")?;
+    ) -> Result<HandOverState, ApiError> {
+        let snapshots = self.entry.record().snapshots;
+        let snapshot_of = |layer: &Arc<Layer>| snapshots.iter().find(|known| known.layer == layer.id());
+        let on = frozen.chain().0[1..].iter().find_map(snapshot_of).map(|snapshot| snapshot.name.clone());
         // The image's own.
         self.node.vms.layers.hold(frozen.id());
-        let carried = self.node.make_image(Arc::clone(frozen), &name, Purpose::Passing, progress).await?;
-        Ok((carried.id != self.entry.record().image_id).then_some(name))
+        let name = passing_name("move")?;
+        let image = self.node.make_image(Arc::clone(frozen), &name, Purpose::Passing, progress).await?;
+        // One that came from elsewhere and was not changed since has the name that it came by.
+        let name = image.names().into_iter().find(|known| *known == name).or_else(|| image.names().pop());
+        let carried = name.filter(|_| image.id != self.entry.record().image_id);
+        Ok(HandOverState { carried, on })
     }
 
     async fn with_target(
         &self,
         guest: Option<&Qemu>,
-        carried: Option<ImageName>,
+        offer: &HandOver,
         since: &mut Arc<Layer>,
         progress: &ImportProgress,
     ) -> Result<Migrated, ApiError> {
-        let offer = self.offer(guest, carried)?;
         let path = format!("/v1/incoming/{}", self.name());
-        self.target.post::<()>(&format!("{path}/receive"), &offer).await.map_err(|e| self.refused(e))?;
+        self.target.post::<()>(&format!("{path}/receive"), offer).await.map_err(|e| self.refused(e))?;
         self.node.reached("received");
         let moved = match guest {
             Some(guest) => self.live(guest, since, progress).await,
@@ -206,7 +222,12 @@ impl Move<'_> {
         moved
     }
 
-    fn offer(&self, guest: Option<&Qemu>, carried: Option<ImageName>) -> Result<HandOver, ApiError> {
+    fn offer(
+        &self,
+        guest: Option<&Qemu>,
+        snapshots: Vec<HandOverSnapshot>,
+        state: HandOverState,
+    ) -> Result<HandOver, ApiError> {
         let record = self.entry.record();
         let live = match guest {
             None => None,
@@ -223,7 +244,8 @@ impl Move<'_> {
         Ok(HandOver {
             image: record.image,
             image_id: record.image_id,
-            carried,
+            snapshots,
+            state,
             size_bytes: record.size_bytes,
             created_unix_ms: record.created_unix_ms,
             serial: record.serial,

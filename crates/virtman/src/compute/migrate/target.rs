@@ -7,19 +7,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block::{Disk, NodeName, VmName};
+use block::{Disk, ImageId, NodeName, VmName};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::super::entry::{Entry, Member, Record, watch};
+use super::super::entry::{Entry, Member, Record, Snapshot, watch};
 use super::super::files;
-use super::super::layers::{Below, LayerId};
+use super::super::layers::{Below, Layer, LayerId, Older};
 use super::super::node::Node;
+use super::super::unused::Held;
 use super::super::vms::blocking;
 use super::wire::{self, Cargo};
-use crate::api::compute::{ExpectVm, HandOver, MovingState, Vm};
+use crate::api::compute::{ExpectVm, HandOver, HandOverSnapshot, HandOverState, MovingState, Vm};
 use crate::http::{ApiError, OnConnection, Peer};
 use crate::identity::Principal;
 use crate::vm::{Qemu, RunState};
@@ -46,6 +47,19 @@ pub(crate) struct IncomingVms {
     coming: Mutex<BTreeMap<VmName, Arc<Coming>>>,
     /// Held while a VM is taken over or forgotten.
     deciding: tokio::sync::Mutex<()>,
+}
+
+/// A snapshot that came with its VM.
+struct Landed {
+    snapshot: Snapshot,
+    /// The image that it came as.
+    came_as: ImageId,
+}
+
+/// A layer that takes over a state of a disk.
+struct Landing {
+    layer: Arc<Layer>,
+    came_as: ImageId,
 }
 
 /// An administrator said that a VM may come.
@@ -235,9 +249,9 @@ impl Node {
         })?;
         let _one_at_a_time = self.incoming.deciding.lock().await;
         self.vms.must_be_free(name)?;
-        let record = self.make_incoming(name, &request).await?;
-        let top = record.top;
-        let received = self.open_incoming(from, record, &request).await;
+        let (record, top) = self.make_incoming(name, &request).await?;
+        let held: Vec<LayerId> = record.holds().collect();
+        let received = self.open_incoming(from, record, top, &request).await;
         match received {
             Ok(coming) => {
                 self.incoming.expected().remove(name);
@@ -250,14 +264,18 @@ impl Node {
                 let dir = self.vms.dir(name);
                 end_guest(&dir).await;
                 remove_dir(&dir);
-                self.vms.layers.release(top);
+                self.release_all(held).await;
                 Err(error)
             }
         }
     }
 
-    /// Makes the disk of a VM that is coming; its top is held.
-    async fn make_incoming(&self, name: &VmName, request: &HandOver) -> Result<Record, ApiError> {
+    /// Makes the disk of a VM that is coming; all layers that its record names are held.
+    async fn make_incoming(
+        &self,
+        name: &VmName,
+        request: &HandOver,
+    ) -> Result<(Record, Arc<Layer>), ApiError> {
         let own = self.attach(&request.image).await?;
         if own.id != request.image_id {
             let message = format!(
@@ -268,48 +286,119 @@ impl Node {
             );
             return Err(ApiError::conflict("other_image", message));
         }
-        let (below, landing) = match &request.carried {
-            Some(carried) => {
-                let carried = self.attach(carried).await?;
-                let landing = self.landing(&carried, &own).await?;
-                (Below::Layer(Arc::clone(&landing)), Some(landing))
+        let mut landed = Vec::new();
+        let made = self.make_layers(request, &own, &mut landed).await;
+        let held = |landed: &[Landed]| landed.iter().map(|landed| landed.snapshot.layer).collect();
+        let top = match made {
+            Ok(top) => top,
+            Err(error) => {
+                self.release_all(held(&landed)).await;
+                return Err(error);
             }
-            None => (Below::Image(Arc::clone(&own)), None),
+        };
+        let record = Record {
+            name: name.clone(),
+            image: request.image.clone(),
+            image_id: request.image_id,
+            size_bytes: request.size_bytes,
+            created_unix_ms: request.created_unix_ms,
+            serial: request.serial.clone(),
+            top: top.id(),
+            snapshots: landed.into_iter().map(|landed| landed.snapshot).collect(),
+            start: request.start.clone(),
+            moved_to: None,
+            arrived: false,
+        };
+        Ok((record, top))
+    }
+
+    /// Makes the layers of a disk that is coming: those of its snapshots, which are held, and its top, which is too.
+    async fn make_layers(
+        &self,
+        request: &HandOver,
+        own: &Held,
+        landed: &mut Vec<Landed>,
+    ) -> Result<Arc<Layer>, ApiError> {
+        for HandOverSnapshot { name, created_unix_ms, quiesced, state } in &request.snapshots {
+            let below = self.below_incoming(state, own, landed).await?;
+            let came_as = below.as_ref().map_or(own.id, |landing| landing.came_as);
+            let layer = match below {
+                Some(landing) => landing.layer,
+                None => {
+                    let (layers, own, size_bytes) =
+                        (Arc::clone(&self.vms.layers), Arc::clone(own), request.size_bytes);
+                    blocking(move || {
+                        let layer = layers.make(LayerId::draw(), Below::Image(own), size_bytes)?;
+                        layer.overlay().set_frozen();
+                        Ok(layer)
+                    })
+                    .await?
+                }
+            };
+            let snapshot = Snapshot {
+                name: name.clone(),
+                layer: layer.id(),
+                created_unix_ms: *created_unix_ms,
+                quiesced: *quiesced,
+            };
+            landed.push(Landed { snapshot, came_as });
+        }
+        let landing = self.below_incoming(&request.state, own, landed).await?.map(|landing| landing.layer);
+        let below = match &landing {
+            Some(landing) => Below::Layer(Arc::clone(landing)),
+            None => Below::Image(Arc::clone(own)),
         };
         let (layers, size_bytes) = (Arc::clone(&self.vms.layers), request.size_bytes);
         let made = blocking(move || layers.make(LayerId::draw(), below, size_bytes)).await;
         if let Some(landing) = landing {
             self.vms.release(landing).await;
         }
-        let top = made?;
-        Ok(Record {
-            name: name.clone(),
-            image: request.image.clone(),
-            image_id: request.image_id,
-            size_bytes,
-            created_unix_ms: request.created_unix_ms,
-            serial: request.serial.clone(),
-            top: top.id(),
-            snapshots: Vec::new(),
-            start: request.start.clone(),
-            moved_to: None,
-            arrived: false,
-        })
+        made
+    }
+
+    /// The layer that takes over a state of a disk that is coming, held; [`None`] if that is as its image.
+    async fn below_incoming(
+        &self,
+        state: &HandOverState,
+        own: &Held,
+        landed: &[Landed],
+    ) -> Result<Option<Landing>, ApiError> {
+        let Some(carried) = &state.carried else { return Ok(None) };
+        let on = match &state.on {
+            None => None,
+            Some(name) => {
+                let older = landed.iter().find(|landed| landed.snapshot.name == *name).ok_or_else(|| {
+                    ApiError::bad_request("bad_vm", format!("no snapshot '{name}' comes before"))
+                })?;
+                Some(Older { layer: older.snapshot.layer, image: older.came_as })
+            }
+        };
+        let carried = self.attach_carried(carried).await?;
+        let layer = self.landing(&carried, own, on).await?;
+        Ok(Some(Landing { layer, came_as: carried.id }))
+    }
+
+    /// Gives up layers that nobody names any more, the newest first.
+    async fn release_all(&self, held: Vec<LayerId>) {
+        let layers = Arc::clone(&self.vms.layers);
+        let released =
+            tokio::task::spawn_blocking(move || held.into_iter().rev().for_each(|id| layers.release(id)));
+        if let Err(error) = released.await {
+            tracing::warn!(%error, "layers were not given up");
+        }
     }
 
     async fn open_incoming(
         &self,
         from: Member,
         record: Record,
+        top: Arc<Layer>,
         request: &HandOver,
     ) -> Result<Coming, ApiError> {
         let name = record.name.clone();
         let dir = self.vms.dir(&name);
         fs::create_dir(&dir).map_err(|e| ApiError::internal(format!("{}: {e}", dir.display())))?;
         save(&dir, &from, Phase::Arriving, &record)?;
-        let layers = Arc::clone(&self.vms.layers);
-        let top = record.top;
-        let top = blocking(move || layers.open_top(top)).await?;
         let entry =
             Entry::open(record, &dir, top, &self.vms.disk_socket(&name)).map_err(ApiError::internal)?;
         let qemu = match (&request.live, &request.start) {
@@ -403,10 +492,7 @@ impl Node {
         }
         coming.entry.close_export();
         remove_dir(&self.vms.dir(name));
-        let (layers, top) = (Arc::clone(&self.vms.layers), coming.entry.record().top);
-        if let Err(error) = tokio::task::spawn_blocking(move || layers.release(top)).await {
-            tracing::warn!(%error, "a layer was not given up");
-        }
+        self.release_all(coming.entry.record().holds().collect()).await;
         tracing::info!(vm = %name, from = %coming.from.node, "a VM does not come");
     }
 
