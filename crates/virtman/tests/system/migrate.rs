@@ -110,9 +110,9 @@ fn a_disk_without_a_guest_moves_and_can_be_read_at_once() {
     assert!(said.contains("'v' is on node b already"), "{said}");
 }
 
-/// Waits until a node keeps no layer any more.
+/// Waits until a node keeps no layer any more, as [`wait_passed`] does.
 fn wait_no_layers(cluster: &Cluster, node: &str) {
-    wait_for(&format!("nothing is left on {node}"), LIMIT, || {
+    wait_for(&format!("nothing is left on {node}"), 2 * LIMIT, || {
         fs::read_dir(cluster.node_dir(node).join("layers")).unwrap().next().is_none().then_some(())
     });
 }
@@ -133,9 +133,9 @@ fn wait_settled(cluster: &Cluster, node: &str) {
     });
 }
 
-/// Waits until a node has no image but the VM's own: what it carried to others is there.
+/// Waits until a node has no image but the VM's own: what it carried to others is there. That is seen after half a minute.
 fn wait_passed(cluster: &Cluster, node: &str) {
-    wait_for("only the VM's image is on the node", LIMIT, || {
+    wait_for("only the VM's image is on the node", 2 * LIMIT, || {
         (cluster.json(&["--node", node, "image", "list"]).as_array().unwrap().len() == 1).then_some(())
     });
 }
