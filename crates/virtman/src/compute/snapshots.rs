@@ -341,8 +341,15 @@ impl Vms {
     pub(super) async fn release(&self, layer: Arc<Layer>) {
         let id = layer.id();
         drop(layer);
-        if let Err(error) = self.give_up_hold(id).await {
-            tracing::warn!(%error, "a layer was not given up");
+        self.release_all([id]).await;
+    }
+
+    /// Gives up layers that the caller holds, one after the other.
+    pub(super) async fn release_all(&self, layers: impl IntoIterator<Item = LayerId>) {
+        for id in layers {
+            if let Err(error) = self.give_up_hold(id).await {
+                tracing::warn!(%error, "a layer was not given up");
+            }
         }
     }
 }

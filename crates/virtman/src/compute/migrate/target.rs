@@ -18,7 +18,6 @@ use super::super::files;
 use super::super::layers::{Below, Layer, LayerId, Older};
 use super::super::node::Node;
 use super::super::unused::Held;
-use super::super::vms::blocking;
 use super::wire::{self, Cargo};
 use crate::api::compute::{ExpectVm, HandOver, HandOverSnapshot, HandOverState, MovingState, Vm};
 use crate::http::{ApiError, OnConnection, Peer};
@@ -264,7 +263,7 @@ impl Node {
                 let dir = self.vms.dir(name);
                 end_guest(&dir).await;
                 remove_dir(&dir);
-                self.release_all(held).await;
+                self.vms.release_all(held).await;
                 Err(error)
             }
         }
@@ -288,11 +287,10 @@ impl Node {
         }
         let mut landed = Vec::new();
         let made = self.make_layers(request, &own, &mut landed).await;
-        let held = |landed: &[Landed]| landed.iter().map(|landed| landed.snapshot.layer).collect();
         let top = match made {
             Ok(top) => top,
             Err(error) => {
-                self.release_all(held(&landed)).await;
+                self.vms.release_all(landed.into_iter().map(|landed| landed.snapshot.layer)).await;
                 return Err(error);
             }
         };
@@ -325,14 +323,10 @@ impl Node {
             let layer = match below {
                 Some(landing) => landing.layer,
                 None => {
-                    let (layers, own, size_bytes) =
-                        (Arc::clone(&self.vms.layers), Arc::clone(own), request.size_bytes);
-                    blocking(move || {
-                        let layer = layers.make(LayerId::draw(), Below::Image(own), size_bytes)?;
-                        layer.overlay().set_frozen();
-                        Ok(layer)
-                    })
-                    .await?
+                    let below = Below::Image(Arc::clone(own));
+                    let layer = self.vms.make_above(LayerId::draw(), below, request.size_bytes).await?;
+                    layer.overlay().set_frozen();
+                    layer
                 }
             };
             let snapshot = Snapshot {
@@ -348,8 +342,7 @@ impl Node {
             Some(landing) => Below::Layer(Arc::clone(landing)),
             None => Below::Image(Arc::clone(own)),
         };
-        let (layers, size_bytes) = (Arc::clone(&self.vms.layers), request.size_bytes);
-        let made = blocking(move || layers.make(LayerId::draw(), below, size_bytes)).await;
+        let made = self.vms.make_above(LayerId::draw(), below, request.size_bytes).await;
         if let Some(landing) = landing {
             self.vms.release(landing).await;
         }
@@ -376,16 +369,6 @@ impl Node {
         let carried = self.attach_carried(carried).await?;
         let layer = self.landing(&carried, own, on).await?;
         Ok(Some(Landing { layer, came_as: carried.id }))
-    }
-
-    /// Gives up layers that nobody names any more, the newest first.
-    async fn release_all(&self, held: Vec<LayerId>) {
-        let layers = Arc::clone(&self.vms.layers);
-        let released =
-            tokio::task::spawn_blocking(move || held.into_iter().rev().for_each(|id| layers.release(id)));
-        if let Err(error) = released.await {
-            tracing::warn!(%error, "layers were not given up");
-        }
     }
 
     async fn open_incoming(
@@ -492,7 +475,7 @@ impl Node {
         }
         coming.entry.close_export();
         remove_dir(&self.vms.dir(name));
-        self.release_all(coming.entry.record().holds().collect()).await;
+        self.vms.release_all(coming.entry.record().holds()).await;
         tracing::info!(vm = %name, from = %coming.from.node, "a VM does not come");
     }
 
