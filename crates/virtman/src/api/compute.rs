@@ -197,6 +197,9 @@ pub(crate) struct Vm {
     pub(crate) disk: String,
     /// `disk` (no guest was started), `running` or `stopped`.
     pub(crate) state: VmState,
+    /// Why its guest stands still, if it runs and does though nobody wants it to.
+    #[serde(default)]
+    pub(crate) paused: Option<VmPaused>,
     /// Process id of its hypervisor, if it runs.
     pub(crate) pid: Option<i32>,
     /// UNIX socket of its serial console on its node, if it runs.
@@ -218,6 +221,15 @@ pub(crate) enum VmState {
     Running,
     /// Its hypervisor ended.
     Stopped,
+}
+
+/// A guest that stands still, and goes on once what keeps it is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct VmPaused {
+    /// Since when, as far as its node's daemon knows.
+    pub(crate) since_unix_ms: u64,
+    /// Why.
+    pub(crate) reason: String,
 }
 
 /// Starts a guest on a VM's disk.

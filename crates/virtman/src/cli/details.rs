@@ -38,13 +38,18 @@ fn facts(details: &VmDetails, now: u64) -> Vec<(&'static str, String)> {
         ("name", vm.name.to_string()),
         ("node", vm.node.to_string()),
         ("state", state(vm)),
+    ];
+    if let Some(paused) = &vm.paused {
+        facts.push(("paused", format!("since {}: {}", ago(now, paused.since_unix_ms), paused.reason)));
+    }
+    facts.extend([
         ("created", ago(now, vm.created_unix_ms)),
         ("image", format!("{} ({})", vm.image, vm.image_id.short())),
         ("parents", parents(details)),
         ("disk", format!("{} ({} bytes), serial {}", ByteSize(vm.size_bytes), vm.size_bytes, details.serial)),
         ("own", ByteSize(details.own_bytes).to_string()),
         ("shared", format!("{} with other VMs or images", ByteSize(details.shared_bytes))),
-    ];
+    ]);
     if let Some(carried) = &details.taking_over {
         let names: Vec<String> = carried.names.iter().map(ToString::to_string).collect();
         facts.push((
@@ -78,8 +83,8 @@ fn facts(details: &VmDetails, now: u64) -> Vec<(&'static str, String)> {
 
 fn state(vm: &Vm) -> String {
     match vm.pid {
-        Some(pid) => format!("{}, pid {pid}", show_state(vm.state)),
-        None => show_state(vm.state).to_owned(),
+        Some(pid) => format!("{}, pid {pid}", show_state(vm)),
+        None => show_state(vm).to_owned(),
     }
 }
 

@@ -108,7 +108,7 @@ pub(super) async fn list(context: &Context) -> Outcome {
         table.row([
             vm.name.to_string(),
             vm.node.to_string(),
-            show_state(vm.state).to_owned(),
+            show_state(&vm).to_owned(),
             vm.image.to_string(),
             ByteSize(vm.size_bytes).to_string(),
             ByteSize(vm.private_bytes).to_string(),
@@ -198,8 +198,9 @@ pub(super) async fn all_vms(context: &Context) -> Outcome<Vec<Vm>> {
     Ok(vms)
 }
 
-pub(super) fn show_state(state: VmState) -> &'static str {
-    match state {
+pub(super) fn show_state(vm: &Vm) -> &'static str {
+    match vm.state {
+        VmState::Running if vm.paused.is_some() => "paused",
         VmState::Disk => "disk",
         VmState::Running => "running",
         VmState::Stopped => "stopped",

@@ -13,14 +13,11 @@ use super::files::sync_dir;
 use super::layers::{Layer, LayerId};
 use crate::api::compute::{StartVm, VmReady};
 use crate::http::ApiError;
-use crate::vm::{Qemu, RunState, VmError};
+use crate::vm::Qemu;
 
 /// What must be free on the file system before a guest that waits for room goes on: what it wrote last and some more,
 /// or it would wait again at once.
 const ROOM_BYTES_MIN: u64 = 16 << 20;
-
-/// How long a guest's agent may take to say whether its file systems are frozen.
-const RECOVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is remembered of a VM.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -265,14 +262,14 @@ impl Drop for Moving {
     }
 }
 
-/// Notes that an entry's guest runs, and when it ends. When it waits for room on the file system of `dir`, it is
-/// resumed once there is some.
+/// Notes that an entry's guest runs, and when it ends. Meanwhile it is let go on whenever it stands still for no good
+/// reason; one that waits for room on the file system of `dir`, once there is some.
 pub(super) fn watch(entry: &Arc<Entry>, guest: Arc<Qemu>, dir: PathBuf) {
     *entry.guest() = Guest::Running(Arc::clone(&guest));
     let entry = Arc::downgrade(entry);
     // The task ends with the guest's process, or with the daemon.
     tokio::spawn(async move {
-        guest.resume_when(|| has_room(&dir)).await;
+        guest.supervise(|| has_room(&dir)).await;
         if let Err(error) = guest.exited().await {
             tracing::warn!(vm = %guest.name(), %error, "cannot watch a guest's process");
             return;
@@ -282,27 +279,6 @@ pub(super) fn watch(entry: &Arc<Entry>, guest: Arc<Qemu>, dir: PathBuf) {
             entry.ended(&guest);
         }
     });
-}
-
-/// Puts right what a daemon may have left half-way with a guest when it died.
-pub(super) async fn recover(guest: &Qemu) {
-    if let Err(error) = take_back(guest).await {
-        tracing::warn!(vm = %guest.name(), %error, "cannot look for a migration that was under way");
-    }
-    match guest.thaw_if_frozen(RECOVER_TIMEOUT).await {
-        Ok(Some(_)) => tracing::info!(vm = %guest.name(), "a guest that was left frozen goes on"),
-        Ok(None) => {}
-        Err(error) => tracing::debug!(vm = %guest.name(), %error, "whether the guest is frozen is not known"),
-    }
-}
-
-/// Has a guest go on that was about to be moved; its record says that it was not.
-async fn take_back(guest: &Qemu) -> Result<(), VmError> {
-    guest.cancel_migration().await?;
-    if guest.state().await? == RunState::PostMigrate {
-        guest.resume().await?;
-    }
-    Ok(())
 }
 
 fn has_room(dir: &Path) -> bool {

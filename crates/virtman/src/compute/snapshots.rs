@@ -160,7 +160,7 @@ impl Vms {
         if let Some(quiet) = quiet
             && let Err(error) = quiet.thaw(QUIESCE_TIMEOUT).await
         {
-            tracing::error!(vm = %entry.name(), %error, "a guest that was quiesced does not go on");
+            tracing::error!(vm = %entry.name(), %error, "guest_not_thawed: it was quiesced; it is tried again and again");
         }
         let pause = frozen?.pause;
         // If this fails, the hold on the old top is left to nobody: the old record may come back and name it.

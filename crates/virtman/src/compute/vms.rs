@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use block::{Disk, ImageId, ImageName, NodeName, VmName};
 
-use super::entry::{Entry, Guest, Member, Record, recover, watch};
+use super::entry::{Entry, Guest, Member, Record, watch};
 use super::exports::ExportSocket;
 use super::files::{self, Layout};
 use super::images::Attached;
@@ -25,7 +25,7 @@ use super::iscsi::Exported;
 use super::layers::{Below, Layer, LayerId, Layers};
 use super::migrate::{self, IncomingRecord, Phase};
 use super::profile::BootTap;
-use crate::api::compute::{StartVm, Vm, VmReady, VmStarted, VmState};
+use crate::api::compute::{StartVm, Vm, VmPaused, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
 use crate::identity::files::{NewFile, UnsyncedFile};
@@ -136,7 +136,7 @@ impl Vms {
         let record = entry.record();
         let Some(guest) = entry.running().filter(|_| record.arrived) else { return };
         if let Err(error) = guest.resume().await {
-            tracing::error!(vm = %record.name, %error, "a guest that arrived does not go on");
+            tracing::error!(vm = %record.name, %error, "guest_not_resumed: it arrived and stands still; it is tried again and again");
             return;
         }
         let record = Record { arrived: false, ..record };
@@ -460,6 +460,10 @@ impl Vms {
             snapshots: record.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),
             disk: ExportSocket::uri(&self.disk_socket(&record.name), record.name.as_str()),
             state,
+            paused: running.as_ref().and_then(|guest| guest.standstill()).map(|standstill| VmPaused {
+                since_unix_ms: unix_ms(standstill.since),
+                reason: standstill.cause.to_string(),
+            }),
             pid: running.as_ref().map(|guest| guest.pid()),
             console: running.as_ref().map(|guest| guest.console_socket()),
             disk_ms: entry.disk_ms(),
@@ -501,9 +505,8 @@ impl Vms {
         let entry = Entry::open(record, &dir, top, &socket)?;
         if let Some(guest) = Qemu::adopt(&dir) {
             tracing::info!(vm = %entry.name(), pid = guest.pid(), "guest still runs");
-            let guest = Arc::new(guest);
-            watch(&entry, Arc::clone(&guest), dir);
-            tokio::spawn(async move { recover(&guest).await });
+            guest.recover();
+            watch(&entry, Arc::new(guest), dir);
         }
         Ok(entry)
     }

@@ -4,12 +4,15 @@
 //! connection begins with a number that the agent has to repeat, so that what was said to or asked by an
 //! earlier client is over.
 //!
-//! - *Cancellation, crash:* a guest whose [`Frozen`] is dropped is thawed by a task of its own. One whose daemon
-//!   died is found by [`Qemu::thaw_if_frozen`].
+//! - *Cancellation:* a guest whose [`Frozen`] is dropped is thawed by a task of its own. If that fails, the thaw is
+//!   left as a [debt](super::standstill) to [`Qemu::supervise`].
+//! - *Crash:* a file says that a guest is being frozen, so that a later daemon owes the thaw.
 //! - *Retries:* the first question alone is repeated, since what is said before the guest has opened the
 //!   channel is lost.
 
 use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::VmName;
@@ -21,6 +24,7 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
+use super::standstill::{Debt, Standing};
 use super::{Qemu, VmError};
 
 /// How long the agent may take to answer before it is asked again.
@@ -77,29 +81,61 @@ pub(crate) enum AgentError {
 /// A guest whose file systems are consistent on its disk and stay so: what it writes waits. Thaws when dropped.
 #[must_use = "a frozen guest does next to nothing"]
 pub(crate) struct Frozen {
-    vm: VmName,
+    notes: Notes,
     /// What it takes to thaw it, until it is.
     held: Option<(Agent, OwnedMutexGuard<()>)>,
     filesystems: u64,
 }
 
+/// Where it is noted that a guest's file systems are frozen.
+#[derive(Clone)]
+struct Notes {
+    vm: VmName,
+    file: PathBuf,
+    standing: Arc<Standing>,
+}
+
+impl Notes {
+    /// Before the guest is frozen. The file need not survive a power cut, which ends the guest too.
+    fn begin(&self) -> Result<(), AgentError> {
+        Ok(std::fs::write(&self.file, b"").map_err(VmError::file(&self.file))?)
+    }
+
+    /// Once the guest is thawed.
+    fn end(&self) {
+        self.standing.settle(Debt::Thaw);
+        if let Err(error) = std::fs::remove_file(&self.file)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(vm = %self.vm, %error, "that a guest is thawed cannot be noted");
+        }
+    }
+}
+
 impl Qemu {
+    fn notes(&self) -> Notes {
+        Notes { vm: self.name().clone(), file: self.files().frozen(), standing: Arc::clone(self.standing()) }
+    }
+
     /// Freezes the guest's file systems. If that fails or takes longer than `timeout`, they are thawed again.
     pub(crate) async fn freeze(&self, timeout: Duration) -> Result<Frozen, AgentError> {
         let begun = Instant::now();
         let (agent, channel) = self.agent(timeout).await?;
-        Frozen::freeze(self.name().clone(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
+        Frozen::freeze(self.notes(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
     }
 
     /// Thaws the guest's file systems if they are frozen, as they are after a daemon died between
     /// [`freeze`](Self::freeze) and [`Frozen::thaw`]. Gives how many were.
-    pub(crate) async fn thaw_if_frozen(&self, timeout: Duration) -> Result<Option<u64>, AgentError> {
+    pub(super) async fn thaw_if_frozen(&self, timeout: Duration) -> Result<Option<u64>, AgentError> {
         let begun = Instant::now();
         let (agent, channel) = self.agent(timeout).await?;
         let rest = || timeout.saturating_sub(begun.elapsed());
-        match Frozen::find(self.name().clone(), agent, channel, rest()).await? {
+        match Frozen::find(self.notes(), agent, channel, rest()).await? {
             Some(frozen) => frozen.thaw(rest()).await.map(Some),
-            None => Ok(None),
+            None => {
+                self.notes().end();
+                Ok(None)
+            }
         }
     }
 
@@ -137,17 +173,20 @@ async fn ping(stream: UnixStream) -> io::Result<()> {
 
 impl Frozen {
     async fn freeze(
-        vm: VmName,
+        notes: Notes,
         agent: Agent,
         channel: OwnedMutexGuard<()>,
         timeout: Duration,
     ) -> Result<Frozen, AgentError> {
+        notes.begin()?;
+        let vm = notes.vm.clone();
         // Thaws on every way out from here on.
-        let mut frozen = Frozen { vm: vm.clone(), held: Some((agent, channel)), filesystems: 0 };
+        let mut frozen = Frozen { notes, held: Some((agent, channel)), filesystems: 0 };
         match frozen.agent().execute_within(timeout, "guest-fsfreeze-freeze").await {
             Ok(count) => frozen.filesystems = count.as_u64().unwrap_or_default(),
             Err(AgentError::Unable(command)) => {
                 frozen.held = None;
+                frozen.notes.end();
                 return Err(AgentError::Unable(command));
             }
             Err(error) => {
@@ -162,13 +201,13 @@ impl Frozen {
 
     /// What an earlier client left frozen.
     async fn find(
-        vm: VmName,
+        notes: Notes,
         mut agent: Agent,
         channel: OwnedMutexGuard<()>,
         timeout: Duration,
     ) -> Result<Option<Frozen>, AgentError> {
         let status = agent.execute_within(timeout, "guest-fsfreeze-status").await?;
-        Ok((status == "frozen").then(|| Frozen { vm, held: Some((agent, channel)), filesystems: 0 }))
+        Ok((status == "frozen").then(|| Frozen { notes, held: Some((agent, channel)), filesystems: 0 }))
     }
 
     /// How many file systems are frozen; 0 if the guest has none that can be.
@@ -182,6 +221,7 @@ impl Frozen {
         let late = |_| AgentError::Late { command: THAW, timeout };
         let thawed = tokio::time::timeout(timeout, self.agent().thaw()).await.map_err(late)??;
         self.held = None;
+        self.notes.end();
         Ok(thawed)
     }
 
@@ -197,12 +237,16 @@ impl Drop for Frozen {
         // QEMU forgets what it was told by a client that has left, so an answer has to be waited for. Where that
         // is impossible the daemon ends, and the next one finds the guest.
         if let Ok(runtime) = Handle::try_current() {
-            let vm = self.vm.clone();
+            let notes = self.notes.clone();
             runtime.spawn(async move {
-                if !matches!(tokio::time::timeout(THAW_TIMEOUT, agent.thaw()).await, Ok(Ok(_))) {
-                    tracing::warn!(%vm, "a guest that was frozen and forgotten does not thaw");
-                }
-                drop(channel);
+                let reason = match tokio::time::timeout(THAW_TIMEOUT, agent.thaw()).await {
+                    Ok(Ok(_)) => return notes.end(),
+                    Ok(Err(error)) => error.to_string(),
+                    Err(_) => AgentError::Late { command: THAW, timeout: THAW_TIMEOUT }.to_string(),
+                };
+                tracing::error!(vm = %notes.vm, reason, "guest_not_thawed: it is tried again and again");
+                drop((agent, channel));
+                notes.standing.owe(Debt::Thaw, Some(reason));
             });
         }
     }
@@ -295,7 +339,6 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use tokio::sync::Mutex;
     use tokio::task::JoinHandle;
 
@@ -331,62 +374,113 @@ mod tests {
         })
     }
 
-    async fn frozen(client: UnixStream, channel: &Arc<Mutex<()>>) -> Result<Frozen, AgentError> {
-        let agent = Agent::over(client).await.unwrap();
-        let channel = Arc::clone(channel).lock_owned().await;
-        Frozen::freeze("vm-1".parse().unwrap(), agent, channel, MOMENT).await
+    /// The channel of one guest, and where it is noted that it is frozen.
+    struct Guest {
+        dir: tempfile::TempDir,
+        channel: Arc<Mutex<()>>,
+        standing: Arc<Standing>,
+    }
+
+    impl Guest {
+        fn new() -> Guest {
+            let dir = tempfile::tempdir().unwrap();
+            Guest { dir, channel: Arc::default(), standing: Arc::default() }
+        }
+
+        fn notes(&self) -> Notes {
+            let file = self.dir.path().join("frozen");
+            Notes { vm: "vm-1".parse().unwrap(), file, standing: Arc::clone(&self.standing) }
+        }
+
+        fn is_noted(&self) -> bool {
+            self.notes().file.exists()
+        }
+
+        async fn freeze(&self, client: UnixStream) -> Result<Frozen, AgentError> {
+            let agent = Agent::over(client).await.unwrap();
+            let channel = Arc::clone(&self.channel).lock_owned().await;
+            Frozen::freeze(self.notes(), agent, channel, MOMENT).await
+        }
     }
 
     #[tokio::test]
     async fn a_frozen_guest_is_thawed_when_asked_and_when_forgotten() {
-        let channel = Arc::new(Mutex::new(()));
+        let vm = Guest::new();
         let (client, server) = UnixStream::pair().unwrap();
         let asked = agent(server, &[r#"{"return": 3}"#, r#"{"return": 3}"#]);
-        let guest = frozen(client, &channel).await.unwrap();
+        let guest = vm.freeze(client).await.unwrap();
         assert_eq!(guest.filesystems(), 3);
+        assert!(vm.is_noted(), "a later daemon has to know");
         assert_eq!(guest.thaw(MOMENT).await.unwrap(), 3);
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
 
         let (client, server) = UnixStream::pair().unwrap();
         let asked = agent(server, &[r#"{"return": 1}"#, r#"{"return": 1}"#]);
-        drop(frozen(client, &channel).await.unwrap());
+        drop(vm.freeze(client).await.unwrap());
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
         // The channel is free again.
-        drop(channel.lock().await);
+        drop(vm.channel.lock().await);
+        assert!(!vm.is_noted() && !vm.standing.owes(Debt::Thaw));
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_does_not_thaw_is_owed_it_and_a_later_thaw_pays() {
+        let vm = Guest::new();
+        let (client, server) = UnixStream::pair().unwrap();
+        const FAILURE: &str = r#"{"error": {"class": "GenericError", "desc": "out of memory"}}"#;
+        let asked = agent(server, &[r#"{"return": 1}"#, FAILURE, FAILURE]);
+        let guest = vm.freeze(client).await.unwrap();
+        let error = guest.thaw(MOMENT).await.unwrap_err();
+        assert!(error.to_string().contains("out of memory"), "{error}");
+        assert_eq!(asked.await.unwrap().len(), 3, "it is told once more by itself");
+        vm.standing.owed().await;
+        let standstill = vm.standing.standstill().unwrap();
+        assert!(standstill.cause.to_string().contains("out of memory"), "{standstill:?}");
+        assert!(vm.is_noted());
+
+        let (client, server) = UnixStream::pair().unwrap();
+        let asked = agent(server, &[r#"{"return": "frozen"}"#, r#"{"return": 1}"#]);
+        let agent = Agent::over(client).await.unwrap();
+        let channel = Arc::clone(&vm.channel).lock_owned().await;
+        let guest = Frozen::find(vm.notes(), agent, channel, MOMENT).await.unwrap().expect("it is frozen");
+        guest.thaw(MOMENT).await.unwrap();
+        asked.await.unwrap();
+        assert!(vm.standing.standstill().is_none() && !vm.is_noted());
     }
 
     #[tokio::test]
     async fn a_freeze_that_fails_or_hangs_is_thawed() {
-        let channel = Arc::new(Mutex::new(()));
+        let vm = Guest::new();
         let (client, server) = UnixStream::pair().unwrap();
         const FAILURE: &str = r#"{"error": {"class": "GenericError", "desc": "failed to freeze /"}}"#;
         let asked = agent(server, &[FAILURE, r#"{"return": 1}"#]);
-        let error = frozen(client, &channel).await.err().expect("it fails");
+        let error = vm.freeze(client).await.err().expect("it fails");
         assert!(error.to_string().contains("failed to freeze /"), "{error}");
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
 
         tokio::time::pause();
         let (client, server) = UnixStream::pair().unwrap();
         let asked = agent(server, &["", r#"{"return": 1}"#]);
-        let error = frozen(client, &channel).await.err().expect("it hangs");
+        let error = vm.freeze(client).await.err().expect("it hangs");
         assert!(matches!(error, AgentError::Late { command: "guest-fsfreeze-freeze", .. }), "{error}");
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
     }
 
     #[tokio::test]
     async fn an_agent_that_cannot_freeze_is_told_apart_from_one_that_fails() {
-        let channel = Arc::new(Mutex::new(()));
+        let vm = Guest::new();
         let (client, server) = UnixStream::pair().unwrap();
         let asked = agent(server, &[r#"{"error": {"class": "CommandNotFound", "desc": "disabled"}}"#]);
-        let error = frozen(client, &channel).await.err().expect("it cannot");
+        let error = vm.freeze(client).await.err().expect("it cannot");
         assert!(matches!(error, AgentError::Unable("guest-fsfreeze-freeze")), "{error}");
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze"], "there is nothing to thaw");
+        assert!(!vm.is_noted());
     }
 
     #[tokio::test]
     async fn what_an_earlier_client_left_frozen_is_found() {
         for (status, found) in [("frozen", true), ("thawed", false)] {
-            let channel = Arc::new(Mutex::new(()));
+            let vm = Guest::new();
             let (client, server) = UnixStream::pair().unwrap();
             let answers: &[&str] = match found {
                 true => &[r#"{"return": "frozen"}"#, r#"{"return": 2}"#],
@@ -394,9 +488,8 @@ mod tests {
             };
             let asked = agent(server, answers);
             let agent = Agent::over(client).await.unwrap();
-            let guest = Frozen::find("vm-1".parse().unwrap(), agent, channel.lock_owned().await, MOMENT)
-                .await
-                .unwrap();
+            let channel = Arc::clone(&vm.channel).lock_owned().await;
+            let guest = Frozen::find(vm.notes(), agent, channel, MOMENT).await.unwrap();
             assert_eq!(guest.is_some(), found, "{status}");
             if let Some(guest) = guest {
                 assert_eq!(guest.thaw(MOMENT).await.unwrap(), 2);

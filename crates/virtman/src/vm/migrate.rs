@@ -25,8 +25,10 @@
 //!   whoever carries it ends it when the other side is gone.
 //! - *Cancellation:* a [`Migration`] or [`Paused`] that is dropped is cancelled by a task of its own. A dropped
 //!   [`Incoming`] changes nothing: the caller ends the process.
-//! - *Retries:* none; the caller may begin anew with another destination.
-//! - *Crash:* QEMU goes on without the daemon. A later one calls [`Qemu::cancel_migration`] at the source.
+//! - *Retries:* what QEMU refuses for a moment only, because an earlier migration has not settled, is given again.
+//!   The migration itself is not: the caller may begin anew with another destination. A guest that does not go on
+//!   is left as a [debt](super::standstill) to [`Qemu::supervise`].
+//! - *Crash:* QEMU goes on without the daemon. A later one calls [`Qemu::recover`] at the source.
 //! - *Bounds:* a migration that does not advance for [`STALL_TIMEOUT`] fails. A guest that writes faster than its
 //!   memory leaves is slowed down, and allowed an ever longer pause ([`downtime_limit`]).
 
@@ -41,6 +43,7 @@ use tokio::time::Instant;
 use super::machine::{self, Platform};
 use super::qmp::Qmp;
 use super::spec::{Begin, told_socket};
+use super::standstill::Debt;
 use super::state::RunState;
 use super::{Qemu, VmError, VmSpec};
 
@@ -161,16 +164,19 @@ impl Qemu {
         }
         let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
         let on = ["events", "return-path", "pause-before-switchover", "auto-converge"];
-        qmp.execute("migrate-set-capabilities", capabilities(&on)).await?;
+        qmp.execute_when_settled("migrate-set-capabilities", capabilities(&on)).await?;
         let limits = json!({
             // QEMU takes 0 for no limit.
             "max-bandwidth": bytes_per_second_max.map_or(0, |limit| limit.max(1)),
             "downtime-limit": millis(DOWNTIME_FIRST),
         });
-        qmp.execute("migrate-set-parameters", limits).await?;
+        qmp.execute_when_settled("migrate-set-parameters", limits).await?;
+        // This migration sees to it from here on that the guest goes on, if it comes to nothing.
+        let ran = [Debt::EndMigration, Debt::Resume].map(|debt| self.standing().settle(debt)) != [false, false];
+        let before = if ran { RunState::Running } else { before };
         // From here on the drop cancels.
         let mut driver = Driver { vm: self, before, held: Some((qmp, turn)) };
-        driver.qmp().execute("migrate", json!({ "uri": uri })).await?;
+        driver.qmp().execute_when_settled("migrate", json!({ "uri": uri })).await?;
         Ok(Migration { driver })
     }
 
@@ -181,8 +187,9 @@ impl Qemu {
         Ok((Status::of(&answer) != Status::None).then(|| Progress::of(&answer)))
     }
 
-    /// Cancels the migration that a daemon left under way when it died, and waits until the guest is as it was
-    /// before. A migration that is complete, or was never begun, stays so.
+    /// For tests: cancels the migration that a daemon left under way when it died, and waits until the guest is as
+    /// it was before. A migration that is complete, or was never begun, stays so.
+    #[cfg(test)]
     pub(crate) async fn cancel_migration(&self) -> Result<(), VmError> {
         let _turn = self.run_turn().await;
         end_migration(self).await
@@ -196,8 +203,8 @@ impl Qemu {
         let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
         // The disk is opened for writing when the guest is resumed, and no sooner.
         let on = ["events", "return-path", "late-block-activate"];
-        qmp.execute("migrate-set-capabilities", capabilities(&on)).await?;
-        qmp.execute("migrate-incoming", json!({ "uri": uri })).await?;
+        qmp.execute_when_settled("migrate-set-capabilities", capabilities(&on)).await?;
+        qmp.execute_when_settled("migrate-incoming", json!({ "uri": uri })).await?;
         Ok(Incoming { vm: self, qmp })
     }
 }
@@ -323,7 +330,7 @@ impl Driver<'_> {
     /// After a failure: makes sure of it, and that the guest is as it was. Gives the failure back.
     async fn give_up(&mut self, failure: VmError) -> VmError {
         if let Err(error) = self.cancel().await {
-            tracing::warn!(vm = %self.vm.name(), %error, "a guest may stand still after its migration failed");
+            tracing::warn!(vm = %self.vm.name(), %error, "guest_may_stand_still: its migration failed and is not cancelled yet");
         }
         failure
     }
@@ -331,17 +338,26 @@ impl Driver<'_> {
     async fn cancel(&mut self) -> Result<(), VmError> {
         end_migration(self.vm).await?;
         // It may have been complete by then, which leaves the guest standing still.
-        if self.before == RunState::Running && self.vm.state().await? == RunState::PostMigrate {
-            self.vm.control("cont", json!({})).await?;
+        if self.runs_on() && self.vm.state().await? == RunState::PostMigrate {
+            self.vm.resume_in_turn().await?;
         }
         self.held = None;
         Ok(())
+    }
+
+    /// Whether the guest is to run if the migration comes to nothing.
+    fn runs_on(&self) -> bool {
+        matches!(self.before, RunState::Running | RunState::IoError)
     }
 }
 
 impl Drop for Driver<'_> {
     fn drop(&mut self) {
         let Some((mut qmp, turn)) = self.held.take() else { return };
+        // Before the turn is given back, after which another migration takes it over.
+        if self.runs_on() {
+            self.vm.standing().owe(Debt::EndMigration, None);
+        }
         // QEMU forgets the commands of a client that has left, so an answer has to be waited for. Where that is
         // impossible the daemon ends, and the next one cancels.
         if let Ok(runtime) = Handle::try_current() {
@@ -356,13 +372,13 @@ impl Drop for Driver<'_> {
 }
 
 /// Cancels what is under way, and waits for its end. Who calls has the turn.
-async fn end_migration(vm: &Qemu) -> Result<(), VmError> {
+pub(super) async fn end_migration(vm: &Qemu) -> Result<(), VmError> {
     let ended = async {
         loop {
             match cancel_once(vm).await {
                 Ok(true) => return Ok(()),
                 // It answers nobody while the last of the memory leaves.
-                Ok(false) | Err(VmError::Control(_)) => tokio::time::sleep(CANCEL_INTERVAL).await,
+                Ok(false) | Err(VmError::Control(_) | VmError::CommandRefused { .. }) => tokio::time::sleep(CANCEL_INTERVAL).await,
                 Err(error) => return Err(error),
             }
         }

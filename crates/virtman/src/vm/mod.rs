@@ -14,6 +14,7 @@
 //! | `console.sock`, `console.log` | the serial console, and what it printed since the last start |
 //! | `console.log.1` | what it printed in the run before |
 //! | `agent.sock` | the channel of the guest agent |
+//! | `frozen` | is there while the guest's file systems are frozen |
 //!
 //! Invariants:
 //! - No string from outside reaches an option list of QEMU unescaped: options are JSON where QEMU takes it.
@@ -30,8 +31,11 @@ mod qemu;
 mod qmp;
 mod ready;
 pub(crate) mod seed;
+mod settle;
 mod spec;
+mod standstill;
 mod state;
+mod supervise;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +45,7 @@ pub(crate) use machine::Platform;
 pub(crate) use migrate::Progress as MemoryProgress;
 pub(crate) use qemu::Qemu;
 pub(crate) use ready::Ready;
+pub(crate) use settle::RefusalClass;
 pub(crate) use spec::{DirectBoot, OnFull, VmDisk, VmSpec};
 pub(crate) use state::RunState;
 
@@ -74,6 +79,16 @@ pub(crate) enum VmError {
     /// The VM's process lives, but its control socket gives no sensible answer.
     #[error("QEMU's control socket: {0}")]
     Control(String),
+    /// QEMU refused a command.
+    #[error("QEMU refused {command}: {reason}")]
+    CommandRefused {
+        /// The command's name.
+        command: String,
+        /// What kind of refusal it is.
+        class: RefusalClass,
+        /// QEMU's own words.
+        reason: String,
+    },
     /// A migration did not come about. At the source the guest is as it was before; at the destination there
     /// is none.
     #[error("the migration failed: {0}")]

@@ -7,7 +7,8 @@
 //!   crash of the daemon leaves a guest that [`Qemu::adopt`] cannot find.
 //! - *Cancellation:* a cancelled [`Qemu::start`] may leave a running guest; `adopt` tells. All others may be
 //!   cancelled and called again.
-//! - *Retries:* none; each step has its own time limit.
+//! - *Retries:* none; each step has its own time limit. What QEMU refuses for a moment only is given again by those
+//!   who know that it may be ([`settle`](super::settle)).
 
 use std::fs;
 use std::io::ErrorKind;
@@ -27,6 +28,7 @@ use super::machine::Platform;
 use super::process::Process;
 use super::qmp::Qmp;
 use super::spec::{self, Begin, VmFiles, VmSpec};
+use super::standstill::{Standing, Standstill};
 use super::{QEMU, VmError};
 use crate::api::{now_unix_ms, unix_ms};
 
@@ -69,6 +71,7 @@ pub(crate) struct Qemu {
     process: Process,
     record: Record,
     turns: Turns,
+    standing: Arc<Standing>,
 }
 
 /// Whose turn it is. QEMU serves one client of a socket at a time and lets few others wait.
@@ -121,9 +124,13 @@ impl Qemu {
         write_atomically(&files.record(), &json)?;
         launch(&files, &arguments).await?;
         match Process::of_pidfile(&files.pidfile()) {
-            Some(process) => Ok(Qemu { files, process, record, turns: Turns::default() }),
+            Some(process) => Ok(Qemu::of(files, process, record)),
             None => Err(VmError::Refused(quoted_log(&files))),
         }
+    }
+
+    fn of(files: VmFiles, process: Process, record: Record) -> Qemu {
+        Qemu { files, process, record, turns: Turns::default(), standing: Arc::default() }
     }
 
     /// The VM of this directory that an earlier daemon started, if it still runs. One whose record cannot be read
@@ -140,7 +147,7 @@ impl Qemu {
                 Record::of_unknown_start(&files, &process)?
             }
         };
-        Some(Qemu { files, process, record, turns: Turns::default() })
+        Some(Qemu::of(files, process, record))
     }
 
     /// What was started, with all that it takes to start the same machine elsewhere but the disk and the seed,
@@ -172,6 +179,16 @@ impl Qemu {
     /// Where its files are.
     pub(super) fn files(&self) -> &VmFiles {
         &self.files
+    }
+
+    /// Why the guest stands still, if it does and is meant to run.
+    pub(crate) fn standstill(&self) -> Option<Standstill> {
+        self.standing.standstill()
+    }
+
+    /// What is known of whether the guest stands still, and what it is owed.
+    pub(super) fn standing(&self) -> &Arc<Standing> {
+        &self.standing
     }
 
     /// Waits until the process has ended, for whatever reason.
@@ -259,6 +276,7 @@ fn make_room(files: &VmFiles) -> Result<(), VmError> {
         files.memory_socket(),
         files.console_socket(),
         files.agent_socket(),
+        files.frozen(),
     ] {
         accept_missing(fs::remove_file(&stale)).map_err(VmError::file(stale))?;
     }

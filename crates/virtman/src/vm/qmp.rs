@@ -20,6 +20,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::VmError;
+use super::settle::{RefusalClass, Settling};
 
 /// How long QEMU may take for the greeting or an answer. Its main loop answers within milliseconds; it is
 /// silent for longer only while it is stuck in I/O.
@@ -86,11 +87,30 @@ impl Qmp {
                 return Ok(value.take());
             }
             if let Some(error) = answer.get("error") {
-                let reason = error.get("desc").and_then(Value::as_str).unwrap_or("no reason given");
-                return Err(VmError::Control(format!("{command} failed: {reason}")));
+                let text = |key| error.get(key).and_then(Value::as_str);
+                return Err(VmError::CommandRefused {
+                    command: command.to_owned(),
+                    class: RefusalClass::of(text("class")),
+                    reason: text("desc").unwrap_or("no reason given").to_owned(),
+                });
             }
         }
         Err(VmError::Control(format!("{command} got no answer among {EVENTS_MAX} events")))
+    }
+
+    /// The same for a command that may come too early: given again while QEMU refuses it for a moment.
+    pub(super) async fn execute_when_settled(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, VmError> {
+        let mut settling = Settling::begin();
+        loop {
+            match self.execute(command, arguments.clone()).await {
+                Err(error) => settling.wait_after(error).await?,
+                done => return done,
+            }
+        }
     }
 
     /// Waits until QEMU says that something of this name happened; it may have been since the connection began.
@@ -181,7 +201,7 @@ mod tests {
         );
         let mut qmp = Qmp::connect(&path).await.unwrap();
         let error = qmp.execute("eject", json!({})).await.unwrap_err();
-        assert!(error.to_string().contains("eject failed: no such thing"), "{error}");
+        assert!(error.to_string().contains("QEMU refused eject: no such thing"), "{error}");
         server.await.unwrap();
     }
 

@@ -152,6 +152,12 @@ impl VmFiles {
     pub(super) fn agent_socket(&self) -> PathBuf {
         self.dir.join("agent.sock")
     }
+
+    /// Is there from before the guest's file systems are frozen until they are thawed, so that a later daemon
+    /// knows.
+    pub(super) fn frozen(&self) -> PathBuf {
+        self.dir.join("frozen")
+    }
 }
 
 /// The arguments with which QEMU becomes the VM `spec` on this kind of machine, with its files in `files`. Fails

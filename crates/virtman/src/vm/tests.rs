@@ -20,6 +20,7 @@ use super::*;
 
 mod counting;
 mod counting_guest;
+mod early;
 mod full_disk;
 mod migration;
 mod real;

@@ -311,7 +311,7 @@ impl Move<'_> {
         self.node.reached("paused");
         if let Err(error) = self.round(since, &mut sent).await {
             if let Err(error) = paused.cancel().await {
-                tracing::error!(vm = %self.name(), %error, "a guest that is not moved does not go on");
+                tracing::error!(vm = %self.name(), %error, "guest_not_resumed: cancelling its migration failed; it is tried again and again");
             }
             return Err(error);
         }
@@ -420,7 +420,7 @@ impl Move<'_> {
             if let Some(guest) = guest
                 && let Err(error) = guest.resume().await
             {
-                tracing::error!(vm = %self.name(), %error, "a guest that was not moved does not go on");
+                tracing::error!(vm = %self.name(), %error, "guest_not_resumed: its move failed and it stands still; it is tried again and again");
             }
             return Err(error);
         }

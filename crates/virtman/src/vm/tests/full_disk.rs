@@ -15,7 +15,7 @@ async fn waits_for_room(vm: &Qemu) {
 async fn a_guest_without_room_is_paused_and_goes_on_without_an_error_once_there_is_some() {
     let Some(site) = Site::with_guest() else { return };
     let vm = site.start().await;
-    let watched = sendable(vm.resume_when(|| !site.disk.is_full()));
+    let watched = sendable(vm.supervise(|| !site.disk.is_full()));
     let guest = async {
         for _ in 0..2 {
             site.disk.set_full(true);
@@ -40,7 +40,7 @@ async fn a_guest_that_was_paused_for_want_of_room_is_found_by_a_later_daemon() {
     let vm = Qemu::adopt(&site.vm_dir()).unwrap();
     site.disk.set_full(false);
     tokio::select! {
-        () = vm.resume_when(|| true) => panic!("the VM ended"),
+        () = vm.supervise(|| true) => panic!("the VM ended"),
         () = site.counts_on(&vm) => {}
     }
     assert_counted(&[&site]);
