@@ -115,3 +115,32 @@ async fn a_guest_whose_kernel_came_from_outside_moves_to_where_the_same_kernel_i
     Ready::Agent.wait(&target, PATIENCE).await.unwrap();
     target.kill().await.unwrap();
 }
+
+#[tokio::test]
+#[ignore = "takes a minute without KVM: set VIRTMAN_GUEST_IMAGE to an image made by scripts/guest-image"]
+async fn a_debian_guest_takes_its_name_from_the_seed_and_shuts_down_when_asked() {
+    let image = std::env::var("VIRTMAN_GUEST_IMAGE").expect("VIRTMAN_GUEST_IMAGE names an image");
+    let Some(bench) = Bench::on_image(&image) else { return };
+    let choice = AccelWish::Auto.decide().await.unwrap();
+    println!("{choice}");
+    let name = "guest-7".parse().unwrap();
+    let seed =
+        seed::Identity::new(&name, &"i-1".parse().unwrap(), &["ssh-ed25519 AAAA me".to_owned()]).unwrap();
+    fs::write(bench.path("seed"), seed.disk().unwrap()).unwrap();
+    let mut spec = bench.spec();
+    spec.name = name;
+    spec.accel = choice.accel;
+    spec.memory_mib = 512;
+    spec.seed = Some(bench.path("seed"));
+    spec.forward_ports = vec![22];
+
+    let vm = Qemu::start(&bench.vm_dir(), &spec).await.unwrap();
+    let first = wait_for(&vm, ".").await.unwrap();
+    bench.kill_disk_server();
+    bench.serve_disk();
+    let login = wait_for(&vm, "^guest-7 login:").await.unwrap();
+    let ssh = Ready::Tcp(22).wait(&vm, PATIENCE).await.unwrap();
+    let agent = Ready::Agent.wait(&vm, PATIENCE).await.unwrap();
+    println!("first output {first:?}, login {login:?}, ssh by {ssh:?}, agent by {agent:?}");
+    assert_eq!(vm.stop(PATIENCE).await.unwrap(), Stopped::ByGuest);
+}
