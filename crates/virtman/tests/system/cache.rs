@@ -148,7 +148,10 @@ fn cache_a_medium_that_is_cut_short_under_the_node_is_dropped_and_can_be_added_a
 fn cache_no_wrong_byte_of_a_rotten_medium_reaches_a_guest_or_a_child() {
     let (mut cluster, source) = cluster(&["o", "n"]);
     cluster.add_node("c", &[]);
-    let (first, second, third) = (cluster.path("n.cache"), cluster.path("second"), cluster.path("third"));
+    // Temporary directories may be in memory.
+    let on_disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let [second, third] = ["second", "third"].map(|name| on_disk.path().join(name));
+    let first = cluster.path("n.cache");
     let disk = cluster.volume("n", "disk+1");
     add(&cluster, "n", &second, "64M");
     remove(&cluster, "n", &first);
@@ -280,7 +283,12 @@ fn rot(path: &Path) {
     use std::os::unix::fs::FileExt;
     let file = File::options().write(true).open(path).unwrap();
     let file_system = rustix::fs::fstatfs(&file).unwrap().f_type as i64;
-    assert_ne!(file_system, TMPFS_MAGIC, "{} is nowhere but in memory: set TMPDIR to a disk", path.display());
+    assert_ne!(
+        file_system,
+        TMPFS_MAGIC,
+        "{} is nowhere but in memory: set CARGO_TARGET_DIR to a disk",
+        path.display()
+    );
     let len = file.metadata().unwrap().len();
     for offset in (SLOTS_OFFSET..len).step_by(1 << 20) {
         let bytes = vec![0xa5; (len - offset).min(1 << 20) as usize];
