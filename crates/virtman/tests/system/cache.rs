@@ -3,12 +3,11 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, both, make_raw, wait_for};
+use crate::tools::{STEP_LIMIT, assert_same, both, make_raw, wait_for};
 
 /// Size of the images in MiB, a third of it data.
 const MIB: usize = 24;
@@ -18,9 +17,6 @@ const SLOTS_OFFSET: u64 = 64 << 10;
 
 /// The type that `statfs(2)` gives tmpfs.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
-
-/// How long something may take that takes milliseconds on a machine that is not busy.
-const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn cache_media_are_added_and_removed_under_readers_and_each_chunk_is_fetched_once_until_one_goes() {
@@ -257,7 +253,7 @@ fn add(cluster: &Cluster, node: &str, path: &Path, size: &str) {
 /// Removes a medium and waits until it is closed.
 fn remove(cluster: &Cluster, node: &str, path: &Path) {
     cluster.ok(&["--node", node, "cache", "remove", text(path)]);
-    wait_for(&format!("{} is closed", path.display()), LIMIT, || {
+    wait_for(&format!("{} is closed", path.display()), STEP_LIMIT, || {
         (!paths(&media(cluster, node)).contains(&text(path).to_owned())).then_some(())
     });
 }
