@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -10,13 +9,14 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::port::Port;
 use crate::tools::{Background, both, tool, wait_for};
 
 /// How long a daemon may take to be ready: it takes milliseconds, but the machine may be busy.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long any command may take unless its test says otherwise.
-const COMMAND_TIMEOUT_SECONDS: &str = "300";
+const COMMAND_TIMEOUT_SECONDS: &str = "600";
 
 /// What lets a daemon's wall clock jump while it runs, and leaves its monotonic clock alone.
 const CLOCK_LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
@@ -26,7 +26,7 @@ pub(crate) struct Cluster {
     /// In this order: what is mounted in the directory goes first.
     mounts: Vec<Mount>,
     dir: TempDir,
-    volt_address: String,
+    volt_port: Port,
     volt: Option<Child>,
     nodes: BTreeMap<String, Node>,
 }
@@ -43,7 +43,7 @@ impl Drop for Mount {
 
 struct Node {
     process: Option<Child>,
-    address: String,
+    port: Port,
     options: Vec<String>,
 }
 
@@ -56,10 +56,9 @@ impl Cluster {
     /// Volt alone, with further options.
     pub(crate) fn start_with(options: &[&str]) -> Cluster {
         let dir = tempfile::Builder::new().prefix("vm-").tempdir().unwrap();
-        let volt_address = free_address();
-        let mut cluster =
-            Cluster { mounts: Vec::new(), dir, volt_address, volt: None, nodes: BTreeMap::new() };
-        cluster.ok(&["volt", "init", "--address", &cluster.volt_address]);
+        let volt_port = Port::reserve();
+        let mut cluster = Cluster { mounts: Vec::new(), dir, volt_port, volt: None, nodes: BTreeMap::new() };
+        cluster.ok(&["volt", "init", "--address", cluster.volt_address()]);
         cluster.start_volt(options);
         cluster
     }
@@ -141,9 +140,9 @@ impl Cluster {
         let mut join =
             vec!["--join".to_owned(), token.trim().to_owned(), "--name".to_owned(), name.to_owned()];
         join.extend(options.iter().cloned());
-        let address = free_address();
-        let process = self.spawn_node(name, &address, &join);
-        self.nodes.insert(name.to_owned(), Node { process: Some(process), address, options });
+        let port = Port::reserve();
+        let process = self.spawn_node(name, port.address(), &join);
+        self.nodes.insert(name.to_owned(), Node { process: Some(process), port, options });
         self.wait_up(name);
     }
 
@@ -154,11 +153,8 @@ impl Cluster {
 
     /// Starts a killed node again, at its address, and waits until its API answers.
     pub(crate) fn restart_node(&mut self, name: &str) {
-        let (address, options) = {
-            let node = &self.nodes[name];
-            (node.address.clone(), node.options.clone())
-        };
-        let process = self.spawn_node(name, &address, &options);
+        let node = &self.nodes[name];
+        let process = self.spawn_node(name, node.port.address(), &node.options);
         self.nodes.get_mut(name).expect("a node of the test").process = Some(process);
         wait_for(&format!("node {name} answers again"), START_LIMIT, || {
             let output = self.run_at(name, &["list"]);
@@ -198,7 +194,7 @@ impl Cluster {
 
     /// Starts Volt, and waits until it answers.
     pub(crate) fn start_volt(&mut self, options: &[&str]) {
-        let mut command = self.command(&["volt", "--listen", &self.volt_address]);
+        let mut command = self.command(&["volt", "--listen", self.volt_address()]);
         self.volt = Some(self.spawn(command.args(options), "volt"));
         wait_for("Volt answers", START_LIMIT, || self.run(&["status"]).status.success().then_some(()));
     }
@@ -272,12 +268,12 @@ impl Cluster {
 
     /// Where a node listens for children and administrators.
     pub(crate) fn node_address(&self, name: &str) -> &str {
-        &self.nodes[name].address
+        self.nodes[name].port.address()
     }
 
     /// Where Volt listens.
     pub(crate) fn volt_address(&self) -> &str {
-        &self.volt_address
+        self.volt_port.address()
     }
 
     /// What a node's daemon logged so far.
@@ -367,10 +363,4 @@ fn end(process: Option<Child>) {
             let _ = fs::remove_file(format!("/dev/shm/{file}{}", process.id()));
         }
     }
-}
-
-/// A loopback address on which nobody listens. Another process may take it before it is used; the daemon
-/// then says so in its log and the test fails, which in practice does not happen.
-pub(crate) fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
