@@ -2,10 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -317,28 +321,20 @@ impl Cluster {
         child.unwrap_or_else(|e| panic!("{name} cannot be started: {e}"))
     }
 
-    /// The processes of guests, which outlive their daemons by design.
-    fn guests(&self) -> Vec<String> {
-        let mut pids = Vec::new();
+    /// Ends the guests, which outlive their daemons by design.
+    fn kill_guests(&self) {
         for name in self.nodes.keys() {
             let vms = fs::read_dir(self.node_dir(name).join("vms")).into_iter().flatten().flatten();
-            for vm in vms {
-                let pidfile = vm.path().join("qemu.pid");
-                let Ok(pid) = fs::read_to_string(&pidfile) else { continue };
-                let command = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
-                let ours = String::from_utf8_lossy(&command).contains(&*pidfile.to_string_lossy());
-                pids.extend(ours.then(|| pid.trim().to_owned()));
+            for guest in vms.filter_map(|vm| guest(&vm.path().join("qemu.pid"))) {
+                let _ = pidfd_send_signal(guest, Signal::KILL);
             }
         }
-        pids
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for pid in self.guests() {
-            let _ = Command::new("kill").args(["-9", &pid]).status();
-        }
+        self.kill_guests();
         for node in self.nodes.values_mut() {
             end(node.process.take());
         }
@@ -357,10 +353,22 @@ impl Drop for Cluster {
 fn end(process: Option<Child>) {
     if let Some(mut process) = process {
         let _ = process.kill();
-        let _ = process.wait();
-        // What the library for clocks leaves of a process that was killed.
+        // What the library for clocks leaves of a process that was killed has its number, which is nobody else's until
+        // it has been waited for.
+        let _ = waitid(WaitId::Pid(Pid::from_child(&process)), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
         for file in ["faketime_shm_", "sem.faketime_sem_"] {
             let _ = fs::remove_file(format!("/dev/shm/{file}{}", process.id()));
         }
+        let _ = process.wait();
     }
+}
+
+/// The process of a guest, if it has not ended.
+fn guest(pidfile: &Path) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(fs::read_to_string(pidfile).ok()?.trim().parse().ok()?)?;
+    // The number may be another process's by now. What is opened here is one process, whatever becomes of its number.
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
+    let is_ours = String::from_utf8_lossy(&command).contains(&*pidfile.to_string_lossy());
+    is_ours.then_some(process)
 }
