@@ -1,23 +1,26 @@
 //! Small storms of the real program: whether every byte is right while daemons die, whether each node fetches
 //! each chunk once, and whether a runner that is killed leaves anything behind.
 //!
-//! Network namespaces need root: without it these tests say so and do nothing. The program is built as the
-//! tests are, beside them, unless `VIRTMAN_PROGRAM` names another.
+//! Network namespaces need root: without it these tests say so and do nothing. The program is the one that lies beside the
+//! tests if it is made of what the sources are now, or else is built there, unless `VIRTMAN_PROGRAM` names another.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 /// How long what was killed may take to disappear: it takes milliseconds, but the machine may be busy.
-const END_LIMIT: Duration = Duration::from_secs(30);
+const END_LIMIT: Duration = Duration::from_secs(120);
 
-/// One storm at a time: each is meant to have the machine.
+/// The variable of the environment that tells a storm's processes from all others.
+const MARK: &str = "VIRTMAN_STORM_MARK";
+
+/// One storm of this process at a time: each takes what processors there are.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> Option<MutexGuard<'static, ()>> {
@@ -32,12 +35,27 @@ fn program() -> PathBuf {
     if let Some(path) = std::env::var_os("VIRTMAN_PROGRAM") {
         return path.into();
     }
-    let runner = Path::new(env!("CARGO_BIN_EXE_xtask"));
-    let mut command = Command::new(env!("CARGO"));
-    command.args(["build", "--locked", "--quiet", "--package", "virtman"]);
-    let status = command.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
-    assert!(status.success(), "the program could not be built");
-    runner.with_file_name("virtman")
+    let program = Path::new(env!("CARGO_BIN_EXE_xtask")).with_file_name("virtman");
+    // Cargo would replace a program that was built with other features, and other tests may be running that one.
+    if !is_up_to_date(&program) {
+        let mut command = Command::new(env!("CARGO"));
+        command.args(["build", "--locked", "--quiet", "--package", "virtman"]);
+        let status = command.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
+        assert!(status.success(), "the program could not be built");
+    }
+    program
+}
+
+/// Whether a program is newer than all that Cargo made it of, which stands beside it in the form of a rule of `make`.
+fn is_up_to_date(program: &Path) -> bool {
+    let built = |path: &Path| fs::metadata(path).and_then(|file| file.modified());
+    let (Ok(rule), Ok(time)) = (fs::read_to_string(program.with_extension("d")), built(program)) else {
+        return false;
+    };
+    let Some((_, sources)) = rule.split_once(": ") else { return false };
+    let sources = sources.replace("\\ ", "\0");
+    let mut sources = sources.split_whitespace().map(|source| source.replace('\0', " "));
+    sources.all(|source| built(Path::new(&source)).is_ok_and(|changed| changed <= time))
 }
 
 fn storm(args: &[&str]) -> Command {
@@ -111,42 +129,131 @@ fn no_read_fails_and_no_byte_is_wrong_while_daemons_die_and_links_fail() {
     assert!(sent < 6.0, "the origin sent {sent} boots to 6 nodes: they did not help each other");
 }
 
-/// What a kernel keeps for a storm outside of its processes.
-#[derive(Debug, PartialEq)]
-struct Traces {
-    mounts: String,
-    devices: BTreeSet<PathBuf>,
-    namespaces: BTreeSet<PathBuf>,
-    files: BTreeSet<PathBuf>,
+/// A machine of the storm's own, as far as a storm might leave anything on it: its mounts, its network devices and its
+/// `/run`. What other programs do on the real one does not show there. It goes with its value, and with its test.
+struct Machine {
+    /// Keeps the namespaces until its standard input ends.
+    keeper: Child,
 }
 
-fn entries(dir: &str) -> BTreeSet<PathBuf> {
-    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
-}
+impl Machine {
+    fn new() -> Machine {
+        // The real machine's mounts are cut off. Those of the new one are shared, as systemd has them, so that what the
+        // storm mounts without a namespace of its own shows.
+        // The directory is where `mount` keeps its notes on each machine.
+        const SETTLE: &str = "mount -t tmpfs tmpfs /run && mkdir /run/mount && mount --make-rshared / \
+            && echo settled && exec cat";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--net", "--propagation", "private", "--", "sh", "-c", SETTLE]);
+        let mut keeper = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare runs");
+        let mut line = String::new();
+        let stdout = keeper.stdout.as_mut().expect("it was asked for");
+        BufReader::new(stdout).read_line(&mut line).expect("the keeper speaks");
+        assert_eq!(line, "settled\n", "the namespaces are made");
+        Machine { keeper }
+    }
 
-impl Traces {
-    fn look() -> Traces {
-        Traces {
-            mounts: fs::read_to_string("/proc/self/mounts").expect("the kernel tells its mounts"),
-            devices: entries("/sys/class/net"),
-            namespaces: entries("/run/netns"),
-            files: entries("/run/s"),
-        }
+    /// A file that tells of it.
+    fn proc(&self, name: &str) -> PathBuf {
+        Path::new("/proc").join(self.keeper.id().to_string()).join(name)
+    }
+
+    /// The same command on it, in the same process.
+    fn command(&self, command: &Command) -> Command {
+        let mut there = Command::new("nsenter");
+        there.arg(format!("--mount={}", self.proc("ns/mnt").display()));
+        there.arg(format!("--net={}", self.proc("ns/net").display()));
+        there.arg("--").arg(command.get_program()).args(command.get_args());
+        there
+    }
+
+    /// All that a kernel keeps for a storm outside of its processes: mounts, each with its number, network devices, and
+    /// what lies in `/run`, where the names of network namespaces are, too.
+    fn traces(&self) -> BTreeSet<String> {
+        let read = |name| fs::read_to_string(self.proc(name)).expect("the kernel tells it");
+        let mounts = read("mountinfo");
+        let mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let mounts = mounts.map(|fields| format!("mount {} at {}", fields[0], fields[4]));
+        let devices = read("net/dev");
+        let devices = devices.lines().filter_map(|line| line.split_once(':'));
+        let devices = devices.map(|(name, _)| format!("device {}", name.trim()));
+        let files = entries(&self.proc("root/run"));
+        let files = files.iter().map(|path| format!("file {}", path.display()));
+        mounts.chain(devices).chain(files).collect()
     }
 }
 
-/// The network namespace of each process that can be looked at.
-fn networks() -> Vec<(u32, PathBuf)> {
-    let pids = entries("/proc").into_iter().filter_map(|path| path.file_name()?.to_str()?.parse().ok());
-    pids.filter_map(|pid: u32| Some((pid, fs::read_link(format!("/proc/{pid}/ns/net")).ok()?))).collect()
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.keeper.kill();
+        let _ = self.keeper.wait();
+    }
+}
+
+fn entries(dir: &Path) -> BTreeSet<PathBuf> {
+    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// A namespace of a process.
+fn namespace(pid: u32, kind: &str) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok()
+}
+
+/// The processes of one storm: those that have a mark in the environment that they began with, and all that run in the
+/// namespace of processes that the storm has for itself.
+struct Storm {
+    mark: String,
+    /// Held open once it is known, so that no other namespace gets its number.
+    processes: Option<(File, PathBuf)>,
+}
+
+impl Storm {
+    fn marked() -> Storm {
+        let unique = fs::read_to_string("/proc/sys/kernel/random/uuid").expect("the kernel makes names");
+        Storm { mark: unique.trim().to_owned(), processes: None }
+    }
+
+    fn is_marked(&self, pid: u32) -> bool {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let mark = format!("{MARK}={}", self.mark);
+        environment.split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let all = entries(Path::new("/proc"));
+        let pids = all.into_iter().filter_map(|path| path.file_name()?.to_str()?.parse().ok());
+        let own = self.processes.as_ref().map(|(_, name)| name);
+        let is_inside = |pid| own.is_some() && namespace(pid, "pid").as_ref() == own;
+        // One that has ended and is not waited for yet has no network any more.
+        let is_alive = |pid| namespace(pid, "net").is_some();
+        pids.filter(|&pid| (self.is_marked(pid) || is_inside(pid)) && is_alive(pid)).collect()
+    }
+
+    /// How many run in a network namespace that is not the machine's. From here on all that run in the storm's namespace of
+    /// processes are known to be its.
+    fn count_inside(&mut self, machine: &Machine) -> usize {
+        let outside = fs::read_link(machine.proc("ns/net")).ok();
+        let of_test = namespace(std::process::id(), "pid");
+        let inside: Vec<u32> =
+            self.pids().into_iter().filter(|&pid| namespace(pid, "net") != outside).collect();
+        let own = inside.iter().find(|&&pid| namespace(pid, "pid") != of_test);
+        self.processes = own.and_then(|&pid| {
+            let held = File::open(format!("/proc/{pid}/ns/pid")).ok()?;
+            Some((held, namespace(pid, "pid")?))
+        });
+        inside.len()
+    }
 }
 
 #[test]
 fn a_runner_that_is_killed_in_mid_storm_leaves_nothing_behind() {
     let Some(_alone) = alone() else { return };
-    let before = Traces::look();
-    let known: BTreeSet<PathBuf> = networks().into_iter().map(|(_, network)| network).collect();
-    let mut runner = storm(&["--nodes", "3", "--vms", "2", "--think", "1", "--shape", "1x2"])
+    let (machine, mut of_storm) = (Machine::new(), Storm::marked());
+    let before = machine.traces();
+    let mut runner = machine
+        .command(&storm(&["--nodes", "3", "--vms", "2", "--think", "1", "--shape", "1x2"]))
+        .env(MARK, &of_storm.mark)
+        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -154,18 +261,19 @@ fn a_runner_that_is_killed_in_mid_storm_leaves_nothing_behind() {
     let lines = BufReader::new(runner.stderr.take().expect("it was asked for")).lines();
     let is_stormy = lines.map_while(Result::ok).any(|line| line.ends_with(": cold"));
     assert!(is_stormy, "the storm never began");
-    let of_storm = || -> Vec<u32> {
-        networks().into_iter().filter(|(_, network)| !known.contains(network)).map(|(pid, _)| pid).collect()
-    };
     // The inner runner, Volt, the origin and three nodes.
-    assert!(of_storm().len() >= 6, "only {:?} run in namespaces of the storm's", of_storm());
+    let inside = of_storm.count_inside(&machine);
+    assert!(inside >= 6, "only {inside} of {:?} run in namespaces of the storm's", of_storm.pids());
 
     runner.kill().unwrap();
     runner.wait().unwrap();
     let killed = Instant::now();
-    while !of_storm().is_empty() {
-        assert!(killed.elapsed() < END_LIMIT, "these outlive their runner: {:?}", of_storm());
+    while !of_storm.pids().is_empty() {
+        assert!(killed.elapsed() < END_LIMIT, "these outlive their runner: {:?}", of_storm.pids());
         std::thread::yield_now();
     }
-    assert_eq!(Traces::look(), before);
+    // Of the mounts that the machine was born with, other programs may remove some meanwhile.
+    let after = machine.traces();
+    let left: Vec<&String> = after.difference(&before).collect();
+    assert!(left.is_empty(), "it leaves {left:?}");
 }

@@ -5,6 +5,7 @@
 
 mod common;
 mod load;
+mod port;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use common::{MemoryDisk, Pace, Serving, target};
 use iscsi::initiator::{self, Address, ConnectError, Digests, Initiator, Options, Retry, Secrets};
 use iscsi::{Admission, Credentials, Portal, Server, ServerOptions, Target};
 use load::{load, pattern};
+use port::Port;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
@@ -24,7 +26,7 @@ use tokio::task::JoinSet;
 const NAME: &str = "iqn.2026-01.test:disk";
 
 /// How long anything may take before a test counts as hanging.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 fn address(portal: SocketAddr, name: &str, lun: u16) -> Address {
     format!("iscsi://{portal}/{name}/{lun}").parse().unwrap()
@@ -157,8 +159,9 @@ async fn what_is_not_there_is_told_apart() {
         let refused = open(NAME, lun, stranger()).await;
         assert!(matches!(refused, Err(ConnectError::NoUnit)), "{refused:?}");
     }
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let refused = Initiator::connect(&address(nobody, NAME, 0), Secrets::default(), stranger()).await;
+    let nobody = Port::reserve();
+    let nobody = address(nobody.address().parse().unwrap(), NAME, 0);
+    let refused = Initiator::connect(&nobody, Secrets::default(), stranger()).await;
     assert!(matches!(refused, Err(ConnectError::Io(_))), "{refused:?}");
 
     let discover = async |options: Options| {

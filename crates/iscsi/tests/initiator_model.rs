@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
 
 mod common;
+mod port;
 mod tgt;
 
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 
 mod common;
 mod load;
+mod port;
 mod tgt;
 
 use std::sync::Arc;
@@ -92,7 +93,7 @@ async fn nothing_is_lost_when_tgt_is_killed_in_the_middle_of_a_load() {
         if rounds_over % 20 == 0 {
             tgt.kill();
             // It comes up without a target first, then without secret, then without a disk.
-            tgt.start_again();
+            tgt.start();
             tgt.add_account("node", "correct horse", &[]);
             tgt.add_disk(&[], &[]);
         }

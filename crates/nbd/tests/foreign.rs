@@ -6,6 +6,10 @@
 mod common;
 mod tls;
 
+/// Ports that are the test's, as the tests of the crate `iscsi` take them.
+#[path = "../../iscsi/tests/port/mod.rs"]
+mod port;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -15,12 +19,13 @@ use std::time::Duration;
 use block::{Access, Disk, ExtentKind};
 use common::{BLOCK, Listening, MemoryDisk, Pace, Serving, server};
 use nbd::{Client, NbdUri, Options};
+use port::Port;
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 use tempfile::TempDir;
 
 /// Longest run of one tool; the slowest takes a few seconds on a busy machine.
-const TOOL_TIME_MAX: Duration = Duration::from_secs(120);
+const TOOL_TIME_MAX: Duration = Duration::from_secs(600);
 
 /// The path of a tool, or a failure that says how to get it.
 fn tool(name: &str, package: &str) -> PathBuf {
@@ -257,8 +262,9 @@ async fn nbdinfo_and_qemu_io_come_in_by_tls_and_our_client_too() {
     let certificates = tls::Certificates::new(dir.path());
     let disk = MemoryDisk::with(sample(4 << 20), Pace::Now, Access::ReadWrite);
     let secure = server(disk).with_tls(certificates.server_upgrade());
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let port = Port::reserve();
+    let listener = tokio::net::TcpListener::bind(port.address()).await.unwrap();
+    let port = port.number();
     let _serving = Serving::tcp(secure, listener);
     let dir = dir.path().display();
 

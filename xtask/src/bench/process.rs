@@ -225,6 +225,8 @@ pub(super) fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -
 
 #[cfg(test)]
 mod tests {
+    use std::io::Seek;
+
     use super::*;
 
     #[test]
@@ -237,10 +239,11 @@ mod tests {
     #[test]
     fn a_guarded_process_ends_with_its_guard() {
         let daemon = Daemon::spawn(Command::new("sleep").arg("1000")).unwrap();
-        let stat = format!("/proc/{}/stat", daemon.child.id());
-        assert!(fs::exists(&stat).unwrap());
+        // An open one stays that process's, though another may get its number.
+        let mut stat = fs::File::open(format!("/proc/{}/stat", daemon.child.id())).unwrap();
+        assert!(stat.read(&mut [0]).is_ok());
         drop(daemon);
-        assert!(!fs::exists(&stat).unwrap());
+        assert!(stat.rewind().and_then(|()| stat.read(&mut [0])).is_err());
     }
 
     #[test]

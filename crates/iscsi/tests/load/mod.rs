@@ -11,7 +11,7 @@ use iscsi::Initiator;
 use tokio::task::JoinSet;
 
 /// How long a round may take before the load counts as hanging.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Bytes that are different everywhere.
 pub fn pattern(seed: u32, len: usize) -> Vec<u8> {

@@ -1,39 +1,34 @@
 //! `tgtd`, the target of the package tgt, run in the foreground on a port of the loopback interface.
+//!
+//! Daemons and `tgtadm` otherwise meet in `/var/run/tgtd` by a number that all daemons of the machine share; here they
+//! meet in a directory of the test.
 
 #![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
 #![allow(dead_code, unreachable_pub)] // Each test file uses a part of this.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use crate::common::tool;
+use crate::port::Port;
 
 pub const NAME: &str = "iqn.2026-01.test:tgt";
 
-/// Tries to start it on a free port: another program may take the port first.
-const STARTS_MAX: u32 = 10;
+/// How long it may take to start, which takes milliseconds on a machine that is not busy.
+const START_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// Names the path of the socket of `tgtadm`, to which both programs add a dot and their control number.
+const CONTROL: &str = "TGT_IPC_SOCKET";
 
 /// One daemon with one target whose unit 1 is a file. It is ended with its files when it is dropped.
 pub struct Tgt {
     dir: TempDir,
     pub port: u16,
-    control: u32,
+    reserved: Port,
     daemon: Option<Child>,
-}
-
-/// A control port that other daemons hardly have; it has to be below 32768.
-fn control_port() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    1000 + std::process::id() % 1900 * 16 + NEXT.fetch_add(1, Ordering::SeqCst) % 16
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 impl Tgt {
@@ -41,7 +36,8 @@ impl Tgt {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("disk")).unwrap();
         file.set_len(size_bytes).unwrap();
-        Tgt { dir, port: free_port(), control: control_port(), daemon: None }
+        let reserved = Port::reserve();
+        Tgt { dir, port: reserved.number(), reserved, daemon: None }
     }
 
     pub fn file(&self) -> PathBuf {
@@ -49,49 +45,39 @@ impl Tgt {
     }
 
     fn spawn(&mut self) {
-        let portal = format!("portal=127.0.0.1:{}", self.port);
-        let mut daemon = Command::new(tool("tgtd", "tgt"));
-        daemon.args(["-f", "--iscsi", &portal, "-C", &self.control.to_string()]);
+        let portal = format!("portal={}", self.reserved.address());
+        let mut daemon = self.command("tgtd");
+        daemon.args(["-f", "--iscsi", &portal]);
         let daemon = daemon.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         self.daemon = Some(daemon.unwrap());
     }
 
-    /// Whether the daemon answers; `false` if it has ended.
-    fn comes_up(&mut self) -> bool {
-        let daemon = self.daemon.as_mut().unwrap();
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(tool(program, "tgt"));
+        command.env(CONTROL, self.dir.path().join("control"));
+        command
+    }
+
+    fn wait_until_it_answers(&mut self) {
+        let began = Instant::now();
         loop {
-            if daemon.try_wait().unwrap().is_some() {
-                return false;
-            }
-            let asked = Command::new(tool("tgtadm", "tgt"))
-                .args(["-C", &self.control.to_string(), "--lld", "iscsi", "--mode", "target", "--op", "show"])
-                .output()
-                .unwrap();
-            let listens = std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+            let ended = self.daemon.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "tgtd does not start at {}: {ended:?}", self.reserved.address());
+            let mut ask = self.command("tgtadm");
+            let asked = ask.args(["--lld", "iscsi", "--mode", "target", "--op", "show"]).output().unwrap();
+            let listens = std::net::TcpStream::connect(self.reserved.address()).is_ok();
             if asked.status.success() && listens {
-                return true;
+                return;
             }
+            assert!(began.elapsed() < START_TIME_MAX, "tgtd does not answer at {}", self.reserved.address());
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
-    /// Starts the daemon with its target, which has no disk yet.
+    /// Starts the daemon with its target, which has no disk yet; if it was killed, where it was before.
     pub fn start(&mut self) {
-        for _ in 0..STARTS_MAX {
-            self.spawn();
-            if self.comes_up() {
-                self.tgtadm(&["--mode", "target", "--op", "new", "--tid", "1", "--targetname", NAME]);
-                return;
-            }
-            (self.port, self.control) = (free_port(), control_port());
-        }
-        panic!("tgtd does not start");
-    }
-
-    /// Starts it again on the same port, where it was before.
-    pub fn start_again(&mut self) {
         self.spawn();
-        assert!(self.comes_up(), "tgtd does not start again on port {}", self.port);
+        self.wait_until_it_answers();
         self.tgtadm(&["--mode", "target", "--op", "new", "--tid", "1", "--targetname", NAME]);
     }
 
@@ -120,10 +106,7 @@ impl Tgt {
     }
 
     fn tgtadm(&self, args: &[&str]) {
-        let control = self.control.to_string();
-        let run =
-            Command::new(tool("tgtadm", "tgt")).args(["-C", &control, "--lld", "iscsi"]).args(args).output();
-        let run = run.unwrap();
+        let run = self.command("tgtadm").args(["--lld", "iscsi"]).args(args).output().unwrap();
         assert!(run.status.success(), "tgtadm {args:?}: {}", String::from_utf8_lossy(&run.stderr));
     }
 
@@ -139,7 +122,5 @@ impl Tgt {
 impl Drop for Tgt {
     fn drop(&mut self) {
         self.kill();
-        let _ = std::fs::remove_file(format!("/var/run/tgtd/socket.{}", self.control));
-        let _ = std::fs::remove_file(format!("/var/run/tgtd/socket.{}.lock", self.control));
     }
 }

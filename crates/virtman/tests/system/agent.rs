@@ -16,7 +16,7 @@ use crate::tools::wait_for;
 
 /// How long the agent may take to come up after the login prompt, and a command in the guest to end. The
 /// guest runs without KVM, and beside others.
-const AGENT_LIMIT: Duration = Duration::from_secs(240);
+const AGENT_LIMIT: Duration = Duration::from_secs(600);
 
 /// After this long without an answer the agent is asked again during the handshake.
 const ASK_AGAIN: Duration = Duration::from_secs(2);

@@ -1,14 +1,13 @@
 //! Clones and committed images: what a VM wrote, elsewhere.
 
 use std::fs;
-use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, make_raw, qemu_io, tool, wait_for};
+use crate::tools::{STEP_LIMIT, assert_same, make_raw, qemu_io, tool, wait_for};
 
 const MIB: usize = 48;
 
@@ -38,7 +37,7 @@ fn vm(cluster: &Cluster, name: &str) -> Value {
 
 /// Waits until no node but the origin has anything but `disk:1` attached.
 fn wait_settled(cluster: &Cluster, nodes: &[&str]) {
-    wait_for("clones have all of their own", Duration::from_secs(30), || {
+    wait_for("clones have all of their own", STEP_LIMIT, || {
         let only_own = |node: &&str| {
             let images = cluster.json(&["--node", node, "image", "list"]);
             images.as_array().unwrap().len() == 1
@@ -106,7 +105,7 @@ fn a_clone_elsewhere_has_what_was_written_and_comes_to_need_only_its_image() {
     qemu_io(&cluster.disk("b", "k-4"), &["read -P 8 1M 100k", "read -P 2 30M 1M"]);
 
     cluster.restart_node("v");
-    wait_for("the image that carried them is gone", Duration::from_secs(90), || {
+    wait_for("the image that carried them is gone", STEP_LIMIT, || {
         (cluster.json(&["image", "list"]).as_array().unwrap().len() == 1).then_some(())
     });
     assert_same(&cluster.disk("v", "v"), &expected);

@@ -2,21 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::port::Port;
 use crate::tools::{Background, both, tool, wait_for};
 
 /// How long a daemon may take to be ready: it takes milliseconds, but the machine may be busy.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long any command may take unless its test says otherwise.
-const COMMAND_TIMEOUT_SECONDS: &str = "300";
+const COMMAND_TIMEOUT_SECONDS: &str = "600";
 
 /// What lets a daemon's wall clock jump while it runs, and leaves its monotonic clock alone.
 const CLOCK_LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
@@ -26,7 +30,7 @@ pub(crate) struct Cluster {
     /// In this order: what is mounted in the directory goes first.
     mounts: Vec<Mount>,
     dir: TempDir,
-    volt_address: String,
+    volt_port: Port,
     volt: Option<Child>,
     nodes: BTreeMap<String, Node>,
 }
@@ -43,7 +47,7 @@ impl Drop for Mount {
 
 struct Node {
     process: Option<Child>,
-    address: String,
+    port: Port,
     options: Vec<String>,
 }
 
@@ -56,10 +60,9 @@ impl Cluster {
     /// Volt alone, with further options.
     pub(crate) fn start_with(options: &[&str]) -> Cluster {
         let dir = tempfile::Builder::new().prefix("vm-").tempdir().unwrap();
-        let volt_address = free_address();
-        let mut cluster =
-            Cluster { mounts: Vec::new(), dir, volt_address, volt: None, nodes: BTreeMap::new() };
-        cluster.ok(&["volt", "init", "--address", &cluster.volt_address]);
+        let volt_port = Port::reserve();
+        let mut cluster = Cluster { mounts: Vec::new(), dir, volt_port, volt: None, nodes: BTreeMap::new() };
+        cluster.ok(&["volt", "init", "--address", cluster.volt_address()]);
         cluster.start_volt(options);
         cluster
     }
@@ -141,9 +144,9 @@ impl Cluster {
         let mut join =
             vec!["--join".to_owned(), token.trim().to_owned(), "--name".to_owned(), name.to_owned()];
         join.extend(options.iter().cloned());
-        let address = free_address();
-        let process = self.spawn_node(name, &address, &join);
-        self.nodes.insert(name.to_owned(), Node { process: Some(process), address, options });
+        let port = Port::reserve();
+        let process = self.spawn_node(name, port.address(), &join);
+        self.nodes.insert(name.to_owned(), Node { process: Some(process), port, options });
         self.wait_up(name);
     }
 
@@ -154,11 +157,8 @@ impl Cluster {
 
     /// Starts a killed node again, at its address, and waits until its API answers.
     pub(crate) fn restart_node(&mut self, name: &str) {
-        let (address, options) = {
-            let node = &self.nodes[name];
-            (node.address.clone(), node.options.clone())
-        };
-        let process = self.spawn_node(name, &address, &options);
+        let node = &self.nodes[name];
+        let process = self.spawn_node(name, node.port.address(), &node.options);
         self.nodes.get_mut(name).expect("a node of the test").process = Some(process);
         wait_for(&format!("node {name} answers again"), START_LIMIT, || {
             let output = self.run_at(name, &["list"]);
@@ -198,7 +198,7 @@ impl Cluster {
 
     /// Starts Volt, and waits until it answers.
     pub(crate) fn start_volt(&mut self, options: &[&str]) {
-        let mut command = self.command(&["volt", "--listen", &self.volt_address]);
+        let mut command = self.command(&["volt", "--listen", self.volt_address()]);
         self.volt = Some(self.spawn(command.args(options), "volt"));
         wait_for("Volt answers", START_LIMIT, || self.run(&["status"]).status.success().then_some(()));
     }
@@ -272,12 +272,12 @@ impl Cluster {
 
     /// Where a node listens for children and administrators.
     pub(crate) fn node_address(&self, name: &str) -> &str {
-        &self.nodes[name].address
+        self.nodes[name].port.address()
     }
 
     /// Where Volt listens.
     pub(crate) fn volt_address(&self) -> &str {
-        &self.volt_address
+        self.volt_port.address()
     }
 
     /// What a node's daemon logged so far.
@@ -321,28 +321,20 @@ impl Cluster {
         child.unwrap_or_else(|e| panic!("{name} cannot be started: {e}"))
     }
 
-    /// The processes of guests, which outlive their daemons by design.
-    fn guests(&self) -> Vec<String> {
-        let mut pids = Vec::new();
+    /// Ends the guests, which outlive their daemons by design.
+    fn kill_guests(&self) {
         for name in self.nodes.keys() {
             let vms = fs::read_dir(self.node_dir(name).join("vms")).into_iter().flatten().flatten();
-            for vm in vms {
-                let pidfile = vm.path().join("qemu.pid");
-                let Ok(pid) = fs::read_to_string(&pidfile) else { continue };
-                let command = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
-                let ours = String::from_utf8_lossy(&command).contains(&*pidfile.to_string_lossy());
-                pids.extend(ours.then(|| pid.trim().to_owned()));
+            for guest in vms.filter_map(|vm| guest(&vm.path().join("qemu.pid"))) {
+                let _ = pidfd_send_signal(guest, Signal::KILL);
             }
         }
-        pids
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for pid in self.guests() {
-            let _ = Command::new("kill").args(["-9", &pid]).status();
-        }
+        self.kill_guests();
         for node in self.nodes.values_mut() {
             end(node.process.take());
         }
@@ -361,16 +353,22 @@ impl Drop for Cluster {
 fn end(process: Option<Child>) {
     if let Some(mut process) = process {
         let _ = process.kill();
-        let _ = process.wait();
-        // What the library for clocks leaves of a process that was killed.
+        // What the library for clocks leaves of a process that was killed has its number, which is nobody else's until
+        // it has been waited for.
+        let _ = waitid(WaitId::Pid(Pid::from_child(&process)), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
         for file in ["faketime_shm_", "sem.faketime_sem_"] {
             let _ = fs::remove_file(format!("/dev/shm/{file}{}", process.id()));
         }
+        let _ = process.wait();
     }
 }
 
-/// A loopback address on which nobody listens. Another process may take it before it is used; the daemon
-/// then says so in its log and the test fails, which in practice does not happen.
-pub(crate) fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+/// The process of a guest, if it has not ended.
+fn guest(pidfile: &Path) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(fs::read_to_string(pidfile).ok()?.trim().parse().ok()?)?;
+    // The number may be another process's by now. What is opened here is one process, whatever becomes of its number.
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
+    let is_ours = String::from_utf8_lossy(&command).contains(&*pidfile.to_string_lossy());
+    is_ours.then_some(process)
 }

@@ -4,19 +4,15 @@ use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::Duration;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
+use crate::tools::{STEP_LIMIT, assert_same, make_raw, qemu_io, wait_for};
 
 /// The origin and four nodes below it, the last one at level three.
 const FIVE: [&str; 5] = ["o", "a", "b", "c", "d"];
 
 /// Size of the images in MiB, a third of it data: much more than any queue between a disk and its reader.
 const MIB: usize = 48;
-
-/// How long the hierarchy may take to be as it should: leases last 3 s, and nodes that lost Volt pause 3 s.
-const REPAIR_LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn daemons_a_node_that_was_killed_has_the_same_disks_and_fetches_nothing_again() {
@@ -86,7 +82,7 @@ fn daemons_nodes_serve_and_create_without_volt_which_finds_all_as_it_was() {
     for node in FIVE {
         cluster.wait_up(node);
     }
-    wait_for("all nodes are in the hierarchy again", REPAIR_LIMIT, || {
+    wait_for("all nodes are in the hierarchy again", STEP_LIMIT, || {
         (cluster.parents("disk:1").len() == FIVE.len()).then_some(())
     });
     assert_eq!(cluster.parents("disk:1"), parents);
@@ -105,13 +101,13 @@ fn daemons_a_reader_goes_on_when_the_parent_of_its_node_is_killed() {
     found.extend(reader.read_rest());
 
     assert!(found == fs::read(&source).unwrap(), "the reader got other bytes than the image's");
-    let new = wait_for("d has another parent", REPAIR_LIMIT, || {
+    let new = wait_for("d has another parent", STEP_LIMIT, || {
         cluster.parents("disk:1")["d"].clone().filter(|new| *new != old)
     });
     assert!(FIVE.contains(&new.as_str()), "{new}");
     cluster.restart_node(&old);
     cluster.wait_up(&old);
-    wait_for("the killed parent is in the hierarchy again", REPAIR_LIMIT, || {
+    wait_for("the killed parent is in the hierarchy again", STEP_LIMIT, || {
         cluster.parents("disk:1").get(&old).cloned().flatten()
     });
     assert_same(&cluster.volume(&old, "disk+1"), &source);
@@ -125,7 +121,7 @@ fn daemons_readers_wait_for_an_origin_that_is_away() {
 
     cluster.kill_node("o");
     let rest = std::thread::spawn(move || reader.read_rest());
-    wait_for("Volt counts the origin as down", REPAIR_LIMIT, || {
+    wait_for("Volt counts the origin as down", STEP_LIMIT, || {
         (cluster.node_state("o").as_deref() == Some("down")).then_some(())
     });
     assert!(!rest.is_finished(), "the rest of the image is nowhere but at the origin");
@@ -212,7 +208,7 @@ fn daemons_a_node_that_sends_wrong_bytes_is_found_out_and_no_wrong_byte_arrives_
     let lies = cluster.node_status("b")["links"]["lies"].as_u64();
     assert!(lies.is_some_and(|lies| lies > 0), "the liar was never asked: {lies:?}");
     assert_eq!(cluster.node_status("c")["links"]["lies"], 0, "a lie was passed on");
-    wait_for("the liar serves nobody any more", REPAIR_LIMIT, || {
+    wait_for("the liar serves nobody any more", STEP_LIMIT, || {
         let serves = cluster.parents("disk:1").values().flatten().any(|parent| parent == "liar");
         let quarantined = cluster.node_state("liar").as_deref() == Some("quarantined");
         (quarantined && !serves).then_some(())

@@ -1,15 +1,11 @@
 //! Images that nobody uses any more: when they go, and that nobody below notices.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
-
-/// A lease, a look and a push, on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::tools::{STEP_LIMIT, assert_same, make_raw, qemu_io, wait_for};
 
 const MIB: usize = 48;
 
@@ -43,7 +39,7 @@ fn image(cluster: &Cluster, node: &str, name: &str) -> Option<Value> {
 }
 
 fn wait_gone(cluster: &Cluster, node: &str, name: &str) {
-    wait_for(&format!("{name} is detached from {node}"), LIMIT, || {
+    wait_for(&format!("{name} is detached from {node}"), STEP_LIMIT, || {
         image(cluster, node, name).is_none().then_some(())
     });
 }
@@ -113,7 +109,7 @@ fn a_vm_that_is_created_in_time_finds_the_image_warm() {
     let goes_in = || image(&cluster, "n", "disk:1").unwrap()["detaches_in_ms"].as_u64();
     assert_eq!(goes_in(), None);
     cluster.ok(&["destroy", "vm"]);
-    let left = wait_for("the node has looked", LIMIT, goes_in);
+    let left = wait_for("the node has looked", STEP_LIMIT, goes_in);
     assert!(left <= 3_600_000, "{left}");
     let table = cluster.ok(&["image", "list", "--node", "n"]);
     assert!(table.contains("DETACHES") && table.contains(" in ") && table.contains(" min "), "{table}");
@@ -130,17 +126,17 @@ fn while_volt_is_away_nothing_goes_and_a_restart_changes_nothing_about_that() {
     let mut cluster = cluster(&["o", "n"], "3s");
     create(&cluster, "n", "vm", "disk:1");
     cluster.kill_volt();
-    wait_for("the node has lost Volt", LIMIT, || cluster.log("n").contains("lost Volt").then_some(()));
+    wait_for("the node has lost Volt", STEP_LIMIT, || cluster.log("n").contains("lost Volt").then_some(()));
     let destroy = cluster.run_at("n", &["destroy", "vm"]);
     assert!(destroy.status.success(), "{}", String::from_utf8_lossy(&destroy.stderr));
     let due = |cluster: &Cluster| {
         let left = image(cluster, "n", "disk:1").expect("it stays attached")["detaches_in_ms"].as_u64();
         (left == Some(0)).then_some(())
     };
-    wait_for("the image is due", LIMIT, || due(&cluster));
+    wait_for("the image is due", STEP_LIMIT, || due(&cluster));
     cluster.kill_node("n");
     cluster.restart_node("n");
-    wait_for("the image is due again", LIMIT, || due(&cluster));
+    wait_for("the image is due again", STEP_LIMIT, || due(&cluster));
     cluster.start_volt(&["--fan-out", "1"]);
     wait_gone(&cluster, "n", "disk:1");
 }
@@ -153,15 +149,17 @@ fn an_image_that_somebody_has_open_stays_as_long() {
     command.args(["-r", "-f", "raw", &cluster.volume("n", "disk+1")]);
     let mut reader = crate::tools::Background::start(command, &cluster.path("reader"));
     reader.say("read 0 64k\n");
-    wait_for("the image is open", LIMIT, || reader.printed().contains("65536/65536").then_some(()));
+    wait_for("the image is open", STEP_LIMIT, || reader.printed().contains("65536/65536").then_some(()));
     cluster.ok(&["destroy", "vm"]);
     let_look(&cluster, "n");
     assert!(image(&cluster, "n", "disk:1").is_some());
     // It takes one command at a time.
     reader.say("read 3M 64k\n");
-    wait_for("it reads on", LIMIT, || (reader.printed().matches("65536/65536").count() == 2).then_some(()));
+    wait_for("it reads on", STEP_LIMIT, || {
+        (reader.printed().matches("65536/65536").count() == 2).then_some(())
+    });
     reader.say("quit\n");
-    reader.finish(LIMIT);
+    reader.finish(STEP_LIMIT);
     wait_gone(&cluster, "n", "disk:1");
 }
 
@@ -217,7 +215,7 @@ fn middle_goes(goes: Goes) {
         });
         // Also if it fails: the reader must end.
         let _end = Set(&gone);
-        wait_for("the guest reads", LIMIT, || (read.load(Ordering::Relaxed) > 4).then_some(()));
+        wait_for("the guest reads", STEP_LIMIT, || (read.load(Ordering::Relaxed) > 4).then_some(()));
         match goes {
             Goes::Unused => cluster.ok(&["destroy", "middle"]),
             Goes::ByHand => cluster.ok(&["--node", "m", "image", "detach", "disk:1"]),

@@ -9,11 +9,12 @@ use std::time::Duration;
 use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::guests::assert_no_disk_errors;
-use crate::tools::{Background, assert_same, both, guest_image, make_raw, qemu_io, tool_output, wait_for};
+use crate::tools::{
+    Background, STEP_LIMIT, assert_same, both, guest_image, make_raw, qemu_io, tool_output, wait_for,
+};
 
 /// How long a guest may take to boot, and to do what takes seconds on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
-const STEP_LIMIT: Duration = Duration::from_secs(120);
 
 const IMAGE: &str = "debian:12";
 

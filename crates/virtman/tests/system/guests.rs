@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::agent::Agent;
 use crate::cluster::Cluster;
-use crate::tools::{guest_image, tool, wait_for};
+use crate::tools::{STEP_LIMIT, guest_image, tool, wait_for};
 
 /// The image of all guests, and where it is kept. Its VMs are `debian-1`, `debian-2` and so on.
 const IMAGE: &str = "debian:12";
@@ -24,9 +24,6 @@ const BOOT_SECONDS: u64 = 540;
 
 /// The same for the command that boots them, with time to end by itself.
 const BOOT_LIMIT: Duration = Duration::from_secs(BOOT_SECONDS + 60);
-
-/// How long Volt, a daemon or a guest's command may take to do what takes a second on an idle machine.
-const STEP_LIMIT: Duration = Duration::from_secs(120);
 
 /// Chunks that a booting guest's node has fetched when its parent is killed: the guest is well under way,
 /// and has the larger part still before it.

@@ -3,15 +3,18 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::process::Command;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{both, make_raw, tool, tool_output, wait_for};
+use crate::tools::{Background, STEP_LIMIT, both, make_raw, tool, tool_output, wait_for};
 
 pub(crate) const USER: &str = "guest";
 pub(crate) const SECRET: &str = "correct-horse-battery";
+
+/// How long a load lasts that is ended before: longer than anybody waits to see it.
+const LOAD_SECONDS: &str = "600";
 
 /// A node with two portals and an image of some MiB.
 fn site() -> (Cluster, PathBuf) {
@@ -78,19 +81,19 @@ fn iscsi_a_vm_disk_is_one_disk_behind_all_portals_for_those_who_know_the_secret(
     );
 
     // Who has it open is listed.
-    std::thread::scope(|scope| {
-        let unit = with_secret(&portals[1], SECRET);
-        let load = scope.spawn(move || tool("libiscsi-bin", "iscsi-perf", &["-t", "2", &unit]));
-        wait_for("a session is listed", Duration::from_secs(10), || {
-            let exports = cluster.json(&["--node", "n", "export", "list"]);
-            let of_vm = |export: &&Value| export["target"].is_string() && export["name"] == "vm";
-            let export = exports.as_array()?.iter().find(of_vm)?.clone();
-            let session = export["sessions"].get(0)?;
-            let known = session["initiator"].as_str()?.contains("iscsi-perf") && session["portal"] == 1;
-            (known && session["read_bytes"].as_u64()? > 0).then_some(())
-        });
-        load.join().unwrap();
+    let mut load = Command::new("iscsi-perf");
+    load.args(["-t", LOAD_SECONDS, &with_secret(&portals[1], SECRET)]);
+    let mut load = Background::start(load, &cluster.path("load"));
+    wait_for("a session is listed", STEP_LIMIT, || {
+        load.assert_running();
+        let exports = cluster.json(&["--node", "n", "export", "list"]);
+        let of_vm = |export: &&Value| export["target"].is_string() && export["name"] == "vm";
+        let export = exports.as_array()?.iter().find(of_vm)?.clone();
+        let session = export["sessions"].get(0)?;
+        let known = session["initiator"].as_str()?.contains("iscsi-perf") && session["portal"] == 1;
+        (known && session["read_bytes"].as_u64()? > 0).then_some(())
     });
+    drop(load);
 
     // The image below is not what was written; it is exported read-only, and is on every node the same disk.
     cluster.ok(&["--node", "n", "export", "add", "disk:1", "--anyone"]);

@@ -5,11 +5,10 @@
 //! `VIRTMAN_ISCSI_GUEST`; it reaches the host's loopback through QEMU's user-mode network.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::copy_bidirectional;
@@ -19,9 +18,10 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::cluster::{Cluster, free_address};
+use crate::cluster::Cluster;
 use crate::iscsi::{SECRET, USER, addresses, secret_file, with_secret};
-use crate::tools::{Background, assert_same, guest_image, make_raw, tool, wait_for};
+use crate::port::Port;
+use crate::tools::{Background, STEP_LIMIT, assert_same, guest_image, make_raw, tool, wait_for};
 
 /// The initiator that the Linux guest is.
 const INITIATOR: &str = "iqn.2026-11.virtman.test:guest";
@@ -35,9 +35,6 @@ const MIB: usize = 96;
 /// Settings of open-iscsi with which either side notices when the network changes what it carries.
 const DIGESTS: [(&str, &str); 2] =
     [("conn[0].iscsi.HeaderDigest", "CRC32C"), ("conn[0].iscsi.DataDigest", "CRC32C")];
-
-/// How long what takes seconds on an idle machine may take.
-const STEP_LIMIT: Duration = Duration::from_secs(120);
 
 /// Writes 64 files over and over, each durable before the next, until `/run/stop` is there. What they have to
 /// hold stands in `/run/sums`, which is memory, and the number of those that are durable in `/run/beat`.
@@ -55,9 +52,8 @@ const WRITER: &str = "
 
 #[test]
 fn iscsi_guest_linux_loses_nothing_when_the_node_that_serves_its_disk_is_killed() {
-    let portal = free_address();
-    let (mut cluster, target) = site(&[&portal], &["--initiator", INITIATOR]);
-    let portal = portal.parse().unwrap();
+    let portal = &Port::reserve();
+    let (mut cluster, target) = site(&[portal], &["--initiator", INITIATOR]);
     let mut guest = Guest::linux(&cluster);
     let discovery =
         format!("iscsiadm -m discovery -t sendtargets -o nonpersistent -p {}", seen_by_guest(portal));
@@ -91,12 +87,12 @@ fn iscsi_guest_linux_loses_nothing_when_the_node_that_serves_its_disk_is_killed(
 
 #[test]
 fn iscsi_guest_linux_goes_on_over_whichever_portal_is_left() {
-    let portals = [free_address(), free_address()];
-    let (cluster, target) = site(&portals.each_ref().map(String::as_str), &["--initiator", INITIATOR]);
-    let mut ways = portals.each_ref().map(|portal| Way::to(portal));
+    let portals = [Port::reserve(), Port::reserve()];
+    let (cluster, target) = site(&portals.each_ref(), &["--initiator", INITIATOR]);
+    let mut ways = portals.each_ref().map(|portal| Way::to(portal.address()));
     let mut guest = Guest::linux(&cluster);
     for way in &ways {
-        guest.run(&log_in(&target, way.address, &chap(SECRET)));
+        guest.run(&log_in(&target, &way.port, &chap(SECRET)));
     }
     guest.wait_for_paths("active active");
     let said = guest.run("multipath -ll");
@@ -129,9 +125,9 @@ fn iscsi_guest_linux_goes_on_over_whichever_portal_is_left() {
 
 #[test]
 fn iscsi_guest_linux_mounts_an_image_and_cannot_change_it() {
-    let portal = free_address();
+    let portal = &Port::reserve();
     let mut cluster = Cluster::with_nodes(&["o"]);
-    cluster.add_node("n", &["--iscsi-listen", &portal]);
+    cluster.add_node("n", &["--iscsi-listen", portal.address()]);
     let (files, image) = (cluster.path("files"), cluster.path("image"));
     fs::create_dir(&files).unwrap();
     make_raw(&files.join("file"), 8, 13);
@@ -144,7 +140,6 @@ fn iscsi_guest_linux_mounts_an_image_and_cannot_change_it() {
     let target = target_of(&cluster, "files:1");
 
     let mut guest = Guest::linux(&cluster);
-    let portal = portal.parse().unwrap();
     let settings = |node_secret| {
         let proof = [("session.auth.username_in", "node"), ("session.auth.password_in", node_secret)];
         [&chap(SECRET)[..], &proof, &[("session.auth.chap_algs", "SHA256")]].concat()
@@ -168,12 +163,12 @@ fn iscsi_guest_linux_mounts_an_image_and_cannot_change_it() {
 
 #[test]
 fn iscsi_guest_qemu_boots_from_an_exported_disk_and_keeps_it_when_the_node_is_killed() {
-    let portal = free_address();
+    let portal = &Port::reserve();
     let mut cluster = Cluster::with_nodes(&["o"]);
-    cluster.add_node("n", &["--iscsi-listen", &portal]);
+    cluster.add_node("n", &["--iscsi-listen", portal.address()]);
     cluster.share(&["o", "n"], "debian:12", &guest_image());
     let target = export(&cluster, "debian:12", &[]);
-    let mut guest = Guest::debian(&cluster, &portal, &target);
+    let mut guest = Guest::debian(&cluster, portal.address(), &target);
 
     let root = guest.run("grep ' / ' /proc/mounts");
     assert!(root.starts_with("/dev/vda2 / ext4 rw"), "{root}");
@@ -192,8 +187,9 @@ fn iscsi_guest_qemu_boots_from_an_exported_disk_and_keeps_it_when_the_node_is_ki
 
 #[test]
 fn iscsi_guest_tools_of_libiscsi_list_describe_and_load_an_exported_disk() {
-    let portal = free_address();
-    let (_cluster, target) = site(&[&portal], &[]);
+    let port = Port::reserve();
+    let (_cluster, target) = site(&[&port], &[]);
+    let portal = port.address();
     let disk = with_secret(&format!("iscsi://{portal}/{target}/0"), SECRET);
 
     let list = tool("libiscsi-bin", "iscsi-ls", &["-s", &with_secret(&format!("iscsi://{portal}"), SECRET)]);
@@ -212,9 +208,9 @@ fn iscsi_guest_tools_of_libiscsi_list_describe_and_load_an_exported_disk() {
 
 /// A cluster whose node `n`, below its origin, exports a VM's disk of [`MIB`] at these portals, and the name of
 /// its target. `access` says who may open it, beside that CHAP is asked for.
-fn site(portals: &[&str], access: &[&str]) -> (Cluster, String) {
+fn site(portals: &[&Port], access: &[&str]) -> (Cluster, String) {
     let mut cluster = Cluster::with_nodes(&["o"]);
-    let listen: Vec<&str> = portals.iter().flat_map(|portal| ["--iscsi-listen", portal]).collect();
+    let listen: Vec<&str> = portals.iter().flat_map(|portal| ["--iscsi-listen", portal.address()]).collect();
     cluster.add_node("n", &listen);
     let source = cluster.path("source");
     make_raw(&source, MIB, 11);
@@ -360,7 +356,7 @@ impl Guest {
 }
 
 /// A script that logs a guest in to a target at a port of the host, with these settings of open-iscsi.
-fn log_in(target: &str, portal: SocketAddr, settings: &[(&str, &str)]) -> String {
+fn log_in(target: &str, portal: &Port, settings: &[(&str, &str)]) -> String {
     let record = format!("iscsiadm -m node -T {target} -p {}", seen_by_guest(portal));
     let settings: String =
         settings.iter().map(|(name, value)| format!(" -n node.{name} -v {value}")).collect();
@@ -373,19 +369,19 @@ fn chap(secret: &str) -> [(&str, &str); 3] {
     [("session.auth.authmethod", "CHAP"), ("session.auth.username", USER), ("session.auth.password", secret)]
 }
 
-/// An address of the host's loopback, as guests see it.
-fn seen_by_guest(address: SocketAddr) -> String {
-    format!("{HOST}:{}", address.port())
+/// A port of the host's loopback, as guests see it.
+fn seen_by_guest(port: &Port) -> String {
+    format!("{HOST}:{}", port.number())
 }
 
 /// The guest's name for the disk of a target.
-fn disk_at(portal: SocketAddr, target: &str) -> String {
+fn disk_at(portal: &Port, target: &str) -> String {
     format!("/dev/disk/by-path/ip-{}-iscsi-{target}-lun-0", seen_by_guest(portal))
 }
 
 /// A way to a portal that can fail: another port of the loopback, which leads there.
 struct Way {
-    address: SocketAddr,
+    port: Port,
     portal: String,
     carrier: Option<Carrier>,
     /// What carries no more, and keeps its connections open.
@@ -401,15 +397,15 @@ struct Carrier {
 
 impl Way {
     fn to(portal: &str) -> Way {
-        let address = free_address().parse().unwrap();
-        let mut way = Way { address, portal: portal.to_owned(), carrier: None, silent: Vec::new() };
+        let (port, portal) = (Port::reserve(), portal.to_owned());
+        let mut way = Way { port, portal, carrier: None, silent: Vec::new() };
         way.mend();
         way
     }
 
     /// Accepts connections, again at the same address.
     fn mend(&mut self) {
-        let listener = TcpListener::bind(self.address).unwrap();
+        let listener = TcpListener::bind(self.port.address()).unwrap();
         listener.set_nonblocking(true).unwrap();
         let (runtime, silence) = (Runtime::new().unwrap(), CancellationToken::new());
         let accepting = runtime.spawn(carry(listener, self.portal.clone(), silence.clone()));

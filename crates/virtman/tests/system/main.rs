@@ -35,6 +35,10 @@ mod tools;
 #[path = "../../../iscsi/tests/tgt/mod.rs"]
 mod tgt;
 
+/// Ports that are the test's, as the tests of the crate `iscsi` take them.
+#[path = "../../../iscsi/tests/port/mod.rs"]
+mod port;
+
 /// A guest that counts, as the unit tests of the VM runner boot it.
 #[path = "../../src/vm/tests/counting_guest.rs"]
 mod counting_guest;

@@ -5,10 +5,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
+use crate::tools::{STEP_LIMIT, assert_same, make_raw, qemu_io, wait_for};
 
 const VMS: usize = 1000;
 
@@ -62,7 +62,7 @@ fn many_a_thousand_disks_are_made_restarted_and_destroyed() {
     for left in ["vms", "layers", "disks"] {
         assert_eq!(fs::read_dir(cluster.node_dir("n").join(left)).unwrap().count(), 0, "{left}");
     }
-    wait_for("no more files are open than before", Duration::from_secs(30), || {
+    wait_for("no more files are open than before", STEP_LIMIT, || {
         (open_files(&cluster) <= idle.1 + CLIENTS).then_some(())
     });
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
 
 use serde_json::Value;
 
@@ -10,10 +9,7 @@ use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::counting_guest::boot_disk;
 use crate::guests::assert_no_disk_errors;
-use crate::tools::{assert_same, guest_image, make_raw, qemu_io, tool, wait_for};
-
-/// How long what takes a second on an idle machine may take.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::tools::{STEP_LIMIT, assert_same, guest_image, make_raw, qemu_io, tool, wait_for};
 
 /// Nodes `o`, `a` and `b` that share the image `counter:1`, whose guests count.
 fn cluster() -> Cluster {
@@ -27,7 +23,7 @@ fn cluster() -> Cluster {
 /// Boots the VM `count-1` on node `a`.
 fn boot(cluster: &Cluster) {
     let ready = "console:00000010";
-    let args = ["--name", "count", "--nodes", "a", "--memory", "16M", "--ready", ready, "--timeout", "60s"];
+    let args = ["--name", "count", "--nodes", "a", "--memory", "16M", "--ready", ready, "--timeout", "240s"];
     cluster.ok(&[&["boot", "--image", "counter:1"][..], &args].concat());
 }
 
@@ -50,7 +46,7 @@ fn assert_counted(parts: &[String]) -> u64 {
 /// Waits until the guest has counted on since now at a node.
 fn counts_on(cluster: &Cluster, node: &str) {
     let before = console(cluster, node).lines().count();
-    wait_for("the guest counts on", LIMIT, || {
+    wait_for("the guest counts on", STEP_LIMIT, || {
         (console(cluster, node).lines().count() > before + 3).then_some(())
     });
 }
@@ -112,7 +108,7 @@ fn a_disk_without_a_guest_moves_and_can_be_read_at_once() {
 
 /// Waits until a node keeps no layer any more, as [`wait_passed`] does.
 fn wait_no_layers(cluster: &Cluster, node: &str) {
-    wait_for(&format!("nothing is left on {node}"), 2 * LIMIT, || {
+    wait_for(&format!("nothing is left on {node}"), 2 * STEP_LIMIT, || {
         fs::read_dir(cluster.node_dir(node).join("layers")).unwrap().next().is_none().then_some(())
     });
 }
@@ -126,7 +122,7 @@ fn layer_bytes(cluster: &Cluster, node: &str) -> u64 {
 
 /// Waits until a node fetches no image but the VM's own: all that came with the VM has settled.
 fn wait_settled(cluster: &Cluster, node: &str) {
-    wait_for("all of it is on the node", LIMIT, || {
+    wait_for("all of it is on the node", STEP_LIMIT, || {
         let images = cluster.json(&["--node", node, "image", "list"]);
         let fetched = images.as_array().unwrap().iter().filter(|image| image["role"] == "relay");
         (fetched.count() == 1).then_some(())
@@ -135,7 +131,7 @@ fn wait_settled(cluster: &Cluster, node: &str) {
 
 /// Waits until a node has no image but the VM's own: what it carried to others is there. That is seen after half a minute.
 fn wait_passed(cluster: &Cluster, node: &str) {
-    wait_for("only the VM's image is on the node", 2 * LIMIT, || {
+    wait_for("only the VM's image is on the node", 2 * STEP_LIMIT, || {
         (cluster.json(&["--node", node, "image", "list"]).as_array().unwrap().len() == 1).then_some(())
     });
 }
@@ -239,7 +235,7 @@ fn a_vm_is_on_one_node_whichever_dies_at_whatever_step() {
         cluster.kill_node(dies);
         cluster.restart_node(dies);
         cluster.wait_up(dies);
-        let node = wait_for(&format!("{step}: the VM is on one node, and on no other"), LIMIT, || {
+        let node = wait_for(&format!("{step}: the VM is on one node, and on no other"), STEP_LIMIT, || {
             let vms = cluster.json(&["list"]);
             let [vm] = vms.as_array()?.as_slice() else { return None };
             let node = vm["node"].as_str()?;
@@ -268,7 +264,7 @@ fn writes_on(agent: &mut Agent) {
     let beat =
         |agent: &mut Agent| agent.run("cat /run/beat 2>/dev/null || echo 0").trim().parse::<u64>().unwrap();
     let before = beat(agent);
-    wait_for("the guest writes on", LIMIT, || (beat(agent) > before).then_some(()));
+    wait_for("the guest writes on", STEP_LIMIT, || (beat(agent) > before).then_some(()));
 }
 
 #[test]
@@ -292,7 +288,7 @@ fn debian_moves_ten_times_while_it_writes() {
         "--memory",
         "256M",
         "--timeout",
-        "280s",
+        "540s",
         "--kernel",
         kernel,
         "--initrd",

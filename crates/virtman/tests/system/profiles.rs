@@ -2,21 +2,17 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use block::{ChunkIndex, ImageId};
 use image::BootProfile;
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{make_raw, qemu_io, wait_for};
+use crate::tools::{STEP_LIMIT, make_raw, qemu_io, wait_for};
 
 /// Each third MiB of a test image holds data, 16 chunks of it; the others are zero.
 const MIB: usize = 24;
 const CHUNKS_PER_MIB: u64 = 16;
-
-/// How long what follows a boot by itself may take: milliseconds, but the machine may be busy.
-const FOLLOW_LIMIT: Duration = Duration::from_secs(30);
 
 /// The MiB that the test's guest reads, in its order; all hold data.
 const BOOT: [u64; 5] = [21, 0, 9, 3, 6];
@@ -26,7 +22,7 @@ fn profiles_of_a_first_boot_are_streamed_to_the_next_node_and_survive_volt() {
     let mut cluster = cluster(&["o", "a", "b"]);
     boot(&cluster, "a", "first", &BOOT);
     let expected = chunks_of(&BOOT);
-    let shown = wait_for("the boot is recorded", FOLLOW_LIMIT, || {
+    let shown = wait_for("the boot is recorded", STEP_LIMIT, || {
         let shown = cluster.json(&["image", "profile", "show", "disk:1"]);
         shown["profile"].is_object().then_some(shown)
     });
@@ -52,7 +48,7 @@ fn profiles_of_a_first_boot_are_streamed_to_the_next_node_and_survive_volt() {
     is_fetched_once("a");
     is_fetched_once("b");
 
-    let before = wait_for("the second boot is recorded", FOLLOW_LIMIT, || {
+    let before = wait_for("the second boot is recorded", STEP_LIMIT, || {
         let shown = cluster.json(&["image", "profile", "show", "disk:1"]);
         (shown["records"].as_array().unwrap().len() == 2).then_some(shown)
     });
@@ -64,7 +60,7 @@ fn profiles_of_a_first_boot_are_streamed_to_the_next_node_and_survive_volt() {
     cluster.kill_node("b");
     cluster.restart_node("b");
     cluster.wait_up("b");
-    wait_for("b is done again", FOLLOW_LIMIT, || {
+    wait_for("b is done again", STEP_LIMIT, || {
         (attached(&cluster, "b")["profile"]["complete"] == true).then_some(())
     });
     assert_eq!(cluster.node_status("b")["links"]["received_chunks"], 0);
@@ -74,19 +70,19 @@ fn profiles_of_a_first_boot_are_streamed_to_the_next_node_and_survive_volt() {
 fn profiles_recorded_anew_replace_the_old_one_and_cleared_ones_stay_away() {
     let cluster = cluster(&["o", "a"]);
     boot(&cluster, "a", "first", &BOOT);
-    wait_for("the boot is recorded", FOLLOW_LIMIT, || profile(&cluster));
+    wait_for("the boot is recorded", STEP_LIMIT, || profile(&cluster));
 
     cluster.ok(&["image", "profile", "record", "disk:1"]);
     assert_eq!(exported(&cluster).chunks(), chunks_of(&BOOT), "the old one stays until there is another");
     let other = [0, 3, 6, 9, 12];
     boot(&cluster, "a", "second", &other);
-    wait_for("the new boot replaces the old", FOLLOW_LIMIT, || {
+    wait_for("the new boot replaces the old", STEP_LIMIT, || {
         (exported(&cluster).chunks() == chunks_of(&other)).then_some(())
     });
 
     cluster.ok(&["image", "profile", "clear", "disk:1"]);
     assert_eq!(profile(&cluster), None);
-    wait_for("a hears of it", FOLLOW_LIMIT, || attached(&cluster, "a")["profile"].is_null().then_some(()));
+    wait_for("a hears of it", STEP_LIMIT, || attached(&cluster, "a")["profile"].is_null().then_some(()));
     boot(&cluster, "a", "third", &BOOT);
     assert_eq!(profile(&cluster), None, "nobody asked for a record");
     let refused = cluster.refused(&["image", "profile", "export", "disk:1", "/nowhere"]);
@@ -200,7 +196,7 @@ fn attached(cluster: &Cluster, node: &str) -> Value {
 
 /// Attaches the image to a node and waits until its profile is there.
 fn stream(cluster: &Cluster, node: &str) -> Value {
-    wait_for(&format!("the profile is on {node}"), FOLLOW_LIMIT, || {
+    wait_for(&format!("the profile is on {node}"), STEP_LIMIT, || {
         let profile = attached(cluster, node)["profile"].clone();
         (profile["complete"] == true).then_some(profile)
     })

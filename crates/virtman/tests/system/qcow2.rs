@@ -4,17 +4,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{Background, assert_same, make_raw, qemu_io, tool, tool_output, wait_for};
+use crate::tools::{Background, STEP_LIMIT, assert_same, make_raw, qemu_io, tool, tool_output, wait_for};
 
 const MIB: usize = 24;
-
-/// How long what takes milliseconds may take on a busy machine.
-const STEP_LIMIT: Duration = Duration::from_secs(60);
 
 /// The origin `o` of `disk:1`, and `n`, which fetches from it and has the VM `v`.
 fn cluster() -> Cluster {

@@ -5,12 +5,11 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{both, make_raw, tool, wait_for};
+use crate::tools::{STEP_LIMIT, both, make_raw, tool, wait_for};
 
 #[test]
 fn refusals_without_a_certificate_of_the_cluster_there_is_no_answer() {
@@ -25,7 +24,7 @@ fn refusals_without_a_certificate_of_the_cluster_there_is_no_answer() {
             assert!(said.contains("alert"), "{address} ends the handshake of {credentials:?}: {said}");
         }
         let mut plain = TcpStream::connect(address).unwrap();
-        plain.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        plain.set_read_timeout(Some(STEP_LIMIT)).unwrap();
         plain.write_all(REQUEST.as_bytes()).unwrap();
         let mut answer = Vec::new();
         // The end may come as a reset: bytes of ours were not read.
@@ -78,9 +77,9 @@ fn refusals_a_token_works_once_and_a_name_is_given_once() {
     let for_z = cluster.ok(&["volt", "token", "--for", "z"]);
     says(&join(for_z.trim(), "x"), &["'z'", "'x'"]);
     says(&join(&token(), "../x"), &["'../x'", "node name"]);
-    let strangers = Cluster::start();
+    let mut strangers = Cluster::start();
     let theirs = strangers.ok(&["volt", "token"]);
-    drop(strangers);
+    strangers.kill_volt();
     says(&join(theirs.trim(), "x"), &["cannot join as 'x'", "cannot connect to"]);
 }
 
@@ -291,7 +290,7 @@ fn refusals_a_removed_node_gets_no_answer_from_volt_or_from_other_nodes() {
     assert_eq!(cluster.node_state("n"), None);
     for address in &addresses {
         // The other node hears of it by a push, a moment later than Volt.
-        wait_for(&format!("{address} refuses the removed node"), Duration::from_secs(30), || {
+        wait_for(&format!("{address} refuses the removed node"), STEP_LIMIT, || {
             (!s_client(address, Some(&identity)).contains("HTTP/1.1 ")).then_some(())
         });
     }
@@ -339,7 +338,7 @@ fn refusals_a_node_brings_no_vm_that_no_administrator_named() {
     says(&asks("POST", "/v1/incoming/x/receive", &offer), &["HTTP/1.1 204"]);
     says(&asks("POST", "/v1/incoming/x/take", "null"), &["HTTP/1.1 409", "not all of 'x' is here"]);
     // Its node knows of no move, so it is forgotten.
-    wait_for("nothing is left of what does not come", Duration::from_secs(30), || {
+    wait_for("nothing is left of what does not come", STEP_LIMIT, || {
         (entries(&cluster.node_dir("o").join("vms")) == 0).then_some(())
     });
 }
@@ -355,7 +354,7 @@ fn s_client(address: &str, credentials: Option<&Path>) -> String {
 /// The same with another request.
 fn s_client_asks(address: &str, credentials: Option<&Path>, request: &str) -> String {
     let mut command = Command::new("timeout");
-    command.args(["30", "openssl", "s_client", "-connect", address, "-alpn", "http/1.1", "-ign_eof"]);
+    command.args(["120", "openssl", "s_client", "-connect", address, "-alpn", "http/1.1", "-ign_eof"]);
     if let Some(dir) = credentials {
         command.arg("-cert").arg(dir.join("cert.pem")).arg("-key").arg(dir.join("key.pem"));
     }

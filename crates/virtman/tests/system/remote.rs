@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
 
-use crate::cluster::{Cluster, free_address};
+use crate::cluster::Cluster;
 use crate::iscsi::{addresses, secret_file};
+use crate::port::Port;
 use crate::tgt::{NAME, Tgt};
-use crate::tools::{assert_same, both, make_raw, tool, wait_for};
+use crate::tools::{STEP_LIMIT, assert_same, both, make_raw, tool, wait_for};
 
 const USER: &str = "array";
 const SECRET: &str = "twelve-or-more-bytes";
@@ -48,11 +48,11 @@ fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_not
     std::thread::scope(|scope| {
         let volume = cluster.volume("b", "disk+1");
         let reader = scope.spawn(move || assert_same(&volume, &file));
-        wait_for("the origin notices", Duration::from_secs(30), || {
+        wait_for("the origin notices", STEP_LIMIT, || {
             cluster.log("o").contains("lost an iSCSI session").then_some(())
         });
         assert!(!reader.is_finished(), "it waits for the target");
-        tgt.start_again();
+        tgt.start();
         serve(&tgt);
         reader.join().unwrap();
     });
@@ -68,10 +68,10 @@ fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_not
     std::thread::scope(|scope| {
         let (disk, file) = (cluster.disk("o", "vm"), tgt.file());
         let reader = scope.spawn(move || assert_same(&disk, &file));
-        wait_for("the origin looks for the target", Duration::from_secs(10), || {
+        wait_for("the origin looks for the target", STEP_LIMIT, || {
             cluster.log("o").contains("trying again").then_some(())
         });
-        tgt.start_again();
+        tgt.start();
         serve(&tgt);
         reader.join().unwrap();
     });
@@ -100,7 +100,8 @@ fn remote_units_that_cannot_be_used_are_refused_with_the_reason_and_the_remedy()
     let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
     let wrong = secret_file(&cluster, "wrong", &format!("{USER}:twelve-or-more-bytez\n"));
     let at = format!("127.0.0.1:{}", tgt.port);
-    let closed = free_address();
+    let closed = Port::reserve();
+    let closed = closed.address();
     let add = |address: &str, rest: &[&str]| {
         let said = cluster.refused(&[&["--node", "o", "image", "add", "disk:1", address], rest].concat());
         assert!(!said.contains(SECRET), "{said}");

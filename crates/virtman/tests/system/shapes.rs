@@ -1,12 +1,11 @@
 //! The shape of an image's hierarchy, set by hand and chosen by the number of nodes.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::cluster::Cluster;
-use crate::tools::{make_raw, wait_for};
+use crate::tools::{STEP_LIMIT, make_raw, wait_for};
 
 const NODES: [&str; 6] = ["o", "a", "b", "c", "d", "e"];
 
@@ -28,7 +27,7 @@ fn shapes_are_set_for_one_image_and_given_back_to_volt() {
     assert_eq!(stripes(&cluster), BTreeSet::from([1]), "as Volt was told for all images");
 
     let follow = |wanted: usize| {
-        wait_for("all relays have the new shape", Duration::from_secs(20), || {
+        wait_for("all relays have the new shape", STEP_LIMIT, || {
             (stripes(&cluster) == BTreeSet::from([wanted])).then_some(())
         });
     };

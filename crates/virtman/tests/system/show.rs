@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use crate::cluster::Cluster;
 use crate::tools::{make_raw, qemu_io};
 
+/// In 2020: a number of seconds would be far below it.
+const SOME_UNIX_MS: u64 = 1_600_000_000_000;
+
 fn show(cluster: &Cluster, vm: &str) -> Value {
     cluster.json(&["--node", "n", "show", vm])
 }
@@ -112,8 +115,9 @@ fn show_tells_how_a_guest_came_up_and_after_a_restart_only_what_is_still_known()
     let details = show(&cluster, "tiny-1");
     let boot = &details["boot"];
     let ms = |key: &str| boot[key].as_u64().unwrap_or_else(|| panic!("no {key}: {details}"));
-    assert!(ms("first_read_ms") <= ms("ready_ms") && ms("disk_ms") < 60_000, "{details}");
-    assert!(ms("started_unix_ms") >= details["vm"]["created_unix_ms"].as_u64().unwrap(), "{details}");
+    assert!(ms("first_read_ms") <= ms("ready_ms") && boot["disk_ms"].is_u64(), "{details}");
+    // That it was after the VM was created cannot be told from clocks, which somebody may set meanwhile.
+    assert!(ms("started_unix_ms") > SOME_UNIX_MS, "{details}");
     let pid = details["vm"]["pid"].as_u64().unwrap();
     let shown = cluster.ok(&["--node", "n", "show", "tiny-1"]);
     assert!(shown.contains(&format!("running, pid {pid}")) && shown.contains("first read"), "{shown}");

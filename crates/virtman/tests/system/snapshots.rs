@@ -3,10 +3,9 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::time::Duration;
 
 use crate::cluster::Cluster;
-use crate::tools::{assert_same, make_raw, qemu_io, wait_for};
+use crate::tools::{STEP_LIMIT, assert_same, make_raw, qemu_io, wait_for};
 
 const MIB: usize = 24;
 
@@ -66,11 +65,9 @@ fn snapshots_keep_what_was_and_merge_when_they_are_given_up() {
     qemu_io(&disk, &["read -P 1 0 102400", "write -P 7 5000 100"]);
 
     cluster.ok(&["snapshot", "delete", "v", "three", "two"]);
-    wait_for("what nobody needs is gone", Duration::from_secs(20), || {
-        (layer_dirs(&cluster) == 2).then_some(())
-    });
+    wait_for("what nobody needs is gone", STEP_LIMIT, || (layer_dirs(&cluster) == 2).then_some(()));
     cluster.ok(&["snapshot", "delete", "v", "one"]);
-    wait_for("the layers are merged", Duration::from_secs(20), || (layer_dirs(&cluster) == 1).then_some(()));
+    wait_for("the layers are merged", STEP_LIMIT, || (layer_dirs(&cluster) == 1).then_some(()));
     let merged = ["read -P 1 0 5000", "read -P 7 5000 100", "read -P 1 5100 97300"];
     qemu_io(&disk, &merged);
     cluster.kill_node("o");
@@ -102,7 +99,7 @@ fn a_layer_that_holds_much_takes_over_the_little_above_it_and_is_the_snapshot() 
     let reads = [&reads[..], &["read -P 2 150M 64k", "read -P 0 151M 1M"]].concat();
 
     cluster.ok(&["snapshot", "delete", "w", "much"]);
-    wait_for("the layers are merged", Duration::from_secs(20), || (layers(&cluster, "w") == 2).then_some(()));
+    wait_for("the layers are merged", STEP_LIMIT, || (layers(&cluster, "w") == 2).then_some(()));
     qemu_io(&disk, &reads);
     let gone = &(&before | &made) - &layer_names(&cluster);
     assert_eq!(gone.len(), 1);

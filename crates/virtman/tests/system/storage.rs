@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::cluster::{Cluster, free_address};
-use crate::tools::{assert_same, both, make_raw, qemu_io, tool, tool_output, wait_for};
+use crate::cluster::Cluster;
+use crate::port::Port;
+use crate::tools::{STEP_LIMIT, assert_same, both, make_raw, qemu_io, tool, tool_output, wait_for};
 
 /// The origin and four nodes below it, the last one at level three.
 const FIVE: [&str; 5] = ["o", "a", "b", "c", "d"];
@@ -93,7 +93,7 @@ fn storage_each_node_fetches_each_chunk_once_however_many_read_it() {
     // What parents sent was wanted, or had been withdrawn while it was on its way, where it may still be.
     let links = |node: &str, counter: &str| cluster.node_status(node)["links"][counter].as_u64().unwrap();
     let total = |counter: &str| FIVE.iter().map(|node| links(node, counter)).sum::<u64>();
-    wait_for("all that was sent has come", Duration::from_secs(30), || {
+    wait_for("all that was sent has come", STEP_LIMIT, || {
         (total("sent_chunks") == total("received_chunks") + total("vain_chunks")).then_some(())
     });
     let origin = cluster.node_status("o");
@@ -121,7 +121,7 @@ fn storage_a_node_that_was_filled_needs_no_parent_any_more() {
     cluster.kill_node("a");
     cluster.restart_node("a");
     cluster.wait_up("a");
-    wait_for("all of the image is on a", Duration::from_secs(30), || {
+    wait_for("all of the image is on a", STEP_LIMIT, || {
         let fill = cluster.json(&["--node", "a", "image", "list"])[0]["fill"].clone();
         (fill["resident"].as_u64()? == fill["chunks"].as_u64()?).then_some(())
     });
@@ -167,10 +167,10 @@ fn storage_foreign_tools_write_and_read_vm_disks_over_a_unix_socket() {
 
 #[test]
 fn storage_foreign_tools_use_vm_disks_over_tls_with_a_certificate_and_not_without() {
-    let nbd = free_address();
-    let port = nbd.rsplit(':').next().unwrap();
+    let nbd = Port::reserve();
+    let port = nbd.number();
     // Foreign clients compare the name that they dial with the certificate's, which is the node's.
-    let (cluster, source) = one_node("localhost", &["--nbd-listen", &nbd]);
+    let (cluster, source) = one_node("localhost", &["--nbd-listen", nbd.address()]);
     cluster.ok(&["--node", "localhost", "create", "vm", "--image", "disk:1", "--size", "32M"]);
     let certificates = cluster.path("certificates");
     fs::create_dir(&certificates).unwrap();

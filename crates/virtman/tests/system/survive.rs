@@ -19,7 +19,9 @@ use serde_json::json;
 use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::guests::assert_no_disk_errors;
-use crate::tools::{Background, assert_same, both, guest_image, make_raw, tool, tool_output, wait_for};
+use crate::tools::{
+    Background, STEP_LIMIT, assert_same, both, guest_image, make_raw, tool, tool_output, wait_for,
+};
 
 const IMAGE: &str = "debian:12";
 
@@ -38,9 +40,6 @@ const LIFE_MS_MAX: u64 = 150;
 
 /// How long a guest may take to boot: on an idle machine half a minute.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
-
-/// How long the guest may take to do what takes a second on an idle machine.
-const STEP_LIMIT: Duration = Duration::from_secs(120);
 
 /// The guest's root file system in bytes from the begin of its disk; see `scripts/guest-image`.
 const ROOT_OFFSET: u64 = 65 << 20;
