@@ -34,11 +34,7 @@ pub(super) async fn show(context: &Context, name: &VmName) -> Outcome {
 /// What there is to say of a VM in a line each.
 fn facts(details: &VmDetails, now: u64) -> Vec<(&'static str, String)> {
     let VmDetails { vm, io, cache, .. } = details;
-    let mut facts = vec![
-        ("name", vm.name.to_string()),
-        ("node", vm.node.to_string()),
-        ("state", state(vm)),
-    ];
+    let mut facts = vec![("name", vm.name.to_string()), ("node", vm.node.to_string()), ("state", state(vm))];
     if let Some(paused) = &vm.paused {
         facts.push(("paused", format!("since {}: {}", ago(now, paused.since_unix_ms), paused.reason)));
     }

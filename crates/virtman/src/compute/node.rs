@@ -73,13 +73,24 @@ impl Node {
         }
         let _attaching = self.images.expect_pushes();
         let asked = tokio::time::Instant::now();
-        let answer = self.volt.attach(name.to_string(), Role::Relay, None).await.map_err(from_volt)?;
+        let role = self.role_under(name).await?;
+        let answer = self.volt.attach(name.to_string(), role, None).await.map_err(from_volt)?;
         let record = answer.image.ok_or_else(|| {
             ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
         })?;
         tracing::info!(image = %name, id = %record.id.short(), "image attached");
         let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
         attached.map(Held::new).map_err(ApiError::internal)
+    }
+
+    /// What this node is in the hierarchy of an image that it does not have under this name: an origin stays one when it
+    /// attaches its image under a name that others gave it, or Volt would let it fetch from below itself.
+    async fn role_under(&self, name: &ImageName) -> Result<Role, ApiError> {
+        if self.images.all().iter().all(|attached| attached.role() == Role::Relay) {
+            return Ok(Role::Relay);
+        }
+        let known = self.volt.image(name).await.map_err(from_volt)?;
+        Ok(self.images.by_id(&known.id).map_or(Role::Relay, |attached| attached.role()))
     }
 
     /// Takes an image out of service that no VM of this node uses.
@@ -235,8 +246,13 @@ impl Node {
             Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
             Err(error) => return Err(from_volt(error)),
         }
+        self.forget_image(&attached, name).await
+    }
+
+    /// Forgets a name of an image on its origin, and with the last one what was kept of it. The caller holds `changing`.
+    async fn forget_image(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
         let derived = attached.derived();
-        self.release(&attached, name).await?;
+        self.release(attached, name).await?;
         if self.images.by_id(&attached.id).is_none() {
             image::remove(&self.images_dir, attached.id)
                 .map_err(|e| ApiError::internal(format!("cannot remove what was kept of '{name}': {e}")))?;
@@ -261,7 +277,18 @@ impl Node {
                     Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
                     Ok(_) | Err(_) => continue,
                 }
-                match self.remove_image(&name, Force::Yes).await {
+                let removed = match self.remove_image(&name, Force::Yes).await {
+                    // Another node gave its image this name, and takes it out of the catalog itself.
+                    Err(error) if error.code == "not_its_origin" => {
+                        let _one_at_a_time = self.images.changing.lock().await;
+                        match self.must_be_unused(&attached, &name) {
+                            Ok(()) => self.forget_image(&attached, &name).await,
+                            in_use => in_use,
+                        }
+                    }
+                    removed => removed,
+                };
+                match removed {
                     Ok(()) => tracing::info!(image = %name, "nobody needs the image any more"),
                     Err(error) => tracing::info!(image = %name, %error, "an image that is not needed stays"),
                 }

@@ -172,7 +172,8 @@ impl Qemu {
         });
         qmp.execute_when_settled("migrate-set-parameters", limits).await?;
         // This migration sees to it from here on that the guest goes on, if it comes to nothing.
-        let ran = [Debt::EndMigration, Debt::Resume].map(|debt| self.standing().settle(debt)) != [false, false];
+        let ran =
+            [Debt::EndMigration, Debt::Resume].map(|debt| self.standing().settle(debt)) != [false, false];
         let before = if ran { RunState::Running } else { before };
         // From here on the drop cancels.
         let mut driver = Driver { vm: self, before, held: Some((qmp, turn)) };
@@ -378,7 +379,9 @@ pub(super) async fn end_migration(vm: &Qemu) -> Result<(), VmError> {
             match cancel_once(vm).await {
                 Ok(true) => return Ok(()),
                 // It answers nobody while the last of the memory leaves.
-                Ok(false) | Err(VmError::Control(_) | VmError::CommandRefused { .. }) => tokio::time::sleep(CANCEL_INTERVAL).await,
+                Ok(false) | Err(VmError::Control(_) | VmError::CommandRefused { .. }) => {
+                    tokio::time::sleep(CANCEL_INTERVAL).await;
+                }
                 Err(error) => return Err(error),
             }
         }

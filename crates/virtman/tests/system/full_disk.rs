@@ -138,22 +138,31 @@ fn full_disk_guests_wait_for_room_or_are_told_as_they_wish() {
     let ballast = Ballast::leave(&cluster, 8 << 20);
     // 40 MB.
     agent.start("seq 6000000 | head -c 40000000 >/root/seq; sync; echo done >/run/done");
-    let paused = || cluster.log("n").matches("guest paused: there is no room").count();
-    wait_for("the guest waits for room", STEP_LIMIT, || (paused() > 0).then_some(()));
+    wait_for("the guest waits for room", STEP_LIMIT, || why_paused(&cluster, "waits-1"));
     drop(agent);
-    let before = paused();
     cluster.kill_node("n");
     cluster.restart_node("n");
-    let paused = || cluster.log("n").matches("guest paused: there is no room").count();
-    wait_for("the daemon finds a guest that waits", STEP_LIMIT, || (paused() > before).then_some(()));
+    let why = wait_for("the daemon finds a guest that waits", STEP_LIMIT, || why_paused(&cluster, "waits-1"));
+    assert!(why.contains("no room"), "{why}");
+    assert!(cluster.ok(&["list"]).contains(" paused "), "{}", cluster.ok(&["list"]));
+    assert!(cluster.ok(&["show", "waits-1"]).contains(&why), "{}", cluster.ok(&["show", "waits-1"]));
     ballast.remove();
     let mut agent = Agent::of(&cluster, "n", "waits-1");
     wait_for("the guest goes on by itself", STEP_LIMIT, || {
         (agent.run("cat /run/done || true") == "done\n").then_some(())
     });
-    assert!(cluster.log("n").contains("guest resumed: there is room"));
+    assert!(cluster.log("n").contains("guest_resumed: there is room"));
+    assert_eq!(why_paused(&cluster, "waits-1"), None);
     agent.run("echo 3 >/proc/sys/vm/drop_caches; seq 6000000 | head -c 40000000 | cmp - /root/seq");
     assert_no_disk_errors(&cluster, "n", "waits-1", &mut agent);
+}
+
+/// Why a VM's guest stands still, if it does.
+fn why_paused(cluster: &Cluster, vm: &str) -> Option<String> {
+    let vms = cluster.json(&["list"]);
+    let vm =
+        vms.as_array().unwrap().iter().find(|found| found["name"] == vm).expect("the VM is listed").clone();
+    vm["paused"]["reason"].as_str().map(str::to_owned)
 }
 
 fn begin_boot(cluster: &Cluster, name: &str, options: &[&str]) -> Background {

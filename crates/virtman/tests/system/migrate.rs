@@ -208,6 +208,24 @@ fn snapshots_move_with_their_vm_and_each_byte_of_them_once() {
     ["a", "b"].iter().for_each(|node| wait_no_layers(&cluster, node));
 }
 
+/// It comes back while the node that it left first still has what it carried, and under other names.
+#[test]
+fn a_disk_that_comes_back_at_once_leaves_no_image_behind() {
+    let cluster = Cluster::with_nodes(&["o", "a", "b"]);
+    let source = cluster.path("source");
+    make_raw(&source, 24, 3);
+    cluster.share(&["o", "a", "b"], "disk:1", &source);
+    cluster.ok(&["--node", "a", "create", "v", "--image", "disk:1"]);
+    qemu_io(&cluster.disk("a", "v"), &["write -P 1 0 1M"]);
+    cluster.ok(&["snapshot", "v", "old"]);
+    qemu_io(&cluster.disk("a", "v"), &["write -P 2 4M 1M"]);
+    cluster.ok(&["migrate", "v", "--to", "b"]);
+    wait_settled(&cluster, "b");
+    cluster.ok(&["migrate", "v", "--to", "a"]);
+    ["a", "b"].iter().for_each(|node| wait_passed(&cluster, node));
+    qemu_io(&cluster.disk("a", "v"), &["read -P 1 0 1M", "read -P 2 4M 1M"]);
+}
+
 /// Steps at which the node dies that a VM leaves, and those at which the one dies that it goes to.
 #[cfg(feature = "faults")]
 const SOURCE_STEPS: [&str; 8] =

@@ -379,3 +379,20 @@ fn judge(cluster: &Cluster, disk: &str, source: &Path) {
     tool("libnbd-bin", "nbdcopy", &[disk, copy.to_str().unwrap()]);
     assert!(fs::read(&new).unwrap() == fs::read(&copy).unwrap(), "nbdcopy in and out gave another disk");
 }
+
+/// Two nodes gave equal images names of their own.
+#[test]
+fn storage_an_origin_that_attaches_its_image_under_anothers_name_stays_an_origin() {
+    let cluster = Cluster::with_nodes(&["o", "p"]);
+    let file = cluster.path("source");
+    make_raw(&file, 3, 5);
+    for (node, name) in [("o", "one:1"), ("p", "two:1")] {
+        cluster.ok(&["--node", node, "image", "add", name, file.to_str().unwrap()]);
+    }
+    cluster.ok(&["--node", "o", "image", "attach", "two:1"]);
+    let trees = cluster.json(&["tree", "one:1"]);
+    let stripe = trees[0]["stripes"][0].as_array().unwrap();
+    let roles: Vec<_> = stripe.iter().map(|at| (at["node"].as_str(), at["role"].as_str())).collect();
+    assert_eq!(roles.len(), 2, "{trees}");
+    assert!(roles.iter().all(|(_, role)| *role == Some("origin")), "{trees}");
+}

@@ -133,7 +133,10 @@ async fn a_guest_that_qemu_keeps_for_long_is_shown_and_goes_on_once_it_may() {
         let error = vm.resume().await.unwrap_err();
         assert!(error.to_string().contains(TOO_EARLY), "{error}");
         let standstill = vm.standstill().expect("it stands still");
-        assert!(matches!(&standstill.cause, Cause::NotResumed(why) if why.contains(TOO_EARLY)), "{standstill:?}");
+        assert!(
+            matches!(&standstill.cause, Cause::NotResumed(why) if why.contains(TOO_EARLY)),
+            "{standstill:?}"
+        );
         let told = played.script().told;
         while played.script().told < told + 3 {
             tokio::time::sleep(Duration::from_secs(1)).await;
