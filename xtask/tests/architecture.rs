@@ -16,16 +16,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["block"]),
     ("nbd", &["block"]),
     ("iscsi", &["block"]),
-    ("volt", &["block"]),
-    ("sim", &["block", "link", "volt"]),
-    ("virtman", &["block", "image", "iscsi", "link", "nbd", "store", "volt"]),
-    ("xtask", &["block", "image", "iscsi", "link", "nbd", "sim", "volt"]),
+    ("planner", &["block"]),
+    ("qemu", &["block"]),
+    ("sim", &["block", "link", "planner"]),
+    ("virtman", &["block", "image", "iscsi", "link", "nbd", "planner", "qemu", "store"]),
+    ("xtask", &["block", "image", "iscsi", "link", "nbd", "planner", "sim"]),
 ];
 
 /// Foreign crates that a crate must not know, because of what they stand for.
 const MUST_NOT_USE: &[(&str, &[&str])] = &[
     ("block", &["tokio", "rustix", "tracing"]),
-    ("volt", &["tokio", "hyper", "axum", "redb", "rustix"]),
+    ("planner", &["tokio", "hyper", "axum", "redb", "rustix"]),
+    ("qemu", &["hyper", "axum", "clap", "utoipa", "rustls"]),
     ("sim", &["tokio", "rustix", "futures-util", "tempfile"]),
     ("link", &["rustls", "tokio-rustls", "hyper", "rustix"]),
     ("store", &["rustls", "hyper", "axum"]),

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use block::{ImageId, NodeName};
 use bytes::Bytes;
 use link::limits::{HEDGES_BURST, HEDGES_PER_SECOND, HEDGES_PERCENT};
-use volt::{Planner, Role, Shape, Shaping, Tree};
+use planner::{Planner, Role, Shape, Shaping, Tree};
 
 use crate::content::{ChunkIx, Content};
 use crate::net::UNSENT_BYTES;
@@ -152,7 +152,7 @@ fn check_origin(tree: &Tree) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volt::TreeNode;
+    use planner::TreeNode;
 
     /// A tree of one stripe from (node, parent, depth).
     fn tree(rows: &[(&str, &str, u32)]) -> Tree {

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use block::{ChunkHash, NodeName};
+use planner::{Action, Millis, Placement, Planner, Role, Settings, Shaping};
 use rand::Rng;
-use volt::{Action, Millis, Placement, Planner, Role, Settings, Shaping};
 
 use crate::event::{Event, Life, NodeEvent, NodeIx};
 use crate::node::{Power, Session, Wish};
@@ -96,7 +96,7 @@ impl World {
         self.volt.planner = Some(Planner::new(self.volt.settings));
         self.volt.free_at = now;
         for node in self.volt.quarantined.clone() {
-            self.plan(volt::Event::Quarantine { node });
+            self.plan(planner::Event::Quarantine { node });
         }
         self.agenda.after(self.scenario.lease / TICKS_PER_LEASE, Event::VoltTicks(self.volt.run));
     }
@@ -117,7 +117,7 @@ impl World {
 
     pub(crate) fn volt_ticks(&mut self, run: u32) {
         if run == self.volt.run && self.volt.planner.is_some() {
-            self.plan(volt::Event::Tick);
+            self.plan(planner::Event::Tick);
             self.agenda.after(self.scenario.lease / TICKS_PER_LEASE, Event::VoltTicks(run));
         }
     }
@@ -136,31 +136,31 @@ impl World {
             Word::Hello { current } => {
                 let (location, role) = (node.location.clone(), node.role);
                 self.volt.connected.insert(life.node, life);
-                self.plan(volt::Event::NodeUp { node: name.clone(), address: String::new(), location });
+                self.plan(planner::Event::NodeUp { node: name.clone(), address: String::new(), location });
                 let image = self.content.image;
-                self.plan(volt::Event::Attach { node: name, image, role, current });
+                self.plan(planner::Event::Attach { node: name, image, role, current });
             }
-            Word::Heartbeat => self.plan(volt::Event::Heartbeat { node: name }),
+            Word::Heartbeat => self.plan(planner::Event::Heartbeat { node: name }),
             Word::Lost { parent } => {
                 let parent = self.nodes[parent.at()].name.clone();
-                self.plan(volt::Event::Lost { by: name, parent });
+                self.plan(planner::Event::Lost { by: name, parent });
             }
             Word::Blame { liar, chunk } => {
                 let liar = self.nodes[liar.at()].name.clone();
                 let image = self.content.image;
-                self.plan(volt::Event::Blame { by: name, liar, image, chunk });
+                self.plan(planner::Event::Blame { by: name, liar, image, chunk });
             }
-            Word::Detach => self.plan(volt::Event::Detach { node: name, image: self.content.image }),
-            Word::Leave => self.plan(volt::Event::Leave { node: name, image: self.content.image }),
+            Word::Detach => self.plan(planner::Event::Detach { node: name, image: self.content.image }),
+            Word::Leave => self.plan(planner::Event::Leave { node: name, image: self.content.image }),
             Word::Gone => {
                 self.volt.connected.remove(&life.node);
-                self.plan(volt::Event::NodeDown { node: name });
+                self.plan(planner::Event::NodeDown { node: name });
             }
         }
     }
 
     /// Lets the planner take note of something, and does what it says.
-    fn plan(&mut self, event: volt::Event) {
+    fn plan(&mut self, event: planner::Event) {
         let now = self.agenda.now();
         let Some(planner) = self.volt.planner.as_mut() else { return };
         self.volt.free_at = self.volt.free_at.max(now) + self.scenario.volt_cpu;

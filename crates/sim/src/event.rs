@@ -1,7 +1,7 @@
 //! The names of things in a run, and all that can happen to them.
 
 use link::policy::PathId;
-use volt::Placement;
+use planner::Placement;
 
 use crate::content::ChunkIx;
 use crate::coordinator::Word;

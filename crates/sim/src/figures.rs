@@ -7,8 +7,8 @@ use std::fmt;
 use std::time::Duration;
 
 use block::limits::CHUNK_BYTES;
+use planner::Shaping;
 use serde::Serialize;
-use volt::Shaping;
 
 use crate::client::warm;
 use crate::run::{Failure, Outcome, run};

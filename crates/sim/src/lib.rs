@@ -30,7 +30,7 @@ mod trace;
 mod uplink;
 mod world;
 
+pub use planner::{Shape, Shaping};
 pub use run::{Failure, Outcome, run};
 pub use scenario::{Bug, Faults, Scenario};
 pub use trace::Trace;
-pub use volt::{Shape, Shaping};

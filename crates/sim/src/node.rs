@@ -11,7 +11,7 @@ use block::{NodeName, Priority};
 use link::Stats;
 use link::policy::{Hunt, PathId, Paths, in_flight_max};
 use link::wire::RequestId;
-use volt::{Location, Placement, Role};
+use planner::{Location, Placement, Role};
 
 use crate::client::{Guest, Streamer};
 use crate::content::{ChunkIx, ChunkSet};

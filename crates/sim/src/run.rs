@@ -8,7 +8,7 @@ use std::time::Duration;
 use link::Stats;
 use link::limits::{BREAKER_PAUSE_MAX, DIAL_MAX, PATIENCE_GUEST, REDIAL_MAX};
 use link::policy::PathId;
-use volt::{Planner, Standing};
+use planner::{Planner, Standing};
 
 use crate::content::Content;
 use crate::event::NodeIx;

@@ -5,9 +5,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use block::NodeName;
+use planner::{Location, Role, Shape, Shaping};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use volt::{Location, Role, Shape, Shaping};
 
 use crate::client::{Guest, Read};
 use crate::content::ChunkIx;

@@ -9,7 +9,7 @@ use link::limits::{DIAL_MAX, DIAL_PATIENCE};
 use link::policy::{Circuit, PathId, Standing};
 use link::wire::RequestId;
 use link::{Child, ChildEvent, Parent, Refused, Tally};
-use volt::Placement;
+use planner::Placement;
 
 use crate::content::ChunkIx;
 use crate::coordinator::Word;

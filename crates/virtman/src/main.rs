@@ -8,7 +8,6 @@ mod daemon;
 mod http;
 mod identity;
 mod units;
-mod vm;
 
 use std::process::ExitCode;
 

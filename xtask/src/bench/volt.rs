@@ -9,8 +9,8 @@ use std::fmt;
 
 use block::{ImageId, NodeName};
 use clap::Args;
+use planner::{Action, Event, Millis, Placement, Planner, Role, Settings, Shape};
 use serde::Serialize;
-use volt::{Action, Event, Millis, Placement, Planner, Role, Settings, Shape};
 
 use super::Outcome;
 use super::process::cpu_seconds;

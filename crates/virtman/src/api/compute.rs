@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use block::{ImageId, ImageName, NodeName, SnapshotName, VmName};
+use clap::ValueEnum;
+use qemu::{Accel, Platform};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::export::{ChapSecret, IscsiAccess};
 use super::profile::NodeProfile;
-use crate::vm::{Accel, OnFull, Platform};
 
 /// Makes a node the origin of an image.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -252,6 +253,26 @@ pub(crate) struct StartVm {
     /// What happens when there is no room for what the guest writes.
     #[serde(default)]
     pub(crate) on_full: OnFull,
+}
+
+/// What happens when there is no room for what a guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnFull {
+    /// The guest is paused, and goes on where it was once there is room.
+    #[default]
+    Pause,
+    /// The guest is told, as by a physical disk that is broken.
+    Report,
+}
+
+impl From<OnFull> for qemu::OnFull {
+    fn from(on_full: OnFull) -> qemu::OnFull {
+        match on_full {
+            OnFull::Pause => qemu::OnFull::Pause,
+            OnFull::Report => qemu::OnFull::Report,
+        }
+    }
 }
 
 /// Direct kernel boot.

@@ -1,9 +1,9 @@
 //! The bodies of Volt's API.
 
 use block::{ChunkHash, ImageId, ImageName, NodeName};
+use planner::{Location, Placement, Role, Shape, Shaping};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use volt::{Location, Placement, Role, Shape, Shaping};
 
 use super::profile::ProfileOffer;
 

@@ -19,10 +19,11 @@ use tokio::task::JoinSet;
 
 use super::context::{Context, Failure, NodeClient, Outcome, find_node};
 use super::output::{Column, Table, note, print_json, say};
-use crate::api::compute::{CreateVm, KernelBoot, NodeStatus, StartVm, Vm, VmReady, VmStarted, WaitReady};
+use crate::api::compute::{
+    CreateVm, KernelBoot, NodeStatus, OnFull, StartVm, Vm, VmReady, VmStarted, WaitReady,
+};
 use crate::api::volt::{ImageRecord, NodeRecord, NodeState};
 use crate::units::{ByteSize, show_ms};
-use crate::vm::OnFull;
 
 /// VMs of one command. A bound against a slip of the finger, far above what a cluster runs.
 pub(super) const COUNT_MAX: u32 = 100_000;

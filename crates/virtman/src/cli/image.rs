@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use futures_util::StreamExt;
 use iscsi::initiator::{Address, AddressError};
+use planner::Shaping;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use volt::Shaping;
 
 use super::ImageCommand;
 use super::context::{Context, Failure, Outcome};

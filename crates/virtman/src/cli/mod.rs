@@ -243,10 +243,10 @@ pub(crate) enum ImageCommand {
         /// Name with tag, or id
         image: String,
         /// How many trees its chunks are spread over
-        #[arg(long, group = "shape", value_parser = clap::value_parser!(u32).range(1..=i64::from(volt::STRIPES_MAX)), value_name = "N")]
+        #[arg(long, group = "shape", value_parser = clap::value_parser!(u32).range(1..=i64::from(planner::STRIPES_MAX)), value_name = "N")]
         stripes: Option<u32>,
         /// How many children a node serves at most; no fewer than there are trees
-        #[arg(long, group = "shape", value_parser = clap::value_parser!(u32).range(1..=i64::from(volt::FAN_OUT_MAX)), value_name = "N")]
+        #[arg(long, group = "shape", value_parser = clap::value_parser!(u32).range(1..=i64::from(planner::FAN_OUT_MAX)), value_name = "N")]
         fan_out: Option<u32>,
         /// Let Volt choose both by the number of nodes
         #[arg(long, group = "shape", conflicts_with_all = ["stripes", "fan_out"])]

@@ -166,15 +166,15 @@ fn render(view: &TreeView) -> String {
 }
 
 /// A shape in words.
-pub(super) fn shape(shape: volt::Shape) -> String {
+pub(super) fn shape(shape: planner::Shape) -> String {
     let plural = if shape.stripes() == 1 { "" } else { "s" };
     format!("{} stripe{plural}, fan-out {}", shape.stripes(), shape.fan_out())
 }
 
 fn role(at: &TreeNode) -> &'static str {
     match at.role {
-        volt::Role::Origin => "origin",
-        volt::Role::Relay => "relay",
+        planner::Role::Origin => "origin",
+        planner::Role::Relay => "relay",
     }
 }
 
@@ -205,7 +205,7 @@ mod tests {
             node: node.parse().unwrap(),
             parent: None,
             depth,
-            role: volt::Role::Relay,
+            role: planner::Role::Relay,
         };
         let stripe = [at("o", 0), at("a", 1), at("c", 2), at("b", 1), at("d", 2)];
         let lines: Vec<String> = (0..5).map(|i| branch(&stripe, i) + stripe[i].node.as_str()).collect();

@@ -15,7 +15,7 @@ use crate::api::export::{ExportName, IscsiAccess};
 use crate::api::qcow2::{ImportVm, VmImported};
 use crate::compute::Destroy;
 use crate::units::ByteSize;
-use crate::vm::console;
+use qemu::console;
 
 pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
     let node = context.node().await?;

@@ -8,7 +8,7 @@ use block::NodeName;
 use clap::Args;
 use link::FetchSettings;
 use link::policy::{Multipath, Settings};
-use volt::Location;
+use planner::Location;
 
 use super::unused::KeepWarm;
 use crate::units::ByteSize;

@@ -13,7 +13,7 @@ use super::files::sync_dir;
 use super::layers::{Layer, LayerId};
 use crate::api::compute::{StartVm, VmReady};
 use crate::http::ApiError;
-use crate::vm::Qemu;
+use qemu::Qemu;
 
 /// What must be free on the file system before a guest that waits for room goes on: what it wrote last and some more,
 /// or it would wait again at once.

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use block::{ChunkIndex, Priority};
+use planner::Role;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use volt::Role;
 
 use super::profile::Way;
 use crate::api::compute::NodeFill;

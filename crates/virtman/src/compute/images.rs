@@ -15,12 +15,12 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, ImageName, NodeName, Priority};
 use image::{BootProfile, DerivedImage, ImageVolume, Kind, OriginImage, Remotes, RootPage};
 use link::{Fetcher, Uplinks};
+use planner::{Placement, Role};
 use serde::{Deserialize, Serialize};
 use store::CacheGroup;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
-use volt::{Placement, Role};
 
 use super::departing::Departing;
 use super::exports::ExportSocket;
@@ -718,7 +718,7 @@ fn decode_root(base64: &str) -> Result<RootPage, String> {
 
 fn parents_of(placement: &Placement) -> Vec<Vec<link::ParentAddr>> {
     let address =
-        |peer: &volt::Peer| link::ParentAddr { node: peer.node.clone(), address: peer.address.clone() };
+        |peer: &planner::Peer| link::ParentAddr { node: peer.node.clone(), address: peer.address.clone() };
     placement.stripes.iter().map(|stripe| stripe.iter().map(address).collect()).collect()
 }
 

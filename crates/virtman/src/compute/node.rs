@@ -9,9 +9,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{ImageName, NodeName, VmName};
 use image::{ImportProgress, ImportRequest, Keep, RemoteRequest};
 use link::Stats;
+use planner::Role;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use volt::Role;
 
 use super::cache::CacheMedia;
 use super::clones::MadeImage;
@@ -32,7 +32,7 @@ use crate::api::export::{ExportName, ExportView, IscsiAccess};
 use crate::api::volt::{ImageRecord, RegisterImage};
 use crate::http::{ApiError, ClientError};
 use crate::identity::Credentials;
-use crate::vm::{AccelWish, Ready};
+use qemu::{AccelWish, Ready};
 
 /// How long an image that carries a VM's disk waits for the first node that wants it.
 const PASSING_MIN: Duration = Duration::from_secs(30);

@@ -20,7 +20,7 @@ use crate::api::compute::{SnapshotTaken, SnapshotView, Vm};
 use crate::api::now_unix_ms;
 use crate::http::ApiError;
 use crate::identity::files::NewFile;
-use crate::vm::FrozenGuest;
+use qemu::FrozenGuest;
 
 /// How long the guest may take to write out its file systems, and to go on afterwards.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -17,9 +17,9 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block::{ImageId, ImageName};
+use planner::Role;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
-use volt::Role;
 
 use super::images::{Attached, Images};
 use super::node::Node;

@@ -29,8 +29,8 @@ use crate::api::compute::{StartVm, Vm, VmPaused, VmReady, VmStarted, VmState};
 use crate::api::{now_unix_ms, unix_ms};
 use crate::http::ApiError;
 use crate::identity::files::{NewFile, UnsyncedFile};
-use crate::vm::seed::SeedError;
-use crate::vm::{Accel, AccelChoice, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
+use qemu::seed::SeedError;
+use qemu::{Accel, AccelChoice, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
 /// Locks that serialize operations on a VM. More than enough that two VMs seldom share one.
 const LOCKS: usize = 64;
@@ -386,7 +386,7 @@ impl Vms {
                 append: k.append.clone(),
             }),
             forward_ports: request.forward_ports.clone(),
-            on_full: request.on_full,
+            on_full: request.on_full.into(),
             platform,
         })
     }

@@ -14,9 +14,9 @@ use block::{ImageId, ImageName, NodeName};
 use futures_util::StreamExt;
 use image::BootProfile;
 use link::Report;
+use planner::{Location, Placement, Role};
 use serde::Serialize;
 use tokio::sync::mpsc;
-use volt::{Location, Placement, Role};
 
 use super::images::{Attached, Images};
 use crate::api::profile::{NewProfile, ProfileFile};

@@ -8,10 +8,10 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use block::{ImageId, ImageName, NodeName};
+use planner::Shaping;
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use volt::Shaping;
 
 use super::profiles::KeptProfile;
 use crate::api::unix_ms;
@@ -380,7 +380,7 @@ fn get<T: DeserializeOwned>(
 mod tests {
     use std::time::Duration;
 
-    use volt::Shape;
+    use planner::Shape;
 
     use super::*;
     use crate::identity::{Fingerprint, Token};

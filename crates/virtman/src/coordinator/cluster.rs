@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use block::{ImageId, NodeName};
+use planner::{Action, Event, Millis, Placement, Planner, Settings};
 use tokio::sync::mpsc;
-use volt::{Action, Event, Millis, Placement, Planner, Settings};
 
 use crate::api::profile::ProfileOffer;
 use crate::api::volt::Push;
@@ -229,7 +229,7 @@ impl Drop for PushStream {
 
 #[cfg(test)]
 mod tests {
-    use volt::Shape;
+    use planner::Shape;
 
     use super::*;
 

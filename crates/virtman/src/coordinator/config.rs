@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Args;
-use volt::{Shape, ShapeError, Shaping};
+use planner::{Shape, ShapeError, Shaping};
 
 use crate::units::parse_duration;
 
@@ -18,10 +18,10 @@ pub(crate) struct VoltArgs {
     #[arg(long, default_value = "3s", value_parser = parse_duration, value_name = "DURATION")]
     pub(crate) lease: Duration,
     /// How many children a node serves at most, instead of choosing by the number of nodes
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(volt::FAN_OUT_MAX)), value_name = "N")]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(planner::FAN_OUT_MAX)), value_name = "N")]
     pub(crate) fan_out: Option<u32>,
     /// How many trees an image's chunks are spread over, instead of choosing by the number of nodes
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(volt::STRIPES_MAX)), value_name = "N")]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(planner::STRIPES_MAX)), value_name = "N")]
     pub(crate) stripes: Option<u32>,
 }
 

@@ -19,10 +19,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use block::{BoxFuture, NodeName};
+use planner::{Event, Millis, Settings};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use volt::{Event, Millis, Settings};
 
 use self::catalog::{Catalog, CatalogError, Joined};
 use self::cluster::{Cluster, Notice};

@@ -14,9 +14,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use block::{ImageId, ImageName, NameError, NodeName};
 use futures_util::stream;
 use image::RootPage;
+use planner::{Event, Role, Standing};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use volt::{Event, Role, Standing};
 
 use super::Volt;
 use super::catalog::CatalogError;
@@ -164,7 +164,7 @@ async fn tree(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Ans
     let tree = volt.cluster.with_planner(|planner| planner.tree(&image.id));
     let shape = tree.as_ref().map(|tree| tree.shape);
     let place =
-        |at: volt::TreeNode| TreeNode { node: at.node, parent: at.parent, depth: at.depth, role: at.role };
+        |at: planner::TreeNode| TreeNode { node: at.node, parent: at.parent, depth: at.depth, role: at.role };
     let stripes = tree.map(|tree| tree.stripes).unwrap_or_default();
     let stripes = stripes.into_iter().map(|stripe| stripe.into_iter().map(place).collect()).collect();
     Ok(Json(TreeView { image, shape, stripes }))
@@ -231,7 +231,7 @@ async fn register_node(
     if notices.contains(&Notice::Full(node.clone())) {
         return Err(ApiError::conflict(
             "cluster_full",
-            format!("the cluster has {} nodes and takes no more", volt::NODES_MAX),
+            format!("the cluster has {} nodes and takes no more", planner::NODES_MAX),
         ));
     }
     tracing::info!(%node, address = request.address, "node registered");

@@ -40,7 +40,7 @@ mod tgt;
 mod port;
 
 /// A guest that counts, as the unit tests of the VM runner boot it.
-#[path = "../../src/vm/tests/counting_guest.rs"]
+#[path = "../../../qemu/src/tests/counting_guest.rs"]
 mod counting_guest;
 
 /// What [`tgt`] finds its programs with.

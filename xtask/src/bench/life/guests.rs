@@ -7,7 +7,7 @@ use super::super::Outcome;
 use super::Life;
 use super::site::Site;
 
-#[path = "../../../../crates/virtman/src/vm/tests/counting_guest.rs"]
+#[path = "../../../../crates/qemu/src/tests/counting_guest.rs"]
 mod counting_guest;
 
 /// Size of the counting guest's disk.

@@ -24,7 +24,7 @@ use crate::api::compute::{
 use crate::http::{ApiError, Client, ClientError, Target};
 use crate::identity::Principal;
 use crate::identity::tls::{self, Alpn, Expected};
-use crate::vm::{MemoryProgress, Qemu};
+use qemu::{MemoryProgress, Qemu};
 
 /// Most rounds in which what a guest writes is sent after it. One that writes faster than that is left to the last.
 pub(super) const ROUNDS_MAX: u32 = 60;
@@ -283,7 +283,7 @@ impl Move<'_> {
         since: &mut Arc<Layer>,
         progress: &ImportProgress,
     ) -> Result<Migrated, ApiError> {
-        let failed = |e: crate::vm::VmError| {
+        let failed = |e: qemu::VmError| {
             ApiError::conflict("not_moved", format!("'{}' stays on this node: {e}", self.name()))
         };
         let mut sent = Sent::default();

@@ -22,7 +22,7 @@ use super::wire::{self, Cargo};
 use crate::api::compute::{ExpectVm, HandOver, HandOverSnapshot, HandOverState, MovingState, Vm};
 use crate::http::{ApiError, OnConnection, Peer};
 use crate::identity::Principal;
-use crate::vm::{Qemu, RunState};
+use qemu::{Qemu, RunState};
 
 /// What is remembered of a VM that is coming.
 pub(in crate::compute) const RECORD: &str = "incoming.json";

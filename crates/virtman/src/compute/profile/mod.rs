@@ -18,10 +18,10 @@ use std::time::Duration;
 
 use block::Priority;
 use image::{BootProfile, ImageVolume};
+use planner::Role;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use volt::Role;
 
 pub(crate) use self::record::BootTap;
 use self::record::{RECORD_CHUNKS_MIN, Recording};

@@ -15,9 +15,9 @@ use block::limits::HASHES_PER_PAGE;
 use block::{ChunkIndex, ChunkSource, Priority};
 use futures_util::stream::{self, FuturesUnordered, StreamExt};
 use image::ImageVolume;
+use planner::Role;
 use store::CacheGroup;
 use tokio::sync::watch;
-use volt::Role;
 
 use super::windows::Windows;
 

@@ -39,7 +39,7 @@ const TCP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// When a guest counts as ready.
 #[derive(Debug, Clone)]
-pub(crate) enum Ready {
+pub enum Ready {
     /// Its console printed something that matches.
     Console(Regex),
     /// Its guest agent answers.
@@ -50,7 +50,7 @@ pub(crate) enum Ready {
 
 /// Why a guest is not ready.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ReadyError {
+pub enum ReadyError {
     /// The time was up; the VM runs on.
     #[error("the guest was not ready ({0}) in time")]
     Late(Ready),
@@ -98,7 +98,7 @@ impl fmt::Display for Ready {
 
 impl Ready {
     /// Waits until the guest of `vm` is ready, for at most `timeout`. Gives the time since the VM's start.
-    pub(crate) async fn wait(&self, vm: &Qemu, timeout: Duration) -> Result<Duration, ReadyError> {
+    pub async fn wait(&self, vm: &Qemu, timeout: Duration) -> Result<Duration, ReadyError> {
         let ready = async {
             match self {
                 Ready::Console(regex) => console_matches(vm, regex).await,

@@ -23,7 +23,7 @@ const COPY_BYTES: usize = 4096;
 
 /// How an attachment ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Detached {
+pub enum Detached {
     /// The user pressed the escape key.
     ByUser,
     /// The console closed: the VM has ended.
@@ -43,7 +43,7 @@ enum Input {
 ///
 /// The blocking read of standard input outlives this call: a program that does more afterwards must end
 /// with `std::process::exit` or read no input.
-pub(crate) async fn attach(socket: &Path) -> io::Result<Detached> {
+pub async fn attach(socket: &Path) -> io::Result<Detached> {
     let console = UnixStream::connect(socket).await?;
     let input = if io::stdin().is_terminal() { Input::Keys } else { Input::Bytes };
     let _raw = match input {

@@ -43,7 +43,7 @@ const THAW_TIMEOUT: Duration = Duration::from_secs(10);
 impl Qemu {
     /// For as long as the VM's process lives: pays what the guest is [owed](Debt), and resumes it whenever it
     /// stands still for want of room, once `room` says that there is some. One such call at a time for each VM.
-    pub(crate) async fn supervise(&self, room: impl Fn() -> bool) {
+    pub async fn supervise(&self, room: impl Fn() -> bool) {
         tokio::select! {
             () = self.watch(room) => {}
             ended = self.exited() => if let Err(error) = ended {
@@ -54,7 +54,7 @@ impl Qemu {
 
     /// Has [`supervise`](Self::supervise) put right what an earlier daemon may have left half-way when it died: a
     /// migration under way, or a guest with frozen file systems. For a guest that belongs to this node.
-    pub(crate) fn recover(&self) {
+    pub fn recover(&self) {
         self.standing().owe(Debt::EndMigration, None);
         if self.files().frozen().exists() {
             let reason = "the daemon that froze them has ended".to_owned();

@@ -6,10 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use block::VmName;
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use utoipa::ToSchema;
 
 use super::VmError;
 use super::accel::Accel;
@@ -28,39 +26,38 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// What one VM is to be. With its seed and its disk at other paths it is the same machine on another node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct VmSpec {
+pub struct VmSpec {
     /// The VM's name; also decides its hardware address.
-    pub(crate) name: VmName,
+    pub name: VmName,
     /// Its system disk.
-    pub(crate) disk: VmDisk,
+    pub disk: VmDisk,
     /// A NoCloud seed disk, attached read-only.
-    pub(crate) seed: Option<PathBuf>,
+    pub seed: Option<PathBuf>,
     /// Memory in MiB.
-    pub(crate) memory_mib: u32,
+    pub memory_mib: u32,
     /// Number of virtual processors.
-    pub(crate) cpus: u32,
+    pub cpus: u32,
     /// How its instructions are run.
-    pub(crate) accel: Accel,
+    pub accel: Accel,
     /// Boot this kernel instead of what the disk's boot sector leads to.
-    pub(crate) boot: Option<DirectBoot>,
+    pub boot: Option<DirectBoot>,
     /// TCP ports of the guest that can each be reached through a port of the host's loopback, which is chosen at
     /// start; see [`Qemu::forwarded_port`](super::Qemu::forwarded_port). The guest itself reaches out through
     /// QEMU's user-mode network, that is, through the host's own sockets.
-    pub(crate) forward_ports: Vec<u16>,
+    pub forward_ports: Vec<u16>,
     /// What happens when there is no room for what the guest writes.
     #[serde(default)]
-    pub(crate) on_full: OnFull,
+    pub on_full: OnFull,
     /// What it runs on, which is decided at its first start.
     #[serde(default)]
-    pub(crate) platform: Option<Platform>,
+    pub platform: Option<Platform>,
 }
 
 /// What happens when there is no room for what a guest writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum OnFull {
-    /// The guest is paused, and goes on where it was once there is room; see
-    /// [`Qemu::resume_when`](super::Qemu::resume_when).
+pub enum OnFull {
+    /// The guest is paused, and goes on where it was once there is room.
     #[default]
     Pause,
     /// The guest is told, as by a physical disk that is broken.
@@ -69,27 +66,27 @@ pub(crate) enum OnFull {
 
 /// An NBD export on a UNIX socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct VmDisk {
+pub struct VmDisk {
     /// The server's socket.
-    pub(crate) socket: PathBuf,
+    pub socket: PathBuf,
     /// The name of the export.
-    pub(crate) export: String,
+    pub export: String,
 }
 
 /// A kernel that QEMU loads itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DirectBoot {
+pub struct DirectBoot {
     /// The kernel image.
-    pub(crate) kernel: PathBuf,
+    pub kernel: PathBuf,
     /// The initial RAM disk.
-    pub(crate) initrd: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
     /// The kernel's command line.
-    pub(crate) append: String,
+    pub append: String,
 }
 
 /// How a VM's life begins here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Begin {
+pub(crate) enum Begin {
     /// As that of a machine that is switched on.
     AtOnce,
     /// With the memory of a guest that runs elsewhere; until that has come, and for as long as nobody says
@@ -99,70 +96,70 @@ pub(super) enum Begin {
 
 /// Where in a VM's directory things are.
 #[derive(Debug, Clone)]
-pub(super) struct VmFiles {
+pub(crate) struct VmFiles {
     dir: PathBuf,
 }
 
 impl VmFiles {
     /// `dir` must be absolute: QEMU changes its working directory.
-    pub(super) fn new(dir: PathBuf) -> VmFiles {
+    pub(crate) fn new(dir: PathBuf) -> VmFiles {
         VmFiles { dir }
     }
 
-    pub(super) fn record(&self) -> PathBuf {
+    pub(crate) fn record(&self) -> PathBuf {
         self.dir.join("qemu.json")
     }
 
-    pub(super) fn pidfile(&self) -> PathBuf {
+    pub(crate) fn pidfile(&self) -> PathBuf {
         self.dir.join("qemu.pid")
     }
 
-    pub(super) fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.dir.join("qemu.log")
     }
 
-    pub(super) fn qmp_socket(&self) -> PathBuf {
+    pub(crate) fn qmp_socket(&self) -> PathBuf {
         self.dir.join("qmp.sock")
     }
 
-    pub(super) fn events_socket(&self) -> PathBuf {
+    pub(crate) fn events_socket(&self) -> PathBuf {
         self.dir.join("events.sock")
     }
 
-    pub(super) fn migrate_socket(&self) -> PathBuf {
+    pub(crate) fn migrate_socket(&self) -> PathBuf {
         self.dir.join("migrate.sock")
     }
 
-    pub(super) fn memory_socket(&self) -> PathBuf {
+    pub(crate) fn memory_socket(&self) -> PathBuf {
         self.dir.join("memory.sock")
     }
 
-    pub(super) fn console_socket(&self) -> PathBuf {
+    pub(crate) fn console_socket(&self) -> PathBuf {
         self.dir.join("console.sock")
     }
 
-    pub(super) fn console_log(&self) -> PathBuf {
+    pub(crate) fn console_log(&self) -> PathBuf {
         self.dir.join("console.log")
     }
 
-    pub(super) fn console_log_before(&self) -> PathBuf {
+    pub(crate) fn console_log_before(&self) -> PathBuf {
         self.dir.join("console.log.1")
     }
 
-    pub(super) fn agent_socket(&self) -> PathBuf {
+    pub(crate) fn agent_socket(&self) -> PathBuf {
         self.dir.join("agent.sock")
     }
 
     /// Is there from before the guest's file systems are frozen until they are thawed, so that a later daemon
     /// knows.
-    pub(super) fn frozen(&self) -> PathBuf {
+    pub(crate) fn frozen(&self) -> PathBuf {
         self.dir.join("frozen")
     }
 }
 
 /// The arguments with which QEMU becomes the VM `spec` on this kind of machine, with its files in `files`. Fails
 /// if a path cannot be told to QEMU.
-pub(super) fn arguments(
+pub(crate) fn arguments(
     spec: &VmSpec,
     machine: &MachineType,
     files: &VmFiles,
@@ -286,7 +283,7 @@ fn told(path: &Path) -> Result<&str, VmError> {
 }
 
 /// The same for a socket's path, which the system allows little length.
-pub(super) fn told_socket(path: &Path) -> Result<&str, VmError> {
+pub(crate) fn told_socket(path: &Path) -> Result<&str, VmError> {
     let text = told(path)?;
     if text.len() > SOCKET_PATH_BYTES_MAX {
         return Err(VmError::Unfit(format!(

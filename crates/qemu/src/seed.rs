@@ -11,10 +11,10 @@ use fatfs::{Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, Ti
 
 /// Longest user data in bytes. Clouds allow 16 to 64 KiB; this is room for a script
 /// with an archive in it.
-pub(crate) const USER_DATA_BYTES_MAX: usize = 512 * 1024;
+pub const USER_DATA_BYTES_MAX: usize = 512 * 1024;
 
 /// Most SSH keys that one seed holds.
-pub(crate) const SSH_KEYS_MAX: usize = 100;
+pub const SSH_KEYS_MAX: usize = 100;
 
 /// Longest SSH key in bytes: an RSA key of 16,384 bits with a comment.
 const SSH_KEY_BYTES_MAX: usize = 4096;
@@ -27,7 +27,7 @@ const LABEL: [u8; 11] = *b"CIDATA     ";
 
 /// Why a seed cannot be made.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SeedError {
+pub enum SeedError {
     /// What the user gave is not what a guest could use; the text says what to change.
     #[error("{0}")]
     Unfit(String),
@@ -38,7 +38,7 @@ pub(crate) enum SeedError {
 
 /// Who a guest is.
 #[derive(Debug, Clone)]
-pub(crate) struct Identity {
+pub struct Identity {
     name: VmName,
     instance: String,
     user_data: String,
@@ -47,7 +47,7 @@ pub(crate) struct Identity {
 impl Identity {
     /// A guest named `name` whose user is let in with `ssh_keys` (lines of an `authorized_keys` file).
     /// `instance` tells one creation of this VM from the next: a guest configures itself anew when it changes.
-    pub(crate) fn new(name: &VmName, instance: &VmName, ssh_keys: &[String]) -> Result<Identity, SeedError> {
+    pub fn new(name: &VmName, instance: &VmName, ssh_keys: &[String]) -> Result<Identity, SeedError> {
         if ssh_keys.len() > SSH_KEYS_MAX {
             let keys = ssh_keys.len();
             return Err(SeedError::Unfit(format!(
@@ -65,7 +65,7 @@ impl Identity {
 
     /// With the user's own data instead: cloud-config, a script, or another kind that names itself on its
     /// first line. SSH keys then are the business of this data.
-    pub(crate) fn with_user_data(self, bytes: &[u8]) -> Result<Identity, SeedError> {
+    pub fn with_user_data(self, bytes: &[u8]) -> Result<Identity, SeedError> {
         let text = checked_text(bytes)?;
         let first = text.lines().next().unwrap_or_default().trim_end();
         let known = first == "#cloud-config"
@@ -91,7 +91,7 @@ impl Identity {
     }
 
     /// The bytes of the seed disk.
-    pub(crate) fn disk(&self) -> Result<Vec<u8>, SeedError> {
+    pub fn disk(&self) -> Result<Vec<u8>, SeedError> {
         let mut disk = vec![0; SEED_BYTES];
         let options = FormatVolumeOptions::new().volume_label(LABEL).volume_id(0x5eed_5eed);
         fatfs::format_volume(Cursor::new(&mut disk), options)?;

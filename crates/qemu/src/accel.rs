@@ -39,7 +39,7 @@ const PROBE_DISK_BYTES: u64 = 1 << 20;
 /// How the instructions of guests are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Accel {
+pub enum Accel {
     /// By the processor, through the kernel.
     Kvm,
     /// By QEMU's translator.
@@ -48,7 +48,7 @@ pub(crate) enum Accel {
 
 /// What the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum AccelWish {
+pub enum AccelWish {
     /// KVM if it is usable.
     #[default]
     Auto,
@@ -58,11 +58,11 @@ pub(crate) enum AccelWish {
 
 /// What is used, and why.
 #[derive(Debug, Clone)]
-pub(crate) struct AccelChoice {
+pub struct AccelChoice {
     /// What is used.
-    pub(crate) accel: Accel,
+    pub accel: Accel,
     /// Why, as the end of a sentence for the user.
-    pub(crate) reason: String,
+    pub reason: String,
 }
 
 impl fmt::Display for Accel {
@@ -94,7 +94,7 @@ impl FromStr for AccelWish {
 
 impl AccelWish {
     /// Decides how guests are run. The probe is made once in the life of this process.
-    pub(crate) async fn decide(self) -> Result<AccelChoice, VmError> {
+    pub async fn decide(self) -> Result<AccelChoice, VmError> {
         static PROBED: OnceCell<AccelChoice> = OnceCell::const_new();
         match self {
             AccelWish::Only(accel) => Ok(AccelChoice { accel, reason: "as asked for".to_owned() }),

@@ -10,7 +10,7 @@ use super::{Qemu, VmError};
 
 /// What a VM is doing, in QEMU's words.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum RunState {
+pub enum RunState {
     /// The guest runs.
     Running,
     /// Somebody paused it, or it arrived and nobody let it go on yet.
@@ -49,7 +49,7 @@ impl RunState {
 
 impl Qemu {
     /// What the VM is doing.
-    pub(crate) async fn state(&self) -> Result<RunState, VmError> {
+    pub async fn state(&self) -> Result<RunState, VmError> {
         let answer = self.control("query-status", json!({})).await?;
         match answer["status"].as_str() {
             Some(status) => Ok(RunState::of(status)),
@@ -61,13 +61,13 @@ impl Qemu {
     /// left for a destination where it was never resumed. Waits while [`begin_migration`](Self::begin_migration)
     /// has it. If QEMU does not let it go on in time, [`supervise`](Self::supervise) goes on trying, and
     /// [`standstill`](Self::standstill) says so.
-    pub(crate) async fn resume(&self) -> Result<(), VmError> {
+    pub async fn resume(&self) -> Result<(), VmError> {
         let _turn = self.run_turn().await;
         self.resume_in_turn().await
     }
 
     /// The same for who has the turn.
-    pub(super) async fn resume_in_turn(&self) -> Result<(), VmError> {
+    pub(crate) async fn resume_in_turn(&self) -> Result<(), VmError> {
         let resumed = self.continue_when_settled().await;
         match &resumed {
             Ok(()) => {
@@ -94,7 +94,7 @@ impl Qemu {
 
     /// Pauses the guest once what it asked its disk for is done. One that waits for room goes on doing that.
     #[cfg(test)]
-    pub(crate) async fn pause(&self) -> Result<(), VmError> {
+    pub async fn pause(&self) -> Result<(), VmError> {
         let _turn = self.run_turn().await;
         self.control("stop", json!({})).await?;
         Ok(())

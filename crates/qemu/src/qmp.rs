@@ -36,7 +36,7 @@ const EVENTS_MAX: usize = 1000;
 const EVENTS_KEPT_MAX: usize = 100;
 
 /// A connection that has been through the greeting.
-pub(super) struct Qmp {
+pub(crate) struct Qmp {
     lines: BufReader<Take<OwnedReadHalf>>,
     writer: OwnedWriteHalf,
     /// How long QEMU may take for an answer.
@@ -49,12 +49,12 @@ pub(super) struct Qmp {
 
 impl Qmp {
     /// Connects to the control socket at `path`.
-    pub(super) async fn connect(path: &Path) -> Result<Qmp, VmError> {
+    pub(crate) async fn connect(path: &Path) -> Result<Qmp, VmError> {
         Qmp::connect_patiently(path, ANSWER_TIMEOUT).await
     }
 
     /// The same for who does what keeps QEMU from answering for longer.
-    pub(super) async fn connect_patiently(path: &Path, patience: Duration) -> Result<Qmp, VmError> {
+    pub(crate) async fn connect_patiently(path: &Path, patience: Duration) -> Result<Qmp, VmError> {
         let stream = match UnixStream::connect(path).await {
             Ok(stream) => stream,
             Err(error)
@@ -76,7 +76,7 @@ impl Qmp {
     }
 
     /// Runs one command and gives what it returned.
-    pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, VmError> {
+    pub(crate) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, VmError> {
         let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
         request.push('\n');
         self.writer.write_all(request.as_bytes()).await.map_err(|_| VmError::Gone)?;
@@ -99,7 +99,7 @@ impl Qmp {
     }
 
     /// The same for a command that may come too early: given again while QEMU refuses it for a moment.
-    pub(super) async fn execute_when_settled(
+    pub(crate) async fn execute_when_settled(
         &mut self,
         command: &str,
         arguments: Value,
@@ -114,7 +114,7 @@ impl Qmp {
     }
 
     /// Waits until QEMU says that something of this name happened; it may have been since the connection began.
-    pub(super) async fn happened(&mut self, name: &str) -> Result<(), VmError> {
+    pub(crate) async fn happened(&mut self, name: &str) -> Result<(), VmError> {
         loop {
             while let Some(event) = self.events.pop_front() {
                 if event == name {

@@ -17,16 +17,16 @@ use tokio::sync::Notify;
 
 /// A guest that stands still.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Standstill {
+pub struct Standstill {
     /// Why.
-    pub(crate) cause: Cause,
+    pub cause: Cause,
     /// Since when, as far as this daemon knows.
-    pub(crate) since: SystemTime,
+    pub since: SystemTime,
 }
 
 /// Why a guest stands still.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Cause {
+pub enum Cause {
     /// Its disk has no room for what it writes.
     NoRoom,
     /// A migration is in the way that cannot be cancelled; with the reason.
@@ -62,7 +62,7 @@ impl Cause {
 
 /// What has yet to be done so that a guest goes on, in the order in which it is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Debt {
+pub(crate) enum Debt {
     /// A migration that nobody drives any more has to end, and the guest to go on.
     EndMigration,
     /// The guest has to go on.
@@ -72,7 +72,7 @@ pub(super) enum Debt {
 }
 
 impl Debt {
-    pub(super) const ALL: [Debt; 3] = [Debt::EndMigration, Debt::Resume, Debt::Thaw];
+    pub(crate) const ALL: [Debt; 3] = [Debt::EndMigration, Debt::Resume, Debt::Thaw];
 
     fn cause(self, reason: String) -> Cause {
         match self {
@@ -85,7 +85,7 @@ impl Debt {
 
 /// What is known and owed at present.
 #[derive(Debug, Default)]
-pub(super) struct Standing {
+pub(crate) struct Standing {
     known: Mutex<Known>,
     /// A debt was added.
     owed: Notify,
@@ -101,13 +101,13 @@ struct Known {
 
 impl Standing {
     /// Why the guest stands still, if it does.
-    pub(super) fn standstill(&self) -> Option<Standstill> {
+    pub(crate) fn standstill(&self) -> Option<Standstill> {
         let known = self.known();
         known.debts.iter().flatten().flatten().next().or(known.seen.as_ref()).cloned()
     }
 
     /// Notes something that has yet to be done, and why it could not be, if that was tried.
-    pub(super) fn owe(&self, debt: Debt, reason: Option<String>) {
+    pub(crate) fn owe(&self, debt: Debt, reason: Option<String>) {
         {
             let mut known = self.known();
             let noted = known.debts[debt as usize].get_or_insert_default();
@@ -119,7 +119,7 @@ impl Standing {
     }
 
     /// Notes that a debt could not be paid. `true` if it could not be for the first time.
-    pub(super) fn could_not(&self, debt: Debt, reason: String) -> bool {
+    pub(crate) fn could_not(&self, debt: Debt, reason: String) -> bool {
         match &mut self.known().debts[debt as usize] {
             Some(noted) => note(noted, debt.cause(reason)),
             // Somebody else paid it meanwhile.
@@ -128,25 +128,25 @@ impl Standing {
     }
 
     /// Notes that a debt is paid, or that the caller takes it over. `true` if there was one.
-    pub(super) fn settle(&self, debt: Debt) -> bool {
+    pub(crate) fn settle(&self, debt: Debt) -> bool {
         self.known().debts[debt as usize].take().is_some()
     }
 
-    pub(super) fn owes(&self, debt: Debt) -> bool {
+    pub(crate) fn owes(&self, debt: Debt) -> bool {
         self.known().debts[debt as usize].is_some()
     }
 
-    pub(super) fn owes_anything(&self) -> bool {
+    pub(crate) fn owes_anything(&self) -> bool {
         self.known().debts.iter().any(Option::is_some)
     }
 
     /// Waits until a debt is added, or was since the last such wait.
-    pub(super) async fn owed(&self) {
+    pub(crate) async fn owed(&self) {
         self.owed.notified().await;
     }
 
     /// Notes what QEMU's state says.
-    pub(super) fn see(&self, cause: Option<Cause>) {
+    pub(crate) fn see(&self, cause: Option<Cause>) {
         let seen = &mut self.known().seen;
         match cause {
             Some(cause) => _ = note(seen, cause),

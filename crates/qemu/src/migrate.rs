@@ -82,17 +82,17 @@ const PASSES_MAX: u64 = 100;
 
 /// How far a migration is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Progress {
+pub struct Progress {
     /// Bytes of memory that have left.
-    pub(crate) transferred_bytes: u64,
+    pub transferred_bytes: u64,
     /// Bytes of memory that have not, or have changed since.
-    pub(crate) remaining_bytes: u64,
+    pub remaining_bytes: u64,
     /// Times that changed memory was looked for.
-    pub(crate) passes: u64,
+    pub passes: u64,
     /// Time since the beginning.
-    pub(crate) elapsed: Duration,
+    pub elapsed: Duration,
     /// How long the guest stood still, as far as QEMU knows: until its memory had left. Zero before that.
-    pub(crate) downtime: Duration,
+    pub downtime: Duration,
 }
 
 /// QEMU's name for the step at which a migration is.
@@ -113,19 +113,19 @@ enum Status {
 
 /// A guest whose memory leaves while it runs.
 #[must_use = "a migration that is dropped is cancelled"]
-pub(crate) struct Migration<'a> {
+pub struct Migration<'a> {
     driver: Driver<'a>,
 }
 
 /// A guest that stands still for the last of its memory; its disk is still and flushed.
 #[must_use = "a migration that is dropped is cancelled"]
-pub(crate) struct Paused<'a> {
+pub struct Paused<'a> {
     driver: Driver<'a>,
     progress: Progress,
 }
 
 /// A VM that waits for a guest.
-pub(crate) struct Incoming<'a> {
+pub struct Incoming<'a> {
     vm: &'a Qemu,
     qmp: Qmp,
 }
@@ -134,20 +134,20 @@ impl Qemu {
     /// Starts the VM `spec` of a guest that runs elsewhere, to take that guest over; see
     /// [`incoming_listen`](Self::incoming_listen). Its kernel, if it has one from outside, has to be here under the
     /// same path.
-    pub(crate) async fn start_incoming(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+    pub async fn start_incoming(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
         Platform::must_take(spec.platform.as_ref(), spec.accel).await?;
         Qemu::begin(dir, spec, Begin::Incoming).await
     }
 
     /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen, who
     /// takes it away afterwards.
-    pub(crate) fn memory_socket(&self) -> PathBuf {
+    pub fn memory_socket(&self) -> PathBuf {
         self.files().memory_socket()
     }
 
     /// Begins to send the guest's memory to whoever listens at `socket`, at most so many bytes in a second if
     /// there is a limit. Nobody else resumes or pauses the guest until the migration is over.
-    pub(crate) async fn begin_migration(
+    pub async fn begin_migration(
         &self,
         socket: &Path,
         bytes_per_second_max: Option<u64>,
@@ -183,7 +183,7 @@ impl Qemu {
 
     /// For tests: how far the migration of this guest is that is under way or was the last; `None` if there was none.
     #[cfg(test)]
-    pub(crate) async fn migration_progress(&self) -> Result<Option<Progress>, VmError> {
+    pub async fn migration_progress(&self) -> Result<Option<Progress>, VmError> {
         let answer = self.control("query-migrate", json!({})).await?;
         Ok((Status::of(&answer) != Status::None).then(|| Progress::of(&answer)))
     }
@@ -191,14 +191,14 @@ impl Qemu {
     /// For tests: cancels the migration that a daemon left under way when it died, and waits until the guest is as
     /// it was before. A migration that is complete, or was never begun, stays so.
     #[cfg(test)]
-    pub(crate) async fn cancel_migration(&self) -> Result<(), VmError> {
+    pub async fn cancel_migration(&self) -> Result<(), VmError> {
         let _turn = self.run_turn().await;
         end_migration(self).await
     }
 
     /// Listens at [`memory_socket`](Self::memory_socket) for the memory of a guest. For a VM that was begun by
     /// [`start_incoming`](Self::start_incoming), once.
-    pub(crate) async fn incoming_listen(&self) -> Result<Incoming<'_>, VmError> {
+    pub async fn incoming_listen(&self) -> Result<Incoming<'_>, VmError> {
         let socket = self.memory_socket();
         let uri = format!("unix:{}", told_socket(&socket)?);
         let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
@@ -212,10 +212,7 @@ impl Qemu {
 
 impl<'a> Migration<'a> {
     /// Waits until the guest stands still and its disk is flushed. `report` hears how far it is, now and then.
-    pub(crate) async fn until_paused(
-        mut self,
-        mut report: impl FnMut(Progress),
-    ) -> Result<Paused<'a>, VmError> {
+    pub async fn until_paused(mut self, mut report: impl FnMut(Progress)) -> Result<Paused<'a>, VmError> {
         match self.driver.advance_to(&Status::PreSwitchover, &mut report).await {
             Ok(progress) => Ok(Paused { driver: self.driver, progress }),
             Err(error) => Err(self.driver.give_up(error).await),
@@ -224,21 +221,21 @@ impl<'a> Migration<'a> {
 
     /// Gives it up. Returns when the guest is as it was before.
     #[cfg(test)]
-    pub(crate) async fn cancel(mut self) -> Result<(), VmError> {
+    pub async fn cancel(mut self) -> Result<(), VmError> {
         self.driver.cancel().await
     }
 }
 
 impl Paused<'_> {
     /// How far it came while the guest ran.
-    pub(crate) fn progress(&self) -> Progress {
+    pub fn progress(&self) -> Progress {
         self.progress
     }
 
     /// Sends the rest. When this returns, the destination has said that it has everything, and the guest stands
     /// still on both sides: the caller lets it go on at one of them. If it fails, the guest goes on at the source,
     /// and must not at the destination, whatever that says.
-    pub(crate) async fn complete(mut self) -> Result<Progress, VmError> {
+    pub async fn complete(mut self) -> Result<Progress, VmError> {
         let go_on = json!({ "state": "pre-switchover" });
         let completed = match self.driver.qmp().execute("migrate-continue", go_on).await {
             Ok(_) => self.driver.advance_to(&Status::Completed, &mut |_| {}).await,
@@ -254,7 +251,7 @@ impl Paused<'_> {
     }
 
     /// Gives it up. Returns when the guest is as it was before.
-    pub(crate) async fn cancel(mut self) -> Result<(), VmError> {
+    pub async fn cancel(mut self) -> Result<(), VmError> {
         self.driver.cancel().await
     }
 }
@@ -262,7 +259,7 @@ impl Paused<'_> {
 impl Incoming<'_> {
     /// Waits until all of the guest is here. It then stands still until [`Qemu::resume`]. There is no time limit:
     /// the source has one, and if that ends the stream, QEMU ends here.
-    pub(crate) async fn arrived(mut self) -> Result<(), VmError> {
+    pub async fn arrived(mut self) -> Result<(), VmError> {
         let vm = self.vm;
         let ended = || VmError::Migration(format!("the destination's QEMU ended: {}", vm.last_words()));
         let completed = async {
@@ -373,7 +370,7 @@ impl Drop for Driver<'_> {
 }
 
 /// Cancels what is under way, and waits for its end. Who calls has the turn.
-pub(super) async fn end_migration(vm: &Qemu) -> Result<(), VmError> {
+pub(crate) async fn end_migration(vm: &Qemu) -> Result<(), VmError> {
     let ended = async {
         loop {
             match cancel_once(vm).await {

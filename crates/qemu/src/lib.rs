@@ -23,14 +23,14 @@
 
 mod accel;
 mod agent;
-pub(crate) mod console;
+pub mod console;
 mod machine;
 mod migrate;
 mod process;
 mod qemu;
 mod qmp;
 mod ready;
-pub(crate) mod seed;
+pub mod seed;
 mod settle;
 mod spec;
 mod standstill;
@@ -39,15 +39,15 @@ mod supervise;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use accel::{Accel, AccelChoice, AccelWish};
-pub(crate) use agent::Frozen as FrozenGuest;
-pub(crate) use machine::Platform;
-pub(crate) use migrate::Progress as MemoryProgress;
-pub(crate) use qemu::Qemu;
-pub(crate) use ready::Ready;
-pub(crate) use settle::RefusalClass;
-pub(crate) use spec::{DirectBoot, OnFull, VmDisk, VmSpec};
-pub(crate) use state::RunState;
+pub use accel::{Accel, AccelChoice, AccelWish};
+pub use agent::Frozen as FrozenGuest;
+pub use machine::Platform;
+pub use migrate::Progress as MemoryProgress;
+pub use qemu::Qemu;
+pub use ready::Ready;
+pub use settle::RefusalClass;
+pub use spec::{DirectBoot, OnFull, VmDisk, VmSpec};
+pub use state::RunState;
 
 use std::io;
 use std::path::PathBuf;
@@ -57,7 +57,7 @@ const QEMU: &str = "qemu-system-x86_64";
 
 /// What can go wrong with a VM's process.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum VmError {
+pub enum VmError {
     /// QEMU is not installed: nothing helps but installing it.
     #[error("{QEMU} is not installed: install the Debian package qemu-system-x86")]
     NoQemu,

@@ -22,7 +22,7 @@ const AGAIN_AFTER_MAX: Duration = Duration::from_millis(500);
 
 /// The class of a refusal (QAPI `QapiErrorClass`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum RefusalClass {
+pub enum RefusalClass {
     /// `GenericError`: anything that has no class of its own, above all that the command does not fit QEMU's state.
     Generic,
     /// `DeviceNotActive`: the device has not become active yet.
@@ -32,7 +32,7 @@ pub(crate) enum RefusalClass {
 }
 
 impl RefusalClass {
-    pub(super) fn of(class: Option<&str>) -> RefusalClass {
+    pub(crate) fn of(class: Option<&str>) -> RefusalClass {
         match class {
             Some("GenericError") => RefusalClass::Generic,
             Some("DeviceNotActive") => RefusalClass::DeviceNotActive,
@@ -66,18 +66,18 @@ impl VmError {
 ///     }
 /// }
 /// ```
-pub(super) struct Settling {
+pub(crate) struct Settling {
     until: Instant,
     pause: Duration,
 }
 
 impl Settling {
-    pub(super) fn begin() -> Settling {
+    pub(crate) fn begin() -> Settling {
         Settling { until: Instant::now() + SETTLE_TIMEOUT, pause: AGAIN_AFTER }
     }
 
     /// Waits if the command may be given again, else gives the error back.
-    pub(super) async fn wait_after(&mut self, error: VmError) -> Result<(), VmError> {
+    pub(crate) async fn wait_after(&mut self, error: VmError) -> Result<(), VmError> {
         if !error.may_pass() || Instant::now() >= self.until {
             return Err(error);
         }

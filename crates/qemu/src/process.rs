@@ -20,7 +20,7 @@ const COMMAND_LINE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A live process whose identity was checked.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     pid: Pid,
     pidfd: OwnedFd,
 }
@@ -28,7 +28,7 @@ pub(super) struct Process {
 impl Process {
     /// The live process whose number stands in `pidfile` and whose command line names that file after
     /// `-pidfile`; `None` if there is none.
-    pub(super) fn of_pidfile(pidfile: &Path) -> Option<Process> {
+    pub(crate) fn of_pidfile(pidfile: &Path) -> Option<Process> {
         let text = std::fs::read_to_string(pidfile).ok()?;
         let number: i32 = text.trim().parse().ok().filter(|&number| number > 0)?;
         let pid = Pid::from_raw(number)?;
@@ -38,12 +38,12 @@ impl Process {
     }
 
     /// The process number, for people to read.
-    pub(super) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
     }
 
     /// The argument that follows `flag` on its command line. `None` too if the process has ended.
-    pub(super) fn argument_after(&self, flag: &str) -> Option<String> {
+    pub(crate) fn argument_after(&self, flag: &str) -> Option<String> {
         let command_line = read_bounded(&format!("/proc/{}/cmdline", self.pid())).ok()?;
         let mut arguments = command_line.split(|&byte| byte == 0);
         arguments.find(|argument| *argument == flag.as_bytes())?;
@@ -51,7 +51,7 @@ impl Process {
     }
 
     /// Ends the process at once. No error if it has ended already.
-    pub(super) fn kill(&self) -> io::Result<()> {
+    pub(crate) fn kill(&self) -> io::Result<()> {
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Err(rustix::io::Errno::SRCH) => Ok(()),
             other => Ok(other?),
@@ -59,13 +59,13 @@ impl Process {
     }
 
     /// Waits until the process has ended. May be cancelled and called again.
-    pub(super) async fn exited(&self) -> io::Result<()> {
+    pub(crate) async fn exited(&self) -> io::Result<()> {
         wait_readable(self.pidfd.try_clone()?).await
     }
 }
 
 /// Waits until a descriptor that epoll can watch has something to read; a pidfd has once its process ended.
-pub(super) async fn wait_readable(fd: OwnedFd) -> io::Result<()> {
+pub(crate) async fn wait_readable(fd: OwnedFd) -> io::Result<()> {
     // SAFETY: the descriptor is owned by the `AsyncFd` from here on, and never replaced or closed before it.
     let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE)? };
     let _ready = fd.readable().await?;

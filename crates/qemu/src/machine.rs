@@ -31,7 +31,7 @@ const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What has to be equal for a running guest to move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Platform {
+pub struct Platform {
     /// The versioned machine type.
     machine: MachineType,
     /// The processor, where the guest sees the host's.
@@ -41,7 +41,7 @@ pub(crate) struct Platform {
 /// A versioned machine type of QEMU, such as `pc-q35-10.0`. Safe within an option list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub(super) struct MachineType(String);
+pub(crate) struct MachineType(String);
 
 /// A host's processor as its guests see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,7 +54,7 @@ struct HostCpu {
 
 impl Platform {
     /// The platform of a VM that starts here: of the machine type that it had before, if it had one.
-    pub(super) async fn here(before: Option<&Platform>, accel: Accel) -> Result<Platform, VmError> {
+    pub(crate) async fn here(before: Option<&Platform>, accel: Accel) -> Result<Platform, VmError> {
         let machine = match before {
             Some(platform) => platform.machine.clone(),
             None => MachineType::installed().await?,
@@ -67,7 +67,7 @@ impl Platform {
     }
 
     /// Says why a guest that runs on the platform `there` could not go on here.
-    pub(super) async fn must_take(there: Option<&Platform>, accel: Accel) -> Result<(), VmError> {
+    pub(crate) async fn must_take(there: Option<&Platform>, accel: Accel) -> Result<(), VmError> {
         let there = there.ok_or_else(unknown)?;
         let here = Platform::here(Some(there), accel).await?;
         match (&here.host_cpu, &there.host_cpu) {
@@ -81,13 +81,13 @@ impl Platform {
     }
 
     /// The machine type.
-    pub(super) fn machine(&self) -> &MachineType {
+    pub(crate) fn machine(&self) -> &MachineType {
         &self.machine
     }
 }
 
 /// Says that nobody knows what a running guest runs on.
-pub(super) fn unknown() -> VmError {
+pub(crate) fn unknown() -> VmError {
     VmError::Unfit(
         "the VM was started by another version of VirtMan, which noted no machine type: stop it and start it again \
          before it is migrated"
@@ -103,7 +103,7 @@ impl MachineType {
     }
 
     /// The name.
-    pub(super) fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }

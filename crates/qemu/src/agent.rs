@@ -44,7 +44,7 @@ const THAW_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What can go wrong between us and the agent.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum AgentError {
+pub enum AgentError {
     /// Nobody answers.
     #[error(
         "no guest agent answers within {} s: install and start qemu-guest-agent in the guest, or wait until it \
@@ -80,7 +80,7 @@ pub(crate) enum AgentError {
 
 /// A guest whose file systems are consistent on its disk and stay so: what it writes waits. Thaws when dropped.
 #[must_use = "a frozen guest does next to nothing"]
-pub(crate) struct Frozen {
+pub struct Frozen {
     notes: Notes,
     /// What it takes to thaw it, until it is.
     held: Option<(Agent, OwnedMutexGuard<()>)>,
@@ -118,7 +118,7 @@ impl Qemu {
     }
 
     /// Freezes the guest's file systems. If that fails or takes longer than `timeout`, they are thawed again.
-    pub(crate) async fn freeze(&self, timeout: Duration) -> Result<Frozen, AgentError> {
+    pub async fn freeze(&self, timeout: Duration) -> Result<Frozen, AgentError> {
         let begun = Instant::now();
         let (agent, channel) = self.agent(timeout).await?;
         Frozen::freeze(self.notes(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
@@ -126,7 +126,7 @@ impl Qemu {
 
     /// Thaws the guest's file systems if they are frozen, as they are after a daemon died between
     /// [`freeze`](Self::freeze) and [`Frozen::thaw`]. Gives how many were.
-    pub(super) async fn thaw_if_frozen(&self, timeout: Duration) -> Result<Option<u64>, AgentError> {
+    pub(crate) async fn thaw_if_frozen(&self, timeout: Duration) -> Result<Option<u64>, AgentError> {
         let begun = Instant::now();
         let (agent, channel) = self.agent(timeout).await?;
         let rest = || timeout.saturating_sub(begun.elapsed());
@@ -150,7 +150,7 @@ impl Qemu {
     }
 
     /// Waits until the guest's agent answers. Leaves the channel to others between two attempts.
-    pub(super) async fn agent_answers(&self) -> Result<(), VmError> {
+    pub(crate) async fn agent_answers(&self) -> Result<(), VmError> {
         loop {
             let _channel = self.agent_channel().await;
             let answer = ping(self.agent_stream().await?);
@@ -211,13 +211,13 @@ impl Frozen {
     }
 
     /// How many file systems are frozen; 0 if the guest has none that can be.
-    pub(crate) fn filesystems(&self) -> u64 {
+    pub fn filesystems(&self) -> u64 {
         self.filesystems
     }
 
     /// Lets the guest write again. Gives how many file systems were frozen until now: fewer than
     /// [`filesystems`](Self::filesystems) means that somebody else thawed some before.
-    pub(crate) async fn thaw(mut self, timeout: Duration) -> Result<u64, AgentError> {
+    pub async fn thaw(mut self, timeout: Duration) -> Result<u64, AgentError> {
         let late = |_| AgentError::Late { command: THAW, timeout };
         let thawed = tokio::time::timeout(timeout, self.agent().thaw()).await.map_err(late)??;
         self.held = None;

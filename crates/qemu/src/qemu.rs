@@ -30,7 +30,6 @@ use super::qmp::Qmp;
 use super::spec::{self, Begin, VmFiles, VmSpec};
 use super::standstill::{Standing, Standstill};
 use super::{QEMU, VmError};
-use crate::api::{now_unix_ms, unix_ms};
 
 /// How long QEMU may take until it is in the background. It opens the disk before, so this includes the NBD
 /// handshake; the rest takes 0.2 s.
@@ -66,7 +65,7 @@ impl Record {
 
 /// A VM's live process.
 #[derive(Debug)]
-pub(crate) struct Qemu {
+pub struct Qemu {
     files: VmFiles,
     process: Process,
     record: Record,
@@ -87,7 +86,7 @@ struct Turns {
 
 /// How a VM came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stopped {
+pub enum Stopped {
     /// The guest shut itself down.
     ByGuest,
     /// The guest did not in time; QEMU flushed its disk and ended.
@@ -99,12 +98,12 @@ pub(crate) enum Stopped {
 impl Qemu {
     /// Starts the VM `spec` with its files in `dir`, which is made if need be. Returns when QEMU has opened
     /// the disk, listens on its sockets and lets the guest run.
-    pub(crate) async fn start(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
+    pub async fn start(dir: &Path, spec: &VmSpec) -> Result<Qemu, VmError> {
         Qemu::begin(dir, spec, Begin::AtOnce).await
     }
 
     /// Starts the VM `spec` in this manner.
-    pub(super) async fn begin(dir: &Path, spec: &VmSpec, begin: Begin) -> Result<Qemu, VmError> {
+    pub(crate) async fn begin(dir: &Path, spec: &VmSpec, begin: Begin) -> Result<Qemu, VmError> {
         fs::create_dir_all(dir).map_err(VmError::file(dir))?;
         let dir = dir.canonicalize().map_err(VmError::file(dir))?;
         let files = VmFiles::new(dir.clone());
@@ -117,7 +116,7 @@ impl Qemu {
         let record = Record {
             name: spec.name.clone(),
             accel: spec.accel,
-            started_unix_ms: now_unix_ms(),
+            started_unix_ms: unix_ms(SystemTime::now()),
             spec: Some(VmSpec { platform: Some(platform), ..spec.clone() }),
         };
         let json = serde_json::to_vec(&record).expect("paths that QEMU was told are UTF-8");
@@ -135,7 +134,7 @@ impl Qemu {
 
     /// The VM of this directory that an earlier daemon started, if it still runs. One whose record cannot be read
     /// is found all the same: its disk must not be taken for one that nobody uses.
-    pub(crate) fn adopt(dir: &Path) -> Option<Qemu> {
+    pub fn adopt(dir: &Path) -> Option<Qemu> {
         let files = VmFiles::new(dir.canonicalize().ok()?);
         let process = Process::of_pidfile(&files.pidfile())?;
         let record = fs::read(files.record()).and_then(|json| Ok(serde_json::from_slice(&json)?));
@@ -152,53 +151,53 @@ impl Qemu {
 
     /// What was started, with all that it takes to start the same machine elsewhere but the disk and the seed,
     /// which have other paths there. `None` if another version of VirtMan started it.
-    pub(crate) fn spec(&self) -> Option<&VmSpec> {
+    pub fn spec(&self) -> Option<&VmSpec> {
         self.record.spec.as_ref()
     }
 
     /// The VM's name.
-    pub(crate) fn name(&self) -> &VmName {
+    pub fn name(&self) -> &VmName {
         &self.record.name
     }
 
     /// The number of its process.
-    pub(crate) fn pid(&self) -> i32 {
+    pub fn pid(&self) -> i32 {
         self.process.pid()
     }
 
     /// When it was started.
-    pub(crate) fn started(&self) -> SystemTime {
+    pub fn started(&self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_millis(self.record.started_unix_ms)
     }
 
     /// Where its console can be reached; see [`console`](super::console).
-    pub(crate) fn console_socket(&self) -> PathBuf {
+    pub fn console_socket(&self) -> PathBuf {
         self.files.console_socket()
     }
 
     /// Where its files are.
-    pub(super) fn files(&self) -> &VmFiles {
+    pub(crate) fn files(&self) -> &VmFiles {
         &self.files
     }
 
     /// Why the guest stands still, if it does and is meant to run.
-    pub(crate) fn standstill(&self) -> Option<Standstill> {
+    pub fn standstill(&self) -> Option<Standstill> {
         self.standing.standstill()
     }
 
     /// What is known of whether the guest stands still, and what it is owed.
-    pub(super) fn standing(&self) -> &Arc<Standing> {
+    pub(crate) fn standing(&self) -> &Arc<Standing> {
         &self.standing
     }
 
     /// Waits until the process has ended, for whatever reason.
-    pub(crate) async fn exited(&self) -> Result<(), VmError> {
+    pub async fn exited(&self) -> Result<(), VmError> {
         self.process.exited().await.map_err(VmError::file(self.files.pidfile()))
     }
 
     /// The port of this host's loopback through which the guest's TCP port `guest_port` can be reached, if
     /// [`VmSpec::forward_ports`] names it.
-    pub(crate) async fn forwarded_port(&self, guest_port: u16) -> Result<Option<u16>, VmError> {
+    pub async fn forwarded_port(&self, guest_port: u16) -> Result<Option<u16>, VmError> {
         let table = self.user_network().await?;
         Ok(table
             .iter()
@@ -207,13 +206,13 @@ impl Qemu {
     }
 
     /// The connections that QEMU's user-mode network carries.
-    pub(super) async fn user_network(&self) -> Result<Vec<Flow>, VmError> {
+    pub(crate) async fn user_network(&self) -> Result<Vec<Flow>, VmError> {
         let answer = self.control("human-monitor-command", json!({ "command-line": "info usernet" })).await?;
         Ok(flows(answer.as_str().unwrap_or_default()))
     }
 
     /// Asks the guest to shut down and gives it `grace`; then ends QEMU in order, then kills it.
-    pub(crate) async fn stop(&self, grace: Duration) -> Result<Stopped, VmError> {
+    pub async fn stop(&self, grace: Duration) -> Result<Stopped, VmError> {
         // A QEMU that cannot be asked is ended below, by the same steps.
         let asked = self.control("system_powerdown", json!({})).await.is_ok();
         if asked && tokio::time::timeout(grace, self.exited()).await.is_ok() {
@@ -232,7 +231,7 @@ impl Qemu {
     }
 
     /// Ends the VM at once, as a power cut would.
-    pub(crate) async fn kill(&self) -> Result<(), VmError> {
+    pub async fn kill(&self) -> Result<(), VmError> {
         self.process.kill().map_err(VmError::file(self.files.pidfile()))?;
         tokio::time::timeout(END_TIMEOUT, self.exited())
             .await
@@ -240,25 +239,31 @@ impl Qemu {
     }
 
     /// What QEMU itself said last.
-    pub(super) fn last_words(&self) -> String {
+    pub(crate) fn last_words(&self) -> String {
         quoted_log(&self.files)
     }
 
     /// The right to talk to the guest's agent.
-    pub(super) async fn agent_channel(&self) -> OwnedMutexGuard<()> {
+    pub(crate) async fn agent_channel(&self) -> OwnedMutexGuard<()> {
         Arc::clone(&self.turns.agent).lock_owned().await
     }
 
     /// The right to decide whether the guest runs.
-    pub(super) async fn run_turn(&self) -> OwnedMutexGuard<()> {
+    pub(crate) async fn run_turn(&self) -> OwnedMutexGuard<()> {
         Arc::clone(&self.turns.run).lock_owned().await
     }
 
     /// Gives one command. Takes its turn among all that do.
-    pub(super) async fn control(&self, command: &str, arguments: Value) -> Result<Value, VmError> {
+    pub(crate) async fn control(&self, command: &str, arguments: Value) -> Result<Value, VmError> {
         let _turn = self.turns.command.lock().await;
         Qmp::connect(&self.files.qmp_socket()).await?.execute(command, arguments).await
     }
+}
+
+/// Milliseconds since the UNIX epoch.
+fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn if_understood<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<VmSpec>, D::Error> {
@@ -342,13 +347,13 @@ fn quoted_log(files: &VmFiles) -> String {
 
 /// One line of QEMU's table of user-mode connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Flow {
+pub(crate) struct Flow {
     /// `HOST_FORWARD` for a listening port, else the state of a TCP connection.
-    pub(super) state: String,
+    pub(crate) state: String,
     /// The port on the host's side.
-    pub(super) from_port: u16,
+    pub(crate) from_port: u16,
     /// The port on the guest's side.
-    pub(super) to_port: u16,
+    pub(crate) to_port: u16,
 }
 
 /// Reads the TCP lines of `info usernet`; all others are not ours.
