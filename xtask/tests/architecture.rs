@@ -19,7 +19,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("planner", &["block"]),
     ("qemu", &["block"]),
     ("sim", &["block", "link", "planner"]),
-    ("virtman", &["block", "image", "iscsi", "link", "nbd", "planner", "qemu", "store"]),
+    ("identity", &["block", "store"]),
+    ("control", &["block", "identity", "image", "planner", "qemu"]),
+    ("volt", &["block", "control", "identity", "image", "planner", "store"]),
+    ("node", &["block", "control", "identity", "image", "iscsi", "link", "nbd", "planner", "qemu", "store"]),
+    (
+        "virtman",
+        &["block", "control", "identity", "image", "iscsi", "link", "node", "planner", "qemu", "volt"],
+    ),
     ("xtask", &["block", "image", "iscsi", "link", "nbd", "planner", "sim"]),
 ];
 
@@ -28,6 +35,11 @@ const MUST_NOT_USE: &[(&str, &[&str])] = &[
     ("block", &["tokio", "rustix", "tracing"]),
     ("planner", &["tokio", "hyper", "axum", "redb", "rustix"]),
     ("qemu", &["hyper", "axum", "clap", "utoipa", "rustls"]),
+    ("identity", &["hyper", "axum", "utoipa", "clap"]),
+    ("control", &["redb"]),
+    ("volt", &["rustls", "hyper"]),
+    ("node", &["rustls", "hyper", "redb"]),
+    ("virtman", &["rustls", "hyper", "axum", "redb"]),
     ("sim", &["tokio", "rustix", "futures-util", "tempfile"]),
     ("link", &["rustls", "tokio-rustls", "hyper", "rustix"]),
     ("store", &["rustls", "hyper", "axum"]),

@@ -5,6 +5,7 @@
 //! - [`CacheGroup`]: a node's chunk cache over several media, a [`ChunkSource`](block::ChunkSource) over
 //!   any other.
 //! - [`Overlay`]: a private, durable, writable [`Disk`](block::Disk) over a read-only one: a layer.
+//! - [`durable`]: small files that are replaced as a whole.
 //! - [`Chain`]: a VM's layers as the one disk that it sees, while layers are frozen and put on top.
 //!
 //! Invariants:
@@ -16,6 +17,7 @@
 mod asyncio;
 mod cache;
 mod chain;
+pub mod durable;
 pub mod faulty;
 mod media;
 mod overlay;

@@ -19,11 +19,11 @@ use tokio::task::JoinSet;
 
 use super::context::{Context, Failure, NodeClient, Outcome, find_node};
 use super::output::{Column, Table, note, print_json, say};
-use crate::api::compute::{
+use control::api::compute::{
     CreateVm, KernelBoot, NodeStatus, OnFull, StartVm, Vm, VmReady, VmStarted, WaitReady,
 };
-use crate::api::volt::{ImageRecord, NodeRecord, NodeState};
-use crate::units::{ByteSize, show_ms};
+use control::api::volt::{ImageRecord, NodeRecord, NodeState};
+use control::units::{ByteSize, show_ms};
 
 /// VMs of one command. A bound against a slip of the finger, far above what a cluster runs.
 pub(super) const COUNT_MAX: u32 = 100_000;
@@ -58,7 +58,7 @@ pub(crate) struct BootArgs {
     #[arg(long, default_value = "console:login:", value_name = "WHAT")]
     ready: String,
     /// How long a guest may take to be ready
-    #[arg(long, default_value = "10m", value_parser = crate::units::parse_duration)]
+    #[arg(long, default_value = "10m", value_parser = control::units::parse_duration)]
     timeout: Duration,
     /// cloud-init user data for every guest
     #[arg(long, value_name = "FILE")]
@@ -304,7 +304,7 @@ async fn boot_one(vm: VmName, place: &Place, plan: &Plan, progress: &Progress) -
         let ready: VmReady = place.patient.client.post(&format!("{path}/wait"), &plan.wait).await?;
         line.first_read_ms = ready.first_read_ms;
         line.ready_ms = Some(ready.ready_ms);
-        Ok::<_, crate::http::ClientError>(())
+        Ok::<_, control::http::ClientError>(())
     };
     match steps.await {
         Ok(()) => {

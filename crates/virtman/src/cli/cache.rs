@@ -7,10 +7,9 @@ use clap::Subcommand;
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{Column, Table, note, print_json};
-use super::parse_cache_medium;
-use crate::api::compute::{AddMedium, MediumState, MediumView, RemoveMedium};
-use crate::compute::config::CacheMedium;
-use crate::units::ByteSize;
+use control::api::compute::{AddMedium, MediumState, MediumView, RemoveMedium};
+use control::units::ByteSize;
+use node::config::CacheMedium;
 
 /// How long adding a medium may take: the directory of the largest there can be has 10 GB.
 const ADD_TIME_MAX: Duration = Duration::from_secs(600);
@@ -34,7 +33,7 @@ pub(crate) enum CacheCommand {
     /// Use a file or block device of the node for cached chunks; those that are on it already are found again
     Add {
         /// The file, made if missing, or block device, and how much of it to use
-        #[arg(value_parser = parse_cache_medium, value_name = "PATH=SIZE")]
+        #[arg(value_name = "PATH=SIZE")]
         medium: CacheMedium,
     },
     /// Use a medium no longer; what was on it is fetched again when it is wanted, and the file is left as it is

@@ -11,8 +11,8 @@ use super::boot::{self, Plan};
 use super::context::{Context, Failure, NodeClient, Outcome, find_node};
 use super::image::follow;
 use super::output::{note, print_json, say};
-use crate::api::compute::{CloneVm, CommitVm, CreateVm, NodeImage, StartVm, Vm, WaitReady};
-use crate::api::volt::ImageRecord;
+use control::api::compute::{CloneVm, CommitVm, CreateVm, NodeImage, StartVm, Vm, WaitReady};
+use control::api::volt::ImageRecord;
 
 /// Make copies of a VM's disk as it is now, on its node or on others.
 ///
@@ -42,7 +42,7 @@ pub(crate) struct CloneArgs {
     #[arg(long, default_value = "console:login:", value_name = "WHAT", requires = "start")]
     ready: String,
     /// How long a guest may take to be ready
-    #[arg(long, default_value = "10m", value_parser = crate::units::parse_duration, requires = "start")]
+    #[arg(long, default_value = "10m", value_parser = control::units::parse_duration, requires = "start")]
     timeout: Duration,
 }
 

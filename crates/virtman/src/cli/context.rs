@@ -15,14 +15,12 @@ use serde::de::DeserializeOwned;
 
 use super::Global;
 use super::output::{note, print_json};
-use crate::api::compute::Vm;
-use crate::api::volt::{NodeRecord, NodeState, VoltStatus};
-use crate::http::{Client, ClientError, Target};
-use crate::identity::tls::ConnectError;
-use crate::identity::{Credentials, Identity, Principal};
-
-/// File beside the administrator's identity that says where Volt is.
-pub(crate) const VOLT_ADDRESS_FILE: &str = "volt";
+use control::VOLT_ADDRESS_FILE;
+use control::api::compute::Vm;
+use control::api::volt::{NodeRecord, NodeState, VoltStatus};
+use control::http::{Client, ClientError, Target};
+use identity::tls::ConnectError;
+use identity::{Credentials, Identity, Principal};
 
 /// A command failed: what is wrong, with which value, and what to do.
 #[derive(Debug)]
@@ -51,8 +49,8 @@ impl From<ClientError> for Failure {
     }
 }
 
-impl From<crate::identity::IdentityError> for Failure {
-    fn from(error: crate::identity::IdentityError) -> Failure {
+impl From<identity::IdentityError> for Failure {
+    fn from(error: identity::IdentityError) -> Failure {
         Failure::new(error.to_string())
     }
 }

@@ -6,10 +6,10 @@ use super::context::{Context, Outcome};
 use super::output::{Column, Table, print, print_json, say};
 use super::profile::age;
 use super::vm::show_state;
-use crate::api::compute::{SnapshotView, Vm};
-use crate::api::details::{BootTimeline, LayerState, LayerView, VmDetails};
-use crate::api::now_unix_ms;
-use crate::units::ByteSize;
+use control::api::compute::{SnapshotView, Vm};
+use control::api::details::{BootTimeline, LayerState, LayerView, VmDetails};
+use control::api::now_unix_ms;
+use control::units::ByteSize;
 
 pub(super) async fn show(context: &Context, name: &VmName) -> Outcome {
     let (node, _) = context.find_vm(name).await?;

@@ -9,7 +9,7 @@ use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use super::context::{Context, Failure, NodeClient, Outcome};
 use super::output::{Column, Table, note, print_json, say};
-use crate::api::export::{ChapSecret, ExportName, ExportView, IscsiAccess};
+use control::api::export::{ChapSecret, ExportName, ExportView, IscsiAccess};
 
 /// Permissions of a file that others than its owner have, too.
 const SHARED_MODE: u32 = 0o077;

@@ -15,13 +15,13 @@ use super::context::{Context, Failure, Outcome};
 use super::export::{read_line, read_secret};
 use super::output::{Column, Table, bytes_bar, print_json, say};
 use super::profile;
-use crate::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
-use crate::api::export::ChapSecret;
-use crate::api::volt::{ImageRecord, TuneImage};
-use crate::compute::remote;
-use crate::coordinator::config::shaping;
-use crate::http::Client;
-use crate::units::{ByteSize, show_ms};
+use control::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage, Progress};
+use control::api::export::ChapSecret;
+use control::api::volt::{ImageRecord, TuneImage};
+use control::http::Client;
+use control::units::{ByteSize, show_ms};
+use node::remote;
+use volt::config::shaping;
 
 /// The secrets of an iSCSI target. None is given on the command line, where everybody can read it.
 #[derive(Debug, Args)]

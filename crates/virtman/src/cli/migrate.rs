@@ -6,8 +6,8 @@ use clap::Args;
 use super::context::{Context, Failure, Outcome, find_node};
 use super::image::follow;
 use super::output::{note, print_json};
-use crate::api::compute::{ExpectVm, MigrateVm, Migrated};
-use crate::units::{ByteSize, show_ms};
+use control::api::compute::{ExpectVm, MigrateVm, Migrated};
+use control::units::{ByteSize, show_ms};
 
 /// Move a VM to another node, while its guest runs or not.
 ///

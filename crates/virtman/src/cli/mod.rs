@@ -20,11 +20,10 @@ use std::path::PathBuf;
 use block::{ImageName, NodeName, VmName};
 use clap::{Args, Parser, Subcommand};
 
-use crate::compute::config::{CacheMedium, ComputeArgs};
-use crate::coordinator::config::VoltArgs;
-use crate::units::ByteSize;
+use control::units::ByteSize;
+use node::config::ComputeArgs;
+use volt::config::VoltArgs;
 
-pub(crate) use context::VOLT_ADDRESS_FILE;
 pub(crate) use run::main;
 
 /// Boots tens to thousands of identical virtual machines in seconds, without copying their image first.
@@ -176,7 +175,7 @@ pub(crate) enum VoltCommand {
     /// Print a one-time token with which one host can join
     Token {
         /// How long the token works, such as 10m or 2h
-        #[arg(long, default_value = "1h", value_parser = crate::units::parse_duration)]
+        #[arg(long, default_value = "1h", value_parser = control::units::parse_duration)]
         valid: std::time::Duration,
         /// Only for a node of this name; it then replaces the node that has the name
         #[arg(long = "for", value_name = "NODE")]
@@ -299,18 +298,9 @@ pub(crate) struct StopArgs {
     #[arg(long, conflicts_with = "vms")]
     pub(crate) all: bool,
     /// How long a guest may take to power down before it is ended
-    #[arg(long, default_value = "30s", value_parser = crate::units::parse_duration)]
+    #[arg(long, default_value = "30s", value_parser = control::units::parse_duration)]
     pub(crate) grace: std::time::Duration,
     /// Pull the plug at once
     #[arg(long, conflicts_with = "grace")]
     pub(crate) now: bool,
-}
-
-/// Parses `PATH=SIZE`.
-pub(crate) fn parse_cache_medium(text: &str) -> Result<CacheMedium, String> {
-    let (path, size) = text
-        .rsplit_once('=')
-        .ok_or_else(|| format!("'{text}' names no size: use PATH=SIZE, such as /srv/chunks=50G"))?;
-    let size: ByteSize = size.parse()?;
-    Ok(CacheMedium { path: path.into(), size_bytes: size.0 })
 }

@@ -9,9 +9,9 @@ use image::{BootProfile, PROFILE_BYTES_MAX};
 
 use super::context::{Context, Failure, Outcome};
 use super::output::{Column, Table, note, print, print_json, say};
-use crate::api::now_unix_ms;
-use crate::api::profile::{NewProfile, ProfileFile, ProfileView, Recording};
-use crate::units::ByteSize;
+use control::api::now_unix_ms;
+use control::api::profile::{NewProfile, ProfileFile, ProfileView, Recording};
+use control::units::ByteSize;
 
 /// What guests read first, fetched ahead of them. Profiles are recorded from the first boots by themselves.
 #[derive(Debug, Subcommand)]

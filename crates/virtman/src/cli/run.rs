@@ -13,10 +13,10 @@ use super::output::{note, print, print_json, say};
 use super::{
     Cli, Command, VoltCommand, boot, cache, clone, details, export, image, migrate, show, snapshot, vm,
 };
-use crate::api::volt::{NewToken, TokenIssued};
-use crate::compute::Destroy;
-use crate::coordinator::init::{Initialized, init};
-use crate::identity::AdminName;
+use control::api::volt::{NewToken, TokenIssued};
+use identity::AdminName;
+use node::Destroy;
+use volt::init::{Initialized, init};
 
 /// Runs the program.
 pub(crate) fn main() -> ExitCode {
@@ -24,7 +24,7 @@ pub(crate) fn main() -> ExitCode {
     let daemon = matches!(cli.command, Command::Volt { command: None, .. } | Command::Compute(_));
     start_logging(if daemon { "info" } else { "error" });
     if daemon {
-        crate::daemon::open_many_files();
+        control::daemon::open_many_files();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -62,12 +62,10 @@ async fn run(cli: &Cli) -> Outcome {
     let home = &cli.global.home;
     match &cli.command {
         Command::Volt { command: None, args } => {
-            crate::coordinator::run(&home.join("volt"), args).await.map_err(Failure::new)
+            volt::run(&home.join("volt"), args).await.map_err(Failure::new)
         }
         Command::Volt { command: Some(command), .. } => volt(&context, home, command).await,
-        Command::Compute(args) => {
-            crate::compute::run(&cli.global.node_dir(), args).await.map_err(Failure::new)
-        }
+        Command::Compute(args) => node::run(&cli.global.node_dir(), args).await.map_err(Failure::new),
         Command::Image(command) => image::run(&context, command).await,
         Command::Create(args) => vm::create(&context, args).await,
         Command::Destroy { vms, instance_only } => {
@@ -140,7 +138,7 @@ async fn volt(context: &Context, home: &Path, command: &VoltCommand) -> Outcome 
             Ok(())
         }
         VoltCommand::Openapi => {
-            print_json(crate::coordinator::routes::routes().get_openapi());
+            print_json(&volt::openapi());
             Ok(())
         }
     }

@@ -5,9 +5,9 @@ use serde::Serialize;
 
 use super::context::{Context, Outcome};
 use super::output::{Column, Table, print, print_json, say};
-use crate::api::compute::NodeStatus;
-use crate::api::volt::{ImageRecord, NodeRecord, NodeState, TreeNode, TreeView};
-use crate::units::ByteSize;
+use control::api::compute::NodeStatus;
+use control::api::volt::{ImageRecord, NodeRecord, NodeState, TreeNode, TreeView};
+use control::units::ByteSize;
 
 /// `status` as JSON.
 #[derive(Serialize)]
@@ -26,7 +26,7 @@ struct NodeLine {
 
 pub(super) async fn status(context: &Context) -> Outcome {
     let cluster = match context.volt() {
-        Ok(volt) => volt.get::<crate::api::volt::VoltStatus>("/v1/status").await?,
+        Ok(volt) => volt.get::<control::api::volt::VoltStatus>("/v1/status").await?,
         Err(no_volt) => {
             // A host that knows no Volt still has a node to show.
             let node = context.node().await.map_err(|_| no_volt)?;

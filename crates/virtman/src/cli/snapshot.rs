@@ -9,10 +9,10 @@ use super::context::{Context, Failure, NodeClient, Outcome};
 use super::details::snapshot_table;
 use super::image::follow;
 use super::output::{note, print_json, say};
-use crate::api::compute::{SnapshotTaken, SnapshotView, TakeSnapshot, Vm};
-use crate::api::now_unix_ms;
-use crate::api::qcow2::{BackingFile, ExportBacking, ExportSnapshot, SnapshotExported};
-use crate::units::ByteSize;
+use control::api::compute::{SnapshotTaken, SnapshotView, TakeSnapshot, Vm};
+use control::api::now_unix_ms;
+use control::api::qcow2::{BackingFile, ExportBacking, ExportSnapshot, SnapshotExported};
+use control::units::ByteSize;
 
 /// Take a snapshot of a VM's disk, while its guest runs or not.
 ///

@@ -10,11 +10,11 @@ use super::export::Protocol;
 use super::image::{absolute, follow};
 use super::output::{Column, Table, note, print_json, say};
 use super::{CreateArgs, StopArgs};
-use crate::api::compute::{CreateVm, StopVm, Vm, VmState};
-use crate::api::export::{ExportName, IscsiAccess};
-use crate::api::qcow2::{ImportVm, VmImported};
-use crate::compute::Destroy;
-use crate::units::ByteSize;
+use control::api::compute::{CreateVm, StopVm, Vm, VmState};
+use control::api::export::{ExportName, IscsiAccess};
+use control::api::qcow2::{ImportVm, VmImported};
+use control::units::ByteSize;
+use node::Destroy;
 use qemu::console;
 
 pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {

@@ -1,0 +1,172 @@
+//! The bodies of a node's API that are about exports.
+
+use std::fmt;
+use std::str::FromStr;
+
+use block::{ImageName, NodeName, VmName};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use utoipa::ToSchema;
+
+/// What is exported: a VM's disk by its name, or an image by its name with tag.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ExportName {
+    /// The disk of this VM, which takes writes.
+    Vm(VmName),
+    /// The volume of this image, read-only.
+    Image(ImageName),
+}
+
+impl ExportName {
+    /// The name as part of a file's name; no VM's is an image's.
+    pub fn file_name(&self) -> String {
+        match self {
+            ExportName::Vm(name) => name.to_string(),
+            ExportName::Image(name) => name.file_name(),
+        }
+    }
+}
+
+impl fmt::Display for ExportName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ExportName::Vm(name) => name.fmt(f),
+            ExportName::Image(name) => name.fmt(f),
+        }
+    }
+}
+
+impl FromStr for ExportName {
+    type Err = block::NameError;
+
+    /// An image's name has a colon, and a VM's has none.
+    fn from_str(text: &str) -> Result<ExportName, block::NameError> {
+        if text.contains(':') {
+            text.parse().map(ExportName::Image)
+        } else {
+            text.parse().map(ExportName::Vm)
+        }
+    }
+}
+
+impl Serialize for ExportName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ExportName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ExportName, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// A name and a secret for CHAP. Never shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ChapSecret {
+    /// The name.
+    pub user: String,
+    /// The secret, of 12 bytes or more.
+    pub secret: String,
+}
+
+impl fmt::Debug for ChapSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChapSecret").field("user", &self.user).finish_non_exhaustive()
+    }
+}
+
+impl FromStr for ChapSecret {
+    type Err = String;
+
+    /// `USER:SECRET` on one line, as in the files that commands are given.
+    fn from_str(text: &str) -> Result<ChapSecret, String> {
+        let line = text.trim_end_matches(['\r', '\n']);
+        match line.split_once(':') {
+            Some((user, secret)) if !user.is_empty() && !secret.is_empty() && !line.contains('\n') => {
+                Ok(ChapSecret { user: user.to_owned(), secret: secret.to_owned() })
+            }
+            _ => Err("it has to be one line of the form USER:SECRET".to_owned()),
+        }
+    }
+}
+
+/// Lets initiators on the network open a disk over iSCSI. At least one of the first three has to be there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IscsiAccess {
+    /// The initiators that may; all if empty.
+    #[serde(default)]
+    pub initiators: Vec<String>,
+    /// Whether whoever reaches the node may, without a secret.
+    #[serde(default)]
+    pub anyone: bool,
+    /// What initiators have to prove.
+    pub chap: Option<ChapSecret>,
+    /// What the node proves to initiators that ask.
+    pub mutual_chap: Option<ChapSecret>,
+}
+
+/// A way to a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ExportView {
+    /// The VM or image.
+    #[schema(value_type = String)]
+    pub name: ExportName,
+    /// The node that serves it.
+    #[schema(value_type = String)]
+    pub node: NodeName,
+    /// `nbd` or `iscsi`.
+    pub protocol: String,
+    /// Whether it takes no writes.
+    pub read_only: bool,
+    /// Where clients open it: a URI for each portal.
+    pub addresses: Vec<String>,
+    /// The iSCSI name of its target.
+    pub target: Option<String>,
+    /// The initiators that may open it; all if empty.
+    pub initiators: Vec<String>,
+    /// `none`, `chap` or `mutual chap`; NBD sockets are for whoever may open the file.
+    pub authentication: String,
+    /// Who has it open over iSCSI; NBD has no sessions.
+    pub sessions: Vec<IscsiSession>,
+}
+
+/// An initiator that has a disk open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IscsiSession {
+    /// What it calls itself.
+    pub initiator: String,
+    /// Where it comes from.
+    pub from: String,
+    /// The portal through which it came: its place among the addresses, from 0.
+    pub portal: usize,
+    /// When it logged in.
+    pub since_unix_ms: u64,
+    /// SCSI commands that it sent.
+    pub commands: u64,
+    /// Bytes that it read.
+    pub read_bytes: u64,
+    /// Bytes that it wrote.
+    pub written_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_colon_makes_an_image() {
+        assert!(matches!("debian:12".parse(), Ok(ExportName::Image(_))));
+        assert!(matches!("debian".parse(), Ok(ExportName::Vm(_))));
+        assert!("a/b".parse::<ExportName>().is_err() && "a:b:c".parse::<ExportName>().is_err());
+    }
+
+    #[test]
+    fn a_secret_is_one_line_and_is_not_shown() {
+        let secret: ChapSecret = "guest:correct:horse battery\n".parse().unwrap();
+        assert_eq!((&*secret.user, &*secret.secret), ("guest", "correct:horse battery"));
+        assert!(!format!("{secret:?}").contains("horse"));
+        for bad in ["", "guest", ":x", "guest:", "a:b\nc:d\n"] {
+            assert!(bad.parse::<ChapSecret>().is_err(), "{bad:?}");
+        }
+    }
+}
