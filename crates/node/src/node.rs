@@ -89,7 +89,7 @@ impl Node {
         if self.images.all().iter().all(|attached| attached.role() == Role::Relay) {
             return Ok(Role::Relay);
         }
-        let known = self.volt.image(name).await.map_err(from_volt)?;
+        let known = self.volt.image(name.as_str()).await.map_err(from_volt)?;
         Ok(self.images.by_id(&known.id).map_or(Role::Relay, |attached| attached.role()))
     }
 
@@ -268,14 +268,19 @@ impl Node {
     pub(super) async fn remove_passed(&self) {
         for attached in self.images.all().into_iter().filter(|image| image.derived().is_some()) {
             for name in attached.passing() {
-                match self.volt.attached_elsewhere(name.as_str()).await {
-                    // Other origins have it from elsewhere; and an image that has another name too stays where it is,
-                    // whoever uses it.
-                    Ok(nodes)
-                        if (nodes.iter().all(|at| at.role == Role::Origin) || attached.names().len() > 1)
-                            && attached.is_older_than(PASSING_MIN) => {}
-                    Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
-                    Ok(_) | Err(_) => continue,
+                let goes = match self.volt.attached_elsewhere(name.as_str()).await {
+                    // Other origins have it from elsewhere; and who fetches an image that has another name too finds it
+                    // by that one.
+                    Ok(nodes) => {
+                        attached.is_older_than(PASSING_MIN)
+                            && (nodes.iter().all(|at| at.role == Role::Origin)
+                                || self.is_known_otherwise(&attached, &name).await)
+                    }
+                    Err(ClientError::Refused(refusal)) => refusal.code == "no_such_image",
+                    Err(_) => false,
+                };
+                if !goes {
+                    continue;
                 }
                 let removed = match self.remove_image(&name, Force::Yes).await {
                     // Another node gave its image this name, and takes it out of the catalog itself.
@@ -294,6 +299,30 @@ impl Node {
                 }
             }
         }
+    }
+
+    /// Whether the catalog has an image by another name than this.
+    async fn is_known_otherwise(&self, attached: &Attached, name: &ImageName) -> bool {
+        for other in attached.names().iter().filter(|other| *other != name) {
+            if self.volt.is_image(other).await.is_ok_and(|is_known| is_known) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// A name by which another node finds an attached image: `made` if it has that. Names that others gave it may be
+    /// gone by now, so that else the catalog is asked.
+    pub(crate) async fn name_for_others(
+        &self,
+        attached: &Attached,
+        made: &ImageName,
+    ) -> Result<ImageName, ApiError> {
+        if attached.names().contains(made) {
+            return Ok(made.clone());
+        }
+        let known = self.volt.image(&attached.id.to_string()).await.map_err(from_volt)?;
+        Ok(known.name)
     }
 
     /// Reads an image of which this node is the origin again, and compares every chunk.

@@ -90,14 +90,14 @@ impl VoltLink {
         Ok(nodes.filter(|at| at.node != self.node).collect())
     }
 
-    /// What the catalog has under a name.
-    pub(crate) async fn image(&self, name: &ImageName) -> Result<ImageRecord, ClientError> {
+    /// What the catalog has under a name or an id.
+    pub(crate) async fn image(&self, name: &str) -> Result<ImageRecord, ClientError> {
         self.client.get(&format!("/v1/images/{name}")).await
     }
 
     /// Whether the catalog has an image of this name.
     pub(crate) async fn is_image(&self, name: &ImageName) -> Result<bool, ApiError> {
-        match self.image(name).await {
+        match self.image(name.as_str()).await {
             Ok(_) => Ok(true),
             Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => Ok(false),
             Err(error) => Err(super::node::from_volt(error)),

@@ -193,10 +193,10 @@ impl Move<'_> {
         self.node.vms.layers.hold(frozen.id());
         let name = passing_name("move")?;
         let image = self.node.make_image(Arc::clone(frozen), &name, Purpose::Passing, progress).await?;
-        // One that came from elsewhere and was not changed since has the name that it came by.
-        let name = image.names().into_iter().find(|known| *known == name).or_else(|| image.names().pop());
-        let carried = name.filter(|_| image.id != self.entry.record().image_id);
-        Ok(HandOverState { carried, on })
+        if image.id == self.entry.record().image_id {
+            return Ok(HandOverState { carried: None, on });
+        }
+        Ok(HandOverState { carried: Some(self.node.name_for_others(&image, &name).await?), on })
     }
 
     async fn with_target(

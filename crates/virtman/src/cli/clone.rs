@@ -107,9 +107,16 @@ pub(super) async fn clone(context: &Context, args: &CloneArgs) -> Outcome {
     // A disk that is still as its image needs no other to carry it. One that was carried here itself a moment ago, and
     // not changed since, goes on as it came.
     let is_changed = carried.id != vm.image_id;
-    let came_as = carried.names.iter().find(|name| **name == image).or(carried.names.first());
+    let came_as = match (is_changed, carried.names.contains(&image)) {
+        (false, _) => vm.image.clone(),
+        (true, true) => image,
+        // The name that it came by may be gone from the catalog meanwhile.
+        (true, false) => {
+            context.volt()?.get::<ImageRecord>(&format!("/v1/images/{}", carried.id)).await?.name
+        }
+    };
     let create = CreateVm {
-        image: came_as.filter(|_| is_changed).unwrap_or(&vm.image).clone(),
+        image: came_as,
         size_bytes: Some(vm.size_bytes),
         iscsi: None,
         settle_on: is_changed.then(|| vm.image.clone()),
