@@ -25,7 +25,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
 use super::standstill::{Debt, Standing};
-use super::{Qemu, VmError};
+use super::{Qemu, VmError, printable};
 
 /// How long the agent may take to answer before it is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
@@ -320,7 +320,7 @@ impl Agent {
             // It says the same of what it does not know and of what it must not do.
             Some("CommandNotFound") => Err(AgentError::Unable(command)),
             _ => {
-                let reason = error["desc"].as_str().unwrap_or("no reason given").to_owned();
+                let reason = printable(error["desc"].as_str().unwrap_or("no reason given"));
                 Err(AgentError::Failed { command, reason })
             }
         }
@@ -421,6 +421,18 @@ mod tests {
         // The channel is free again.
         drop(vm.channel.lock().await);
         assert!(!vm.is_noted() && !vm.standing.owes(Debt::Thaw));
+    }
+
+    #[tokio::test]
+    async fn what_a_guest_gives_as_a_reason_cannot_act_upon_a_terminal_and_is_bounded() {
+        let words = format!("\u{1b}]0;mine\u{7}\n{}", "x".repeat(30_000));
+        let answer = json!({ "error": { "class": "GenericError", "desc": words } }).to_string().leak();
+        let (client, server) = UnixStream::pair().unwrap();
+        let asked = agent(server, vec![&*answer].leak());
+        let error = Agent::over(client).await.unwrap().execute(THAW).await.unwrap_err().to_string();
+        assert!(!error.contains(char::is_control) && error.contains("mine"), "{error:?}");
+        assert!(error.chars().count() < 3000, "{}", error.len());
+        asked.await.unwrap();
     }
 
     #[tokio::test]

@@ -103,6 +103,15 @@ pub enum VmError {
     },
 }
 
+/// Most characters that are kept of what QEMU or a guest says.
+const WORDS_CHARS_MAX: usize = 2000;
+
+/// What QEMU or a guest says, bounded and without what a terminal would act upon. Whatever is kept, logged or shown of
+/// it goes through here first.
+fn printable(words: &str) -> String {
+    words.trim().chars().take(WORDS_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 impl VmError {
     /// Names the file that an I/O error is about.
     fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> VmError {

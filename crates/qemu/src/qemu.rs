@@ -29,7 +29,7 @@ use super::process::Process;
 use super::qmp::Qmp;
 use super::spec::{self, Begin, VmFiles, VmSpec};
 use super::standstill::{Standing, Standstill};
-use super::{QEMU, VmError};
+use super::{QEMU, VmError, printable};
 
 /// How long QEMU may take until it is in the background. It opens the disk before, so this includes the NBD
 /// handshake; the rest takes 0.2 s.
@@ -340,8 +340,7 @@ async fn launch(files: &VmFiles, arguments: &[String]) -> Result<(), VmError> {
 fn quoted_log(files: &VmFiles) -> String {
     let bytes = fs::read(files.log()).unwrap_or_default();
     let end = &bytes[bytes.len().saturating_sub(QUOTED_BYTES)..];
-    let text = String::from_utf8_lossy(end);
-    let text: String = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let text = printable(&String::from_utf8_lossy(end));
     if text.is_empty() { "it did not say why".to_owned() } else { text }
 }
 

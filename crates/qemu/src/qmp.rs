@@ -19,8 +19,8 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Take};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
-use super::VmError;
 use super::settle::{RefusalClass, Settling};
+use super::{VmError, printable};
 
 /// How long QEMU may take for the greeting or an answer. Its main loop answers within milliseconds; it is
 /// silent for longer only while it is stuck in I/O.
@@ -91,7 +91,7 @@ impl Qmp {
                 return Err(VmError::CommandRefused {
                     command: command.to_owned(),
                     class: RefusalClass::of(text("class")),
-                    reason: text("desc").unwrap_or("no reason given").to_owned(),
+                    reason: printable(text("desc").unwrap_or("no reason given")),
                 });
             }
         }
