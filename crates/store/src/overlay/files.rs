@@ -4,7 +4,7 @@
 //! one is created may leave it torn: nobody may rely on a new overlay before it is durable. The lock is on `data`, which
 //! keeps its inode as long as the overlay lives.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use block::Disk;
 
 use super::{BootId, NewOverlay, Overlay, OverlayError, OverlayMedia, check_size};
 use crate::Media;
+use crate::durable;
 use crate::media::{FileMedia, InUse};
 
 pub(super) const DATA: &str = "data";
@@ -42,7 +43,7 @@ fn io_error(path: &Path) -> impl FnOnce(io::Error) -> OverlayError {
 }
 
 fn sync_dir(dir: &Path) -> Result<(), OverlayError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error(dir))
+    durable::sync_dir(dir).map_err(io_error(dir))
 }
 
 fn remove_if_there(path: &Path) -> Result<(), OverlayError> {
