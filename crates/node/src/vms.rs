@@ -28,6 +28,7 @@ use super::profile::BootTap;
 use control::api::compute::{StartVm, Vm, VmPaused, VmReady, VmStarted, VmState};
 use control::api::{now_unix_ms, unix_ms};
 use control::http::ApiError;
+use futures_util::future::join_all;
 use qemu::seed::SeedError;
 use qemu::{Accel, AccelChoice, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 use store::durable::{NewFile, UnsyncedFile};
@@ -104,6 +105,7 @@ impl Vms {
                 }
             }
         }
+        let mut opened = Vec::new();
         for record in records {
             let name = record.name.clone();
             if record.moved_to.is_some() {
@@ -114,13 +116,15 @@ impl Vms {
             match self.open(record) {
                 Ok(entry) => {
                     self.insert(Arc::clone(&entry));
-                    self.let_arrived_go_on(&entry).await;
+                    opened.push(entry);
                 }
                 Err(reason) => {
                     tracing::error!(vm = %name, reason, "a VM's disk cannot be opened; its files are left as they are");
                 }
             }
         }
+        // Once all disks are there, since a guest that QEMU keeps takes some seconds; and all at once.
+        join_all(opened.iter().map(|entry| self.let_arrived_go_on(entry))).await;
         Ok(restored)
     }
 
