@@ -5,8 +5,8 @@
 //! earlier client is over.
 //!
 //! - *Cancellation:* a guest whose [`Frozen`] is dropped is thawed by a task of its own. If that fails, the thaw is
-//!   left as a [debt](super::standstill) to [`Qemu::supervise`].
-//! - *Crash:* a file says that a guest is being frozen, so that a later daemon owes the thaw.
+//!   left as a [recovery](super::standstill) to [`Qemu::supervise`].
+//! - *Crash:* a file says that a guest is being frozen, so that a later daemon thaws it.
 //! - *Retries:* the first question alone is repeated, since what is said before the guest has opened the
 //!   channel is lost.
 
@@ -24,7 +24,7 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
-use super::standstill::{Debt, Standing};
+use super::standstill::{Recovery, Standing};
 use super::{Qemu, VmError, printable};
 
 /// How long the agent may take to answer before it is asked again.
@@ -103,7 +103,7 @@ impl Notes {
 
     /// Once the guest is thawed.
     fn end(&self) {
-        self.standing.settle(Debt::Thaw);
+        self.standing.finish(Recovery::Thaw);
         if let Err(error) = std::fs::remove_file(&self.file)
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -246,7 +246,7 @@ impl Drop for Frozen {
                 };
                 tracing::error!(vm = %notes.vm, reason, "guest_not_thawed: it is tried again and again");
                 drop((agent, channel));
-                notes.standing.owe(Debt::Thaw, Some(reason));
+                notes.standing.request(Recovery::Thaw, Some(reason));
             });
         }
     }
@@ -420,7 +420,7 @@ mod tests {
         assert_eq!(asked.await.unwrap(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
         // The channel is free again.
         drop(vm.channel.lock().await);
-        assert!(!vm.is_noted() && !vm.standing.owes(Debt::Thaw));
+        assert!(!vm.is_noted() && !vm.standing.is_due(Recovery::Thaw));
     }
 
     #[tokio::test]
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_guest_that_does_not_thaw_is_owed_it_and_a_later_thaw_pays() {
+    async fn a_guest_that_does_not_thaw_stays_due_until_a_later_thaw() {
         let vm = Guest::new();
         let (client, server) = UnixStream::pair().unwrap();
         const FAILURE: &str = r#"{"error": {"class": "GenericError", "desc": "out of memory"}}"#;
@@ -445,7 +445,7 @@ mod tests {
         let error = guest.thaw(MOMENT).await.unwrap_err();
         assert!(error.to_string().contains("out of memory"), "{error}");
         assert_eq!(asked.await.unwrap().len(), 3, "it is told once more by itself");
-        vm.standing.owed().await;
+        vm.standing.requested().await;
         let standstill = vm.standing.standstill().unwrap();
         assert!(standstill.cause.to_string().contains("out of memory"), "{standstill:?}");
         assert!(vm.is_noted());

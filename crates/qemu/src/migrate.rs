@@ -27,7 +27,7 @@
 //!   [`Incoming`] changes nothing: the caller ends the process.
 //! - *Retries:* what QEMU refuses for a moment only, because an earlier migration has not settled, is given again.
 //!   The migration itself is not: the caller may begin anew with another destination. A guest that does not go on
-//!   is left as a [debt](super::standstill) to [`Qemu::supervise`].
+//!   is left as a [recovery](super::standstill) to [`Qemu::supervise`].
 //! - *Crash:* QEMU goes on without the daemon. A later one calls [`Qemu::recover`] at the source.
 //! - *Bounds:* a migration that does not advance for [`STALL_TIMEOUT`] fails. A guest that writes faster than its
 //!   memory leaves is slowed down, and allowed an ever longer pause ([`downtime_limit`]).
@@ -43,7 +43,7 @@ use tokio::time::Instant;
 use super::machine::{self, Platform};
 use super::qmp::Qmp;
 use super::spec::{Begin, told_socket};
-use super::standstill::Debt;
+use super::standstill::Recovery;
 use super::state::RunState;
 use super::{Qemu, VmError, VmSpec};
 
@@ -172,9 +172,9 @@ impl Qemu {
         });
         qmp.execute_when_settled("migrate-set-parameters", limits).await?;
         // This migration sees to it from here on that the guest goes on, if it comes to nothing.
-        let ran =
-            [Debt::EndMigration, Debt::Resume].map(|debt| self.standing().settle(debt)) != [false, false];
-        let before = if ran { RunState::Running } else { before };
+        let is_due =
+            [Recovery::EndMigration, Recovery::Resume].map(|recovery| self.standing().finish(recovery));
+        let before = if is_due.contains(&true) { RunState::Running } else { before };
         // From here on the drop cancels.
         let mut driver = Driver { vm: self, before, held: Some((qmp, turn)) };
         driver.qmp().execute_when_settled("migrate", json!({ "uri": uri })).await?;
@@ -354,7 +354,7 @@ impl Drop for Driver<'_> {
         let Some((mut qmp, turn)) = self.held.take() else { return };
         // Before the turn is given back, after which another migration takes it over.
         if self.runs_on() {
-            self.vm.standing().owe(Debt::EndMigration, None);
+            self.vm.standing().request(Recovery::EndMigration, None);
         }
         // QEMU forgets the commands of a client that has left, so an answer has to be waited for. Where that is
         // impossible the daemon ends, and the next one cancels.

@@ -185,7 +185,7 @@ impl Qemu {
         self.standing.standstill()
     }
 
-    /// What is known of whether the guest stands still, and what it is owed.
+    /// What is known of whether the guest stands still, and which recoveries are due.
     pub(crate) fn standing(&self) -> &Arc<Standing> {
         &self.standing
     }

@@ -1,12 +1,13 @@
 //! Why a guest stands still that is meant to run, since when, and what has yet to be done so that it goes on.
 //!
-//! One such record belongs to each VM's process. Whoever cannot let a guest go on leaves a [`Debt`] here;
-//! [`Qemu::supervise`](super::Qemu::supervise) tries again until it is paid, and whoever shows the VM shows
+//! One such record belongs to each VM's process. Whoever cannot let a guest go on requests a [`Recovery`] here;
+//! [`Qemu::supervise`](super::Qemu::supervise) tries again until that succeeds, and whoever shows the VM shows
 //! [`Standstill`]. So no guest stands still silently.
 //!
-//! - *Consistency:* a debt is paid by whoever has the VM's turn to decide whether the guest runs, and looks at it
-//!   again once it has. A migration takes the debts over: it knows whether the guest is to run afterwards.
-//! - *Crash:* a later daemon owes [`Debt::EndMigration`] from its first look on, and [`Debt::Thaw`] if the file
+//! - *Consistency:* a recovery is done by whoever has the VM's turn to decide whether the guest runs, and who looks
+//!   whether it is still due once it has. A migration takes over what is due: it knows whether the guest is to run
+//!   afterwards.
+//! - *Crash:* a later daemon requests [`Recovery::EndMigration`] at its first look, and [`Recovery::Thaw`] if the file
 //!   that [`VmFiles::frozen`](super::spec::VmFiles::frozen) names is there.
 
 use std::fmt;
@@ -62,7 +63,7 @@ impl Cause {
 
 /// What has yet to be done so that a guest goes on, in the order in which it is tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Debt {
+pub(crate) enum Recovery {
     /// A migration that nobody drives any more has to end, and the guest to go on.
     EndMigration,
     /// The guest has to go on.
@@ -71,30 +72,30 @@ pub(crate) enum Debt {
     Thaw,
 }
 
-impl Debt {
-    pub(crate) const ALL: [Debt; 3] = [Debt::EndMigration, Debt::Resume, Debt::Thaw];
+impl Recovery {
+    pub(crate) const ALL: [Recovery; 3] = [Recovery::EndMigration, Recovery::Resume, Recovery::Thaw];
 
     fn cause(self, reason: String) -> Cause {
         match self {
-            Debt::EndMigration => Cause::MigrationNotEnded(reason),
-            Debt::Resume => Cause::NotResumed(reason),
-            Debt::Thaw => Cause::NotThawed(reason),
+            Recovery::EndMigration => Cause::MigrationNotEnded(reason),
+            Recovery::Resume => Cause::NotResumed(reason),
+            Recovery::Thaw => Cause::NotThawed(reason),
         }
     }
 }
 
-/// What is known and owed at present.
+/// What is known and due at present.
 #[derive(Debug, Default)]
 pub(crate) struct Standing {
     known: Mutex<Known>,
-    /// A debt was added.
-    owed: Notify,
+    /// A recovery was requested.
+    requested: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Known {
-    /// For each debt that there is: the standstill, unless paying it has not been tried yet.
-    debts: [Option<Option<Standstill>>; Debt::ALL.len()],
+    /// For each recovery that is due: the standstill, once it failed.
+    due: [Option<Option<Standstill>>; Recovery::ALL.len()],
     /// What QEMU's state says.
     seen: Option<Standstill>,
 }
@@ -103,46 +104,46 @@ impl Standing {
     /// Why the guest stands still, if it does.
     pub(crate) fn standstill(&self) -> Option<Standstill> {
         let known = self.known();
-        known.debts.iter().flatten().flatten().next().or(known.seen.as_ref()).cloned()
+        known.due.iter().flatten().flatten().next().or(known.seen.as_ref()).cloned()
     }
 
-    /// Notes something that has yet to be done, and why it could not be, if that was tried.
-    pub(crate) fn owe(&self, debt: Debt, reason: Option<String>) {
+    /// Makes a recovery due; with the reason if it was tried already and failed.
+    pub(crate) fn request(&self, recovery: Recovery, reason: Option<String>) {
         {
             let mut known = self.known();
-            let noted = known.debts[debt as usize].get_or_insert_default();
+            let noted = known.due[recovery as usize].get_or_insert_default();
             if let Some(reason) = reason {
-                note(noted, debt.cause(reason));
+                note(noted, recovery.cause(reason));
             }
         }
-        self.owed.notify_one();
+        self.requested.notify_one();
     }
 
-    /// Notes that a debt could not be paid. `true` if it could not be for the first time.
-    pub(crate) fn could_not(&self, debt: Debt, reason: String) -> bool {
-        match &mut self.known().debts[debt as usize] {
-            Some(noted) => note(noted, debt.cause(reason)),
-            // Somebody else paid it meanwhile.
+    /// Notes that a recovery failed. `true` if that is the first time.
+    pub(crate) fn failed(&self, recovery: Recovery, reason: String) -> bool {
+        match &mut self.known().due[recovery as usize] {
+            Some(noted) => note(noted, recovery.cause(reason)),
+            // Somebody else did it meanwhile.
             None => false,
         }
     }
 
-    /// Notes that a debt is paid, or that the caller takes it over. `true` if there was one.
-    pub(crate) fn settle(&self, debt: Debt) -> bool {
-        self.known().debts[debt as usize].take().is_some()
+    /// Notes that a recovery is done, or that the caller takes it over. `true` if it was due.
+    pub(crate) fn finish(&self, recovery: Recovery) -> bool {
+        self.known().due[recovery as usize].take().is_some()
     }
 
-    pub(crate) fn owes(&self, debt: Debt) -> bool {
-        self.known().debts[debt as usize].is_some()
+    pub(crate) fn is_due(&self, recovery: Recovery) -> bool {
+        self.known().due[recovery as usize].is_some()
     }
 
-    pub(crate) fn owes_anything(&self) -> bool {
-        self.known().debts.iter().any(Option::is_some)
+    pub(crate) fn is_any_due(&self) -> bool {
+        self.known().due.iter().any(Option::is_some)
     }
 
-    /// Waits until a debt is added, or was since the last such wait.
-    pub(crate) async fn owed(&self) {
-        self.owed.notified().await;
+    /// Waits until a recovery is requested, or was since the last such wait.
+    pub(crate) async fn requested(&self) {
+        self.requested.notified().await;
     }
 
     /// Notes what QEMU's state says.
@@ -178,29 +179,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_debt_shows_once_it_could_not_be_paid_and_until_it_is() {
+    fn a_recovery_shows_once_it_failed_and_until_it_is_done() {
         let standing = Standing::default();
-        standing.owe(Debt::EndMigration, None);
-        assert!(standing.owes_anything() && standing.standstill().is_none(), "nothing failed so far");
-        assert!(standing.could_not(Debt::EndMigration, "busy".to_owned()));
+        standing.request(Recovery::EndMigration, None);
+        assert!(standing.is_any_due() && standing.standstill().is_none(), "nothing failed so far");
+        assert!(standing.failed(Recovery::EndMigration, "busy".to_owned()));
         let first = standing.standstill().unwrap();
-        assert!(!standing.could_not(Debt::EndMigration, "still busy".to_owned()));
+        assert!(!standing.failed(Recovery::EndMigration, "still busy".to_owned()));
         let second = standing.standstill().unwrap();
         assert_eq!(second.cause, Cause::MigrationNotEnded("still busy".to_owned()));
         assert_eq!(second.since, first.since, "it stands still since the first time");
-        assert!(standing.settle(Debt::EndMigration));
+        assert!(standing.finish(Recovery::EndMigration));
         assert_eq!(standing.standstill(), None);
-        assert!(!standing.could_not(Debt::EndMigration, "late".to_owned()), "nobody owes it any more");
+        assert!(!standing.failed(Recovery::EndMigration, "late".to_owned()), "it is not due any more");
         assert_eq!(standing.standstill(), None);
     }
 
     #[test]
-    fn what_is_owed_goes_before_what_is_seen() {
+    fn what_is_due_goes_before_what_is_seen() {
         let standing = Standing::default();
         standing.see(Some(Cause::Halted("paused".to_owned())));
-        standing.owe(Debt::Resume, Some("not finalized".to_owned()));
+        standing.request(Recovery::Resume, Some("not finalized".to_owned()));
         assert_eq!(standing.standstill().unwrap().cause, Cause::NotResumed("not finalized".to_owned()));
-        standing.settle(Debt::Resume);
+        standing.finish(Recovery::Resume);
         assert_eq!(standing.standstill().unwrap().cause, Cause::Halted("paused".to_owned()));
         standing.see(None);
         assert_eq!(standing.standstill(), None);

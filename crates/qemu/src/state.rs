@@ -5,7 +5,7 @@
 use serde_json::json;
 
 use super::settle::Settling;
-use super::standstill::Debt;
+use super::standstill::Recovery;
 use super::{Qemu, VmError};
 
 /// What a VM is doing, in QEMU's words.
@@ -71,12 +71,12 @@ impl Qemu {
         let resumed = self.continue_when_settled().await;
         match &resumed {
             Ok(()) => {
-                self.standing().settle(Debt::Resume);
+                self.standing().finish(Recovery::Resume);
                 self.standing().see(None);
             }
             // Its process has ended: there is nothing that could go on.
             Err(VmError::Gone) => {}
-            Err(error) => self.standing().owe(Debt::Resume, Some(error.to_string())),
+            Err(error) => self.standing().request(Recovery::Resume, Some(error.to_string())),
         }
         resumed
     }

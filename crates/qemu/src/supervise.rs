@@ -2,10 +2,10 @@
 //!
 //! A guest whose disk has no room is paused by QEMU with the write in its hands, and writes it again when it is
 //! resumed: it sees latency and no error, if its [`OnFull`](super::OnFull) is to pause. What others could not do
-//! to let a guest go on is a [debt](super::standstill), and is tried here until it succeeds.
+//! to let a guest go on is a [recovery](super::standstill) that is due, and is tried here until it succeeds.
 //!
 //! - *Retries:* for as long as the VM's process lives, ever more seldom up to [`AGAIN_AFTER_MAX`].
-//! - *Cancellation:* a cancelled [`Qemu::supervise`] leaves the guest and its debts as they are.
+//! - *Cancellation:* a cancelled [`Qemu::supervise`] leaves the guest as it is, and what is due.
 //! - *Crash:* QEMU knows its state; a later daemon asks for it first.
 
 use std::time::Duration;
@@ -15,16 +15,16 @@ use tokio::time::Instant;
 
 use super::migrate::end_migration;
 use super::qmp::Qmp;
-use super::standstill::{Cause, Debt};
+use super::standstill::{Cause, Recovery};
 use super::state::RunState;
 use super::{Qemu, VmError};
 
 /// How often it is asked whether there is room, for a guest that waits for some. Its users wait too.
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Pause before a debt that could not be paid is tried for the second time. Each such pause is twice as long as the one
+/// Pause before a recovery that failed is tried for the second time. Each such pause is twice as long as the one
 /// before.
-const PAY_INTERVAL: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest pause before a guest that stands still is told to go on once more, after that did not help time and
 /// again.
@@ -41,7 +41,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(15);
 const THAW_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Qemu {
-    /// For as long as the VM's process lives: pays what the guest is [owed](Debt), and resumes it whenever it
+    /// For as long as the VM's process lives: does each [`Recovery`] that is due, and resumes the guest whenever it
     /// stands still for want of room, once `room` says that there is some. One such call at a time for each VM.
     pub async fn supervise(&self, room: impl Fn() -> bool) {
         tokio::select! {
@@ -55,16 +55,16 @@ impl Qemu {
     /// Has [`supervise`](Self::supervise) put right what an earlier daemon may have left half-way when it died: a
     /// migration under way, or a guest with frozen file systems. For a guest that belongs to this node.
     pub fn recover(&self) {
-        self.standing().owe(Debt::EndMigration, None);
+        self.standing().request(Recovery::EndMigration, None);
         if self.files().frozen().exists() {
             let reason = "the daemon that froze them has ended".to_owned();
-            self.standing().owe(Debt::Thaw, Some(reason));
+            self.standing().request(Recovery::Thaw, Some(reason));
         }
     }
 
     async fn watch(&self, room: impl Fn() -> bool) {
         let mut patience = Patience::default();
-        let mut pay_again = PAY_INTERVAL;
+        let mut retry_after = RETRY_INTERVAL;
         let mut events = None;
         loop {
             // Before the look, so that nothing happens unseen in between. Whatever the reason is for which there
@@ -72,13 +72,13 @@ impl Qemu {
             if events.is_none() {
                 events = Qmp::connect(&self.files().events_socket()).await.ok();
             }
-            self.pay_debts().await;
+            self.recover_due().await;
             if let Err(error) = self.resume_if_full(&room, &mut patience).await {
                 tracing::debug!(vm = %self.name(), %error, "cannot ask for a guest's state");
             }
-            let owes = self.standing().owes_anything();
-            let look_again = if owes { pay_again } else { LOOK_INTERVAL };
-            pay_again = if owes { (pay_again * 2).min(AGAIN_AFTER_MAX) } else { PAY_INTERVAL };
+            let is_due = self.standing().is_any_due();
+            let look_again = if is_due { retry_after } else { LOOK_INTERVAL };
+            retry_after = if is_due { (retry_after * 2).min(AGAIN_AFTER_MAX) } else { RETRY_INTERVAL };
             let stopped = async {
                 match &mut events {
                     Some(events) => events.happened("STOP").await,
@@ -90,29 +90,31 @@ impl Qemu {
                     events = None;
                     tokio::time::sleep(ROOM_INTERVAL).await;
                 },
-                () = self.standing().owed() => {}
+                () = self.standing().requested() => {}
             }
         }
     }
 
-    /// Tries to pay everything that is owed, once.
-    async fn pay_debts(&self) {
-        for debt in Debt::ALL {
-            if !self.standing().owes(debt) {
+    /// Tries each recovery that is due, once.
+    async fn recover_due(&self) {
+        for recovery in Recovery::ALL {
+            if !self.standing().is_due(recovery) {
                 continue;
             }
-            let paid = match debt {
-                Debt::EndMigration => self.end_migration_left_over().await,
-                Debt::Resume => self.resume_once_more().await,
-                Debt::Thaw => self.thaw_if_frozen(THAW_TIMEOUT).await.map(drop).map_err(|e| e.to_string()),
+            let done = match recovery {
+                Recovery::EndMigration => self.end_migration_left_over().await,
+                Recovery::Resume => self.resume_once_more().await,
+                Recovery::Thaw => {
+                    self.thaw_if_frozen(THAW_TIMEOUT).await.map(drop).map_err(|e| e.to_string())
+                }
             };
             let vm = self.name();
-            match paid {
-                Ok(()) => tracing::debug!(%vm, ?debt, "guest_debt_paid: what kept the guest is over"),
-                Err(reason) if self.standing().could_not(debt, reason.clone()) => {
-                    tracing::error!(%vm, ?debt, reason, "guest_stands_still: it is tried again and again");
+            match done {
+                Ok(()) => tracing::debug!(%vm, ?recovery, "guest_recovered"),
+                Err(reason) if self.standing().failed(recovery, reason.clone()) => {
+                    tracing::error!(%vm, ?recovery, reason, "guest_stands_still: it is tried again and again");
                 }
-                Err(reason) => tracing::debug!(%vm, ?debt, reason, "the guest still stands still"),
+                Err(reason) => tracing::debug!(%vm, ?recovery, reason, "the guest still stands still"),
             }
         }
     }
@@ -120,7 +122,7 @@ impl Qemu {
     async fn resume_once_more(&self) -> Result<(), String> {
         let _turn = self.run_turn().await;
         // A migration may have taken it over meanwhile.
-        if !self.standing().owes(Debt::Resume) {
+        if !self.standing().is_due(Recovery::Resume) {
             return Ok(());
         }
         let resumed = async {
@@ -130,7 +132,7 @@ impl Qemu {
             Ok::<_, VmError>(())
         };
         resumed.await.map_err(|error| error.to_string())?;
-        self.standing().settle(Debt::Resume);
+        self.standing().finish(Recovery::Resume);
         tracing::info!(vm = %self.name(), "guest_resumed: QEMU let it go on at last");
         Ok(())
     }
@@ -140,7 +142,7 @@ impl Qemu {
     async fn end_migration_left_over(&self) -> Result<(), String> {
         let _turn = self.run_turn().await;
         // Another migration may have taken it over meanwhile.
-        if !self.standing().owes(Debt::EndMigration) {
+        if !self.standing().is_due(Recovery::EndMigration) {
             return Ok(());
         }
         let ended = async {
@@ -151,7 +153,7 @@ impl Qemu {
             Ok::<_, VmError>(())
         };
         ended.await.map_err(|error| error.to_string())?;
-        self.standing().settle(Debt::EndMigration);
+        self.standing().finish(Recovery::EndMigration);
         Ok(())
     }
 
@@ -185,7 +187,7 @@ impl Qemu {
             RunState::IoError => self.standing().see(Some(Cause::NoRoom)),
             RunState::Paused => self.standing().see(Some(Cause::Halted("paused".to_owned()))),
             RunState::Other(word) => self.standing().see(Some(Cause::Halted(word.clone()))),
-            // Steps of a start, a migration or an end; what fails in these becomes a debt.
+            // Steps of a start, a migration or an end; for what fails in these a recovery is due.
             RunState::Prelaunch
             | RunState::InMigrate
             | RunState::FinishMigrate

@@ -196,7 +196,7 @@ async fn a_guest_that_stands_still_for_a_reason_of_its_own_is_shown_and_left_as_
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_guest_that_was_frozen_when_its_daemon_died_is_owed_the_thaw() {
+async fn a_guest_that_was_frozen_when_its_daemon_died_is_shown_until_it_is_thawed() {
     let played = Played::new("running", 0, "GenericError");
     fs::write(played.path("frozen"), b"").unwrap();
     let vm = played.qemu();
