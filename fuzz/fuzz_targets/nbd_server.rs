@@ -86,7 +86,7 @@ struct OneDisk(Arc<Overlay>);
 
 impl Exports for OneDisk {
     fn open(&self, _: &str) -> Option<Export> {
-        Some(Export { disk: self.0.clone(), description: String::new() })
+        Some(Export::new(self.0.clone()))
     }
 
     fn list(&self) -> Vec<Listing> {

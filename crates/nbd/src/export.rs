@@ -1,5 +1,6 @@
 //! What a server serves.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use block::{Access, Disk};
@@ -13,7 +14,12 @@ pub struct Export {
     pub disk: Arc<dyn Disk>,
     /// A line for people; empty if there is none.
     pub description: String,
+    /// Dropped when the connection that opened the export ends.
+    pub lease: Option<Lease>,
 }
+
+/// What its owner sees dropped when a connection ends, to know who has an export open.
+pub type Lease = Arc<dyn Any + Send + Sync>;
 
 /// An entry in the list of exports.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +47,11 @@ const PREFERRED_BYTES_WRITABLE: u32 = block::limits::BLOCK_BYTES as u32;
 const PREFERRED_BYTES_READ_ONLY: u32 = block::limits::CHUNK_BYTES as u32;
 
 impl Export {
+    /// A disk without a description, of which nobody needs to know who has it open.
+    pub fn new(disk: Arc<dyn Disk>) -> Export {
+        Export { disk, description: String::new(), lease: None }
+    }
+
     /// The transmission flags. A flush covers all connections, because it is the disk's.
     pub(crate) fn transmission_flags(&self, framing: Framing) -> u16 {
         use transmission::*;

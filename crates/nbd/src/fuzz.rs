@@ -87,7 +87,7 @@ struct OneEmptyDisk;
 
 impl Exports for OneEmptyDisk {
     fn open(&self, name: &str) -> Option<Export> {
-        (name.len() < 8).then(|| Export { disk: Arc::new(EmptyDisk), description: name.to_owned() })
+        (name.len() < 8).then(|| Export { description: name.to_owned(), ..Export::new(Arc::new(EmptyDisk)) })
     }
 
     fn list(&self) -> Vec<Listing> {

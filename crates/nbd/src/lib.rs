@@ -24,7 +24,7 @@ mod stream;
 pub mod uri;
 
 pub use client::{Client, ConnectError, Options, Retry};
-pub use export::{Export, Exports, Listing};
+pub use export::{Export, Exports, Lease, Listing};
 pub use server::{ServeError, Server};
 pub use stream::{BoxStream, Dial, Stream, Upgrade};
 pub use uri::NbdUri;

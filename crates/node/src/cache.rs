@@ -20,8 +20,8 @@ use block::limits::CHUNK_BYTES;
 use serde::{Deserialize, Serialize};
 use store::{CacheError, CacheGroup, MediaSpec, MediumStatus};
 
-use super::config::CacheMedium;
-use super::files::{self, Layout};
+use crate::config::CacheMedium;
+use crate::state::{self, Layout};
 use control::api::compute::{AddMedium, MediumState, MediumView, RemoveMedium};
 use control::http::ApiError;
 
@@ -110,7 +110,7 @@ impl CacheMedia {
         let written = read_said(&record);
         let said = written.clone().relevant(&configured);
         if said != written {
-            files::write_record(&record, &said)
+            state::write_record(&record, &said)
                 .map_err(|e| format!("cannot write {}: {e}", record.display()))?;
         }
         let (group, refused) = CacheGroup::open_usable(&said.media(&configured));
@@ -212,7 +212,7 @@ impl CacheMedia {
         if new == *said {
             return Ok(());
         }
-        files::write_record(&self.record, &new).map_err(|error| {
+        state::write_record(&self.record, &new).map_err(|error| {
             ApiError::internal(format!(
                 "cache medium '{}' is {done}, but the next start will not know: cannot write {}: {error}",
                 path.display(),
@@ -295,7 +295,7 @@ fn read_said(record: &Path) -> Said {
     if !record.exists() {
         return Said::default();
     }
-    files::read_record(record).unwrap_or_else(|reason| {
+    state::read_record(record).unwrap_or_else(|reason| {
         tracing::error!(reason, "what was said of cache media is lost: the node uses those of --cache");
         Said::default()
     })

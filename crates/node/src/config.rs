@@ -11,7 +11,7 @@ use link::FetchSettings;
 use link::policy::{Multipath, Settings};
 use planner::Location;
 
-use super::unused::KeepWarm;
+use crate::images::retention::IdleTimeout;
 use control::units::ByteSize;
 
 /// A file or block device for the cache group.
@@ -58,7 +58,7 @@ pub struct ComputeArgs {
     /// node uses any more; 0s detaches it at once, `forever` leaves it. A VM that is created meanwhile finds it with
     /// all that was fetched of it. What `virtman image attach` attached stays until `virtman image detach`
     #[arg(long, default_value = "10m", value_name = "TIME")]
-    pub keep_warm: KeepWarm,
+    pub keep_warm: IdleTimeout,
     /// Where this host stands, as ZONE/RACK/HOST
     #[arg(long, default_value = "", value_name = "LABEL")]
     pub location: Location,

@@ -1,42 +1,34 @@
 //! A node: `virtman compute`.
 //!
-//! Attaches images ([`images`]), fetches what guests read first ahead of them ([`profile`]) and all the rest if
-//! that is wanted ([`fill`]), detaches what nobody uses ([`unused`], [`departing`]), gives VMs disks
-//! and runs guests ([`vms`]), keeps their disks' layers ([`layers`], [`snapshots`], [`clones`], [`merge`], [`settle`],
-//! [`qcow2`]), moves VMs ([`migrate`]), keeps what was fetched ([`cache`]), exports disks and images ([`exports`],
-//! [`iscsi`]), serves children over links, and
-//! keeps in touch with Volt ([`volt`]). All of its state is on disk ([`files`]): killed at any moment and started again,
-//! it has the same images, disks and exports under the same names, and its guests never noticed more than latency.
+//! From below: [`state`] says where it keeps what; [`images`] are attached, fetched and served; [`layers`] are what disks
+//! are made of; [`vms`] have disks, snapshots and guests; [`exports`] let others open them; [`service`] and
+//! [`migration`] are what a node does when it is asked, by way of [`routes`]. [`volt`] keeps in touch with Volt, and
+//! [`cache`] keeps what was fetched. Each knows those below it and none above.
+//!
+//! All state is on disk: killed at any moment and started again, a node has the same images, disks and exports under
+//! the same names, and its guests never noticed more than latency. [`start`] says in which order it comes back.
 
 mod cache;
-mod carried;
-mod clones;
 pub mod config;
-mod departing;
-mod details;
-mod entry;
 mod exports;
 #[cfg(feature = "faults")]
 pub mod fault;
-mod files;
-mod fill;
 mod images;
-mod iscsi;
 mod layers;
-mod merge;
-mod migrate;
+mod migration;
+mod nbd_socket;
 mod node;
-mod profile;
-mod qcow2;
-pub mod remote;
+mod restore;
 mod routes;
-mod settle;
-mod snapshots;
-mod unused;
+mod service;
+mod start;
+mod state;
+mod tasks;
 mod vms;
 mod volt;
 
-pub use self::unused::{Destroy, KeepWarm};
+pub use self::images::origins::location_of as remote_location;
+pub use self::images::retention::{Destroy, IdleTimeout};
 
 use std::fs;
 use std::io;
@@ -51,15 +43,25 @@ use tokio_util::sync::CancellationToken;
 
 use self::cache::CacheMedia;
 use self::config::ComputeArgs;
-use self::exports::TcpExports;
-use self::files::Layout;
-use self::images::Images;
-use self::iscsi::{IscsiExports, Portals};
-use self::layers::Layers;
-use self::migrate::IncomingVms;
+use self::exports::{Disks, Exports, IscsiExports, NbdExports, Portals, TcpExports};
+use self::images::origins::RemoteDisks;
+use self::images::{Images, LocalImages, Surroundings};
+use self::migration::source::OutgoingVms;
+use self::migration::target::IncomingVms;
+use self::migration::{Peers, source, target};
 use self::node::Node;
-use self::remote::RemoteDisks;
+use self::service::clones::Clones;
+use self::service::details::{Details, Sources};
+use self::service::idle::IdleImages;
+use self::service::images::ImageService;
+use self::service::origins::OriginService;
+use self::service::qcow2::Qcow2Files;
+use self::service::vms::VmService;
+use self::start::Started;
+use self::state::Layout;
 use self::vms::Vms;
+use self::vms::guests::Guests;
+use self::vms::snapshots::Snapshots;
 use self::volt::{Introduction, VoltLink};
 use control::daemon::{listen, local_socket};
 use control::http::{OnConnection, TlsServer};
@@ -82,114 +84,147 @@ pub async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     let volt_address = read_volt_address(&layout)?;
     let credentials = Credentials::new(identity);
     let shutdown = CancellationToken::new();
+    let accel = args.accel.parse()?;
 
-    let cache = CacheMedia::open(&name, &layout, &args.cache)?;
+    let cache = Arc::new(CacheMedia::open(&name, &layout, &args.cache)?);
     let links = Arc::new(Stats::default());
     let removed = Arc::new(Removed::default());
     let dialer = TlsDialer { credentials: Arc::clone(&credentials), removed: Arc::clone(&removed) };
     let (uplinks, reports) =
         Uplinks::new(name.clone(), Arc::new(dialer), Arc::clone(&links), args.fetch_settings());
     let (records, recorded) = mpsc::channel(RECORDS_WAITING_MAX);
+    let surroundings = Surroundings {
+        layout: layout.clone(),
+        cache: Arc::clone(cache.group()),
+        uplinks,
+        records,
+        idle_timeout: args.keep_warm,
+    };
     let remotes = Arc::new(RemoteDisks::new(layout.remotes()));
-    let group = Arc::clone(cache.group());
-    let images = Images::new(layout.clone(), group, uplinks, Arc::clone(&remotes), records, args.keep_warm);
-    let images = Arc::new(images);
+    let images = |layers| Images::new(surroundings, LocalImages::new(layout.images(), remotes, layers));
     let restored = |e: io::Error| format!("cannot read the node's state in {}: {e}", layout.dir().display());
-    images.restore().map_err(restored)?;
-    let synced = layout.sync_records();
-    if let Err(error) = &synced {
-        tracing::error!(dir = %layout.dir().display(), %error, "records cannot be made durable");
-    }
-    let layers = Arc::new(Layers::open(layout.layers(), Arc::clone(&images)).map_err(restored)?);
-    let vms = Vms::new(name.clone(), layout.clone(), Arc::clone(&layers));
-    images.layers.are_in(&layers);
-    let derived_from = images.derived_from();
-    if let Err(reason) = &derived_from {
-        tracing::error!(reason, "what an image was derived from is not known");
-    }
-    let complete = synced.is_ok() && derived_from.is_ok();
-    for layer in derived_from.into_iter().flatten() {
-        layers.hold(layer);
-    }
-    let found = vms.restore().await.map_err(restored)?;
-    layers.sweep(complete && found.complete);
-    let incoming = IncomingVms::default();
-    for coming in found.incoming {
-        let name = coming.record.name.clone();
-        match vms.open_incoming(coming.record) {
-            Ok((entry, guest)) => incoming.restore(coming.from, entry, guest),
-            Err(reason) => tracing::error!(vm = %name, reason, "a VM that was coming cannot be opened"),
-        }
-    }
+    let started = Started::open(&layout, images).map_err(restored)?;
+    let layers = Arc::clone(started.layers());
 
+    let vms = Arc::new(Vms::new(name.clone(), layout.clone(), Arc::clone(&layers)));
+    let guests = Arc::new(Guests::new(Arc::clone(&vms), accel));
+    let snapshots = Arc::new(Snapshots::new(Arc::clone(&vms)));
     let tcp = listen(args.listen).await?;
     let unix = local_socket(&layout.api_socket())?;
     let listening = tcp.local_addr().map_err(|e| e.to_string())?;
     let address = advertised(args, listening)?;
     let portals = Portals::listen(&args.iscsi_listen).await?;
-    let iscsi = IscsiExports::new(name.clone(), &address, &layout, &portals)?;
-    iscsi.restore(&node::Disks { images: &images, vms: &vms }).map_err(restored)?;
+    let disks = Disks { images: Arc::clone(layers.images()), vms: Arc::clone(&vms) };
+    let iscsi = Arc::new(IscsiExports::new(name.clone(), &address, &layout, &portals)?);
+    let nbd = Arc::new(NbdExports::new(name.clone(), disks.clone()));
+    let exports = Arc::new(Exports::new(disks.clone(), vec![nbd, Arc::clone(&iscsi) as _]));
     let volt = VoltLink::new(name.clone(), volt_address, Arc::clone(&credentials), Arc::clone(&removed));
-    let accel = args.accel.parse()?;
+    let volt = Arc::new(volt);
+    let images = ImageService::new(name.clone(), Arc::clone(&vms), Arc::clone(&exports), Arc::clone(&volt));
+    let images = Arc::new(images);
+    let origins = Arc::new(OriginService::new(Arc::clone(&images), Arc::clone(&layers)));
+    let idle = Arc::new(IdleImages::new(Arc::clone(&images)));
+    let clones =
+        Clones::new(Arc::clone(&images), Arc::clone(&origins), Arc::clone(&vms), Arc::clone(&snapshots));
+    let clones = Arc::new(clones);
+    let vm_service = VmService::new(
+        Arc::clone(&vms),
+        Arc::clone(&exports),
+        Arc::clone(&images),
+        Arc::clone(&idle),
+        Arc::clone(&clones),
+    );
+    let vm_service = Arc::new(vm_service);
+    let peers = Peers::new(Arc::clone(&credentials));
+    let leaving = source::Services {
+        snapshots: Arc::clone(&snapshots),
+        clones: Arc::clone(&clones),
+        origins: Arc::clone(&origins),
+        exports: Arc::clone(&exports),
+        peers: peers.clone(),
+    };
+    let outgoing = Arc::new(OutgoingVms::new(name.clone(), Arc::clone(&vms), leaving));
+    let coming = target::Services {
+        node: name.clone(),
+        vms: Arc::clone(&vms),
+        guests: Arc::clone(&guests),
+        snapshots: Arc::clone(&snapshots),
+        images: Arc::clone(&images),
+        clones: Arc::clone(&clones),
+        peers,
+    };
+    let incoming = Arc::new(IncomingVms::new(coming));
+    let started = started.restore_images().map_err(restored)?;
+    let started = started.restore_vms(&vms, &guests, &outgoing, &incoming).await.map_err(restored)?;
+    let started = started.restore_exports(&exports).map_err(restored)?;
+
+    let sources = Sources {
+        snapshots: Arc::clone(&snapshots),
+        images: Arc::clone(&images),
+        exports: Arc::clone(&exports),
+        cache: Arc::clone(&cache),
+        links: Arc::clone(&links),
+    };
+    let qcow2 = Qcow2Files::new(
+        Arc::clone(&snapshots),
+        Arc::clone(&images),
+        Arc::clone(&vm_service),
+        Arc::clone(&exports),
+    );
     let node = Arc::new(Node {
         name: name.clone(),
-        address: address.clone(),
-        images_dir: layout.images(),
-        cache,
-        links: Arc::clone(&links),
+        cache: Arc::clone(&cache),
         images: Arc::clone(&images),
-        vms,
-        iscsi,
-        volt,
-        accel,
-        credentials: Arc::clone(&credentials),
-        incoming,
-        landing: tokio::sync::Mutex::new(()),
+        origins: Arc::clone(&origins),
+        vms: Arc::clone(&vms),
+        vm_service,
+        guests,
+        snapshots: Arc::clone(&snapshots),
+        clones,
+        qcow2,
+        exports,
+        incoming: Arc::clone(&incoming),
+        outgoing: Arc::clone(&outgoing),
+        details: Details::new(name.clone(), address.clone(), vms, sources),
         shutdown: shutdown.clone(),
     });
-
     let changes = removed.changes();
     let acceptor = Acceptor::new(&credentials, Accept::Members, move |peer| removed.admit(peer))
         .map_err(|e| e.to_string())?;
     let (routes, openapi) = routes::routes().split_for_parts();
-    let api = routes.with_state(Arc::clone(&node)).merge(control::api::openapi_router(openapi));
+    let api = routes.with_state(node).merge(control::api::openapi_router(openapi));
     let on_link = serve_children(
         name.clone(),
-        Arc::clone(&images),
+        Arc::clone(layers.images()),
         links,
         #[cfg(feature = "faults")]
         args.fault,
     );
     let server = TlsServer::new(acceptor, api.clone())
         .with_link(on_link)
-        .with_moves(migrate::on_move(Arc::clone(&node)))
+        .with_moves(target::on_move(Arc::clone(&incoming)))
         .with_removals(changes);
     let nbd = match args.nbd_listen {
-        Some(address) => Some(TcpExports::listen(address, &credentials, Arc::clone(&node)).await?),
+        Some(address) => Some(TcpExports::listen(address, &credentials, disks).await?),
         None => None,
     };
 
     tracing::info!(node = %name, address, "node is ready");
-    control::daemon::ready();
+    started.is_ready();
     let introduction = Introduction { address, location: args.location.clone() };
     let identity_dir = layout.identity();
     let background = async {
         tokio::join!(
-            node.volt.run(&introduction, &images),
-            node.volt.report(reports),
-            node.volt.hand_in(recorded),
-            node.volt.renew(&credentials, &identity_dir),
-            merge::run(&node.vms),
-            settle::run(&node),
-            node.ask_for_incoming(),
-            migrate::hand_over_moved(&node),
-            unused::run(&node),
-            async {
-                loop {
-                    tokio::time::sleep(node::PASSING_CHECK).await;
-                    node.remove_passed().await;
-                }
-            },
+            volt.run(&introduction, layers.images()),
+            volt.report(reports),
+            volt.hand_in(recorded),
+            volt.renew(&credentials, &identity_dir),
+            vms::merge::run(&layers, &snapshots),
+            layers::rebase::run(&layers),
+            incoming.run(),
+            outgoing.run(),
+            idle.run(),
+            origins.run(),
         );
     };
     tokio::join!(
@@ -201,10 +236,10 @@ pub async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
                 nbd.serve(shutdown.clone()).await;
             }
         },
-        portals.serve(&node.iscsi, shutdown.clone()),
+        portals.serve(&iscsi, shutdown.clone()),
         control::daemon::stop_on_signal(shutdown.clone()),
     );
-    node.cache.group().settled().await;
+    cache.group().settled().await;
     tracing::info!("node has stopped; guests run on and reconnect when it is back");
     Ok(())
 }

@@ -19,16 +19,18 @@ use tokio_util::sync::CancellationToken;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::node::{Force, Node};
-use super::snapshots::Quiesce;
-use super::unused::Destroy;
+use crate::images::retention::Destroy;
+use crate::node::Node;
+use crate::service::origins::Force;
+use crate::tasks::run_uncancelled;
+use crate::vms::snapshots::Quiesce;
 use control::api::compute::{
     AddImage, AddMedium, CloneVm, CommitVm, CreateVm, ExpectVm, HandOver, ImageVerified, MediumView,
     MigrateVm, Migrated, MovingState, NodeImage, NodeStatus, Progress, RemoveMedium, SnapshotTaken,
     SnapshotView, StartVm, StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
 };
 use control::api::details::VmDetails;
-use control::api::export::{ExportName, ExportView, IscsiAccess};
+use control::api::export::{ExportAccess, ExportName, ExportView};
 use control::api::qcow2::{ExportSnapshot, ImportVm, SnapshotExported, VmImported};
 use control::http::{ApiError, Json, Path, Peer, Query, lines};
 use identity::Principal;
@@ -76,7 +78,7 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
 #[utoipa::path(get, path = "/v1/status", responses((status = 200, body = NodeStatus)))]
 async fn status(State(node): Shared, peer: Peer) -> Answer<NodeStatus> {
     peer.must_be_admin()?;
-    Ok(Json(node.status()))
+    Ok(Json(node.details.status()))
 }
 
 /// The media of the node's cache group.
@@ -91,7 +93,7 @@ async fn cache(State(node): Shared, peer: Peer) -> Answer<Vec<MediumView>> {
     responses((status = 200, body = MediumView), (status = 400), (status = 409)))]
 async fn add_medium(State(node): Shared, peer: Peer, Json(request): Json<AddMedium>) -> Answer<MediumView> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.cache.add(&request).await.map(Json) }).await
+    run_uncancelled(async move { node.cache.add(&request).await.map(Json) }).await
 }
 
 /// Removes a medium from the node's cache group; its file stays. Answers with the medium if reads of it are still
@@ -104,14 +106,14 @@ async fn remove_medium(
     Json(request): Json<RemoveMedium>,
 ) -> Answer<Option<MediumView>> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.cache.remove(&request).await.map(Json) }).await
+    run_uncancelled(async move { node.cache.remove(&request).await.map(Json) }).await
 }
 
 /// The images that the node has attached.
 #[utoipa::path(get, path = "/v1/images", responses((status = 200, body = Vec<NodeImage>)))]
 async fn images(State(node): Shared, peer: Peer) -> Answer<Vec<NodeImage>> {
     peer.must_be_admin()?;
-    Ok(Json(node.images.all().iter().map(|attached| node.describe(attached)).collect()))
+    Ok(Json(node.images.images.all().iter().map(|attached| node.images.describe(attached)).collect()))
 }
 
 /// Makes the node the origin of an image. Answers with a line of progress now and then, the last of which
@@ -126,7 +128,7 @@ async fn add_image(
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
-    Ok(with_progress(shutdown, |progress| async move { node.add_image(&name, request, progress).await }))
+    Ok(with_progress(shutdown, |progress| async move { node.origins.add(&name, request, progress).await }))
 }
 
 /// Reads an image of which the node is the origin again, and compares every chunk. Answers like adding.
@@ -139,7 +141,7 @@ async fn verify_image(
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
-    Ok(with_progress(shutdown, |progress| async move { node.verify_image(&name, progress).await }))
+    Ok(with_progress(shutdown, |progress| async move { node.origins.verify(&name, progress).await }))
 }
 
 /// How an image is removed.
@@ -160,7 +162,7 @@ async fn remove_image(
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
     let force = if removal.force { Force::Yes } else { Force::No };
-    to_the_end(async move { node.remove_image(&name, force).await }).await?;
+    run_uncancelled(async move { node.origins.remove(&name, force).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -182,12 +184,12 @@ async fn attach_image(
     Query(attaching): Query<Attaching>,
 ) -> Answer<NodeImage> {
     peer.must_be_admin()?;
-    to_the_end(async move {
-        let attached = node.attach_to_stay(&name).await?;
+    run_uncancelled(async move {
+        let attached = node.images.attach_to_stay(&name).await?;
         if attaching.fill {
-            node.images.fill(&attached)?;
+            node.images.images.prefetch(&attached)?;
         }
-        Ok(Json(node.describe(&attached)))
+        Ok(Json(node.images.describe(&attached)))
     })
     .await
 }
@@ -201,7 +203,7 @@ async fn detach_image(
     Path(name): Path<ImageName>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.detach(&name).await }).await?;
+    run_uncancelled(async move { node.images.detach(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -225,7 +227,7 @@ async fn vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer
     responses((status = 200, body = VmDetails), (status = 404)))]
 async fn vm_details(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<VmDetails> {
     peer.must_be_admin()?;
-    tokio::task::block_in_place(|| node.details(&name)).map(Json)
+    tokio::task::block_in_place(|| node.details.of_vm(&name)).map(Json)
 }
 
 /// Gives a new VM a disk that goes on where a qcow2 file ends. Answers like adding an image.
@@ -240,7 +242,7 @@ async fn import_vm(
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| {
-        to_the_end(async move { node.import_vm(&name, request, progress).await })
+        run_uncancelled(async move { node.qcow2.import_vm(&name, request, progress).await })
     }))
 }
 
@@ -254,7 +256,7 @@ async fn create_vm(
     Json(request): Json<CreateVm>,
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.create(&name, &request).await.map(Json) }).await
+    run_uncancelled(async move { node.vm_service.create(&name, &request).await.map(Json) }).await
 }
 
 /// How a VM is destroyed.
@@ -277,7 +279,7 @@ async fn destroy_vm(
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
     let destroy = if destruction.instance_only { Destroy::InstanceOnly } else { Destroy::WithImage };
-    to_the_end(async move { node.destroy(&name, destroy).await }).await?;
+    run_uncancelled(async move { node.vm_service.destroy(&name, destroy).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -286,7 +288,7 @@ async fn destroy_vm(
     responses((status = 200, body = StartVm), (status = 404), (status = 409)))]
 async fn last_start(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<StartVm> {
     peer.must_be_admin()?;
-    node.vms.last_start(&name).map(Json)
+    node.guests.last_start(&name).map(Json)
 }
 
 /// Starts a guest on a VM's disk. If one runs, that is it.
@@ -299,7 +301,7 @@ async fn start_vm(
     Json(request): Json<StartVm>,
 ) -> Answer<VmStarted> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.start(&name, &request).await.map(Json) }).await
+    run_uncancelled(async move { node.guests.start(&name, &request).await.map(Json) }).await
 }
 
 /// Waits until a VM's guest is ready.
@@ -312,7 +314,7 @@ async fn wait_vm(
     Json(request): Json<WaitReady>,
 ) -> Answer<VmReady> {
     peer.must_be_admin()?;
-    node.wait(&name, &request.ready, Duration::from_millis(request.timeout_ms)).await.map(Json)
+    node.guests.wait(&name, &request.ready, Duration::from_millis(request.timeout_ms)).await.map(Json)
 }
 
 /// Ends a VM's guest; its disk stays.
@@ -326,7 +328,7 @@ async fn stop_vm(
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
     let grace = Duration::from_millis(request.grace_ms);
-    to_the_end(async move { node.vms.stop(&name, grace).await.map(Json) }).await
+    run_uncancelled(async move { node.guests.stop(&name, grace).await.map(Json) }).await
 }
 
 /// The snapshots of a VM's disk, from old to new.
@@ -334,7 +336,7 @@ async fn stop_vm(
     responses((status = 200, body = Vec<SnapshotView>), (status = 404)))]
 async fn snapshots(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vec<SnapshotView>> {
     peer.must_be_admin()?;
-    tokio::task::block_in_place(|| node.vms.snapshots(&name)).map(Json)
+    tokio::task::block_in_place(|| node.snapshots.list(&name)).map(Json)
 }
 
 /// Takes a snapshot of a VM's disk, while its guest runs or not.
@@ -348,8 +350,8 @@ async fn take_snapshot(
     Json(request): Json<TakeSnapshot>,
 ) -> Answer<SnapshotTaken> {
     peer.must_be_admin()?;
-    let quiesce = if request.quiesce { Quiesce::Yes } else { Quiesce::No };
-    to_the_end(async move { node.vms.snapshot(&name, &snapshot, quiesce).await.map(Json) }).await
+    let quiesce = Quiesce::of(request.quiesce);
+    run_uncancelled(async move { node.snapshots.take(&name, &snapshot, quiesce).await.map(Json) }).await
 }
 
 /// Gives a snapshot up.
@@ -361,7 +363,7 @@ async fn delete_snapshot(
     Path((name, snapshot)): Path<(VmName, SnapshotName)>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.vms.delete_snapshot(&name, &snapshot).await }).await?;
+    run_uncancelled(async move { node.snapshots.delete(&name, &snapshot).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -375,7 +377,7 @@ async fn revert_vm(
     Path((name, snapshot)): Path<(VmName, SnapshotName)>,
 ) -> Answer<Vm> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.vms.revert(&name, &snapshot).await.map(Json) }).await
+    run_uncancelled(async move { node.snapshots.revert(&name, &snapshot).await.map(Json) }).await
 }
 
 /// Writes a snapshot as a qcow2 file on the node, and takes it first if that is asked for. Answers like adding an
@@ -392,7 +394,7 @@ async fn export_snapshot(
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| {
-        to_the_end(async move { node.export_snapshot(&name, &snapshot, request, progress).await })
+        run_uncancelled(async move { node.qcow2.export_snapshot(&name, &snapshot, request, progress).await })
     }))
 }
 
@@ -406,7 +408,7 @@ async fn clone_vm(
     Json(request): Json<CloneVm>,
 ) -> Answer<Vec<Vm>> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.clone_here(&name, &request).await.map(Json) }).await
+    run_uncancelled(async move { node.clones.clone_here(&name, &request).await.map(Json) }).await
 }
 
 /// Makes an image of the present state of a VM's disk, whose origin the node is. Answers like adding an image.
@@ -420,7 +422,7 @@ async fn commit_vm(
 ) -> Result<Response, ApiError> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
-    Ok(with_progress(shutdown, |progress| async move { node.commit(&name, request, progress).await }))
+    Ok(with_progress(shutdown, |progress| async move { node.clones.commit(&name, request, progress).await }))
 }
 
 /// Moves a VM to another node, which was told to expect it; its guest runs on there if it runs. Answers like adding an
@@ -436,7 +438,7 @@ async fn migrate_vm(
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| {
-        to_the_end(async move { node.migrate(&name, request, progress).await })
+        run_uncancelled(async move { node.outgoing.migrate(&name, request, progress).await })
     }))
 }
 
@@ -445,7 +447,7 @@ async fn migrate_vm(
     responses((status = 200, body = MovingState)))]
 async fn moving(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<MovingState> {
     match peer {
-        Peer::Remote(Principal::Node(to)) => Ok(Json(node.moving_state(&name, &to))),
+        Peer::Remote(Principal::Node(to)) => Ok(Json(node.outgoing.moving_state(&name, &to))),
         other => Err(ApiError::forbidden("not_a_node", format!("{other} is no node"))),
     }
 }
@@ -460,7 +462,7 @@ async fn expect_vm(
     Json(request): Json<ExpectVm>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    node.expect_vm(&name, &request)?;
+    node.incoming.expect(&name, &request)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -473,7 +475,7 @@ async fn receive_vm(
     Path(name): Path<VmName>,
     Json(request): Json<HandOver>,
 ) -> Result<StatusCode, ApiError> {
-    to_the_end(async move { node.receive_vm(&peer, &name, request).await }).await?;
+    run_uncancelled(async move { node.incoming.receive(&peer, &name, request).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -485,7 +487,7 @@ async fn promise_vm(
     peer: Peer,
     Path(name): Path<VmName>,
 ) -> Result<StatusCode, ApiError> {
-    to_the_end(async move { node.promise_vm(&peer, &name).await }).await?;
+    run_uncancelled(async move { node.incoming.promise(&peer, &name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -493,7 +495,7 @@ async fn promise_vm(
 #[utoipa::path(post, path = "/v1/incoming/{vm}/take", params(("vm" = String, Path,)),
     responses((status = 200, body = Vm), (status = 404), (status = 409)))]
 async fn take_vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vm> {
-    to_the_end(async move { node.take_vm(&peer, &name).await.map(Json) }).await
+    run_uncancelled(async move { node.incoming.take_over(&peer, &name).await.map(Json) }).await
 }
 
 /// Forgets a VM that does not come.
@@ -504,7 +506,7 @@ async fn forget_vm(
     peer: Peer,
     Path(name): Path<VmName>,
 ) -> Result<StatusCode, ApiError> {
-    to_the_end(async move { node.forget_vm(&peer, &name).await }).await?;
+    run_uncancelled(async move { node.incoming.forget_for(&peer, &name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -512,24 +514,24 @@ async fn forget_vm(
 #[utoipa::path(get, path = "/v1/exports", responses((status = 200, body = Vec<ExportView>)))]
 async fn exports(State(node): Shared, peer: Peer) -> Answer<Vec<ExportView>> {
     peer.must_be_admin()?;
-    Ok(Json(node.exports()))
+    Ok(Json(node.exports.describe()))
 }
 
-/// Lets initiators open a VM's disk, or read an image, over iSCSI. An image is attached first. Other access than
+/// Exports a VM's disk, or an image, read-only, over a protocol. An image is attached first. Other access than
 /// before ends the sessions that there are; repeating it changes nothing.
-#[utoipa::path(put, path = "/v1/exports/{name}", params(("name" = String, Path,)), request_body = IscsiAccess,
+#[utoipa::path(put, path = "/v1/exports/{name}", params(("name" = String, Path,)), request_body = ExportAccess,
     responses((status = 200, body = ExportView), (status = 400), (status = 404), (status = 409)))]
 async fn add_export(
     State(node): Shared,
     peer: Peer,
     Path(name): Path<ExportName>,
-    Json(request): Json<IscsiAccess>,
+    Json(request): Json<ExportAccess>,
 ) -> Answer<ExportView> {
     peer.must_be_admin()?;
-    to_the_end(async move { node.export(&name, request).await.map(Json) }).await
+    run_uncancelled(async move { node.vm_service.export(&name, request).await.map(Json) }).await
 }
 
-/// Exports a VM's disk or an image over iSCSI no longer. Its sessions have ended when this answers.
+/// Ends the export of a VM's disk or an image, but for NBD's. Its sessions have ended when this answers.
 #[utoipa::path(delete, path = "/v1/exports/{name}", params(("name" = String, Path,)),
     responses((status = 204), (status = 404)))]
 async fn remove_export(
@@ -538,27 +540,18 @@ async fn remove_export(
     Path(name): Path<ExportName>,
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
-    to_the_end(async move {
-        match node.iscsi.remove(&name).await? {
+    run_uncancelled(async move {
+        match node.exports.stop(&name).await? {
             true => Ok(()),
             false => Err(ApiError::not_found(
                 "no_such_export",
-                format!("'{name}' is not exported over iSCSI by node {}", node.name),
+                format!("'{name}' is not exported by node {}", node.name),
             )
             .with_hint("'virtman export list' shows all exports")),
         }
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Does work that changes something to its end, also if whoever asked hangs up: a change that was dropped
-/// half-way would be there on disk and not in memory.
-pub(super) async fn to_the_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-) -> Result<T, ApiError> {
-    let done = tokio::spawn(work).await;
-    done.unwrap_or_else(|e| Err(ApiError::internal(format!("the node failed: {e}"))))
 }
 
 /// Cancels the work when it is dropped before its end: whoever asked has hung up.

@@ -18,7 +18,7 @@ use planner::{Location, Placement, Role};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
-use super::images::{Attached, Images};
+use crate::images::{Attached, Images};
 use control::api::profile::{NewProfile, ProfileFile};
 use control::api::volt::{
     AttachImage, Attachment, DetachImage, ImageRecord, NodeReport, Push, RegisterImage, RegisterNode,
@@ -100,7 +100,7 @@ impl VoltLink {
         match self.image(name.as_str()).await {
             Ok(_) => Ok(true),
             Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => Ok(false),
-            Err(error) => Err(super::node::from_volt(error)),
+            Err(error) => Err(from_volt(error)),
         }
     }
 
@@ -115,7 +115,7 @@ impl VoltLink {
     }
 
     /// Says that this node has an image attached, and where it fetches it from.
-    pub(super) async fn attach_again(&self, attached: &Attached) -> Result<Attachment, ClientError> {
+    pub(crate) async fn attach_again(&self, attached: &Attached) -> Result<Attachment, ClientError> {
         let placement = match attached.role() {
             Role::Origin => None,
             Role::Relay => Some(attached.placement()),
@@ -261,5 +261,14 @@ impl VoltLink {
                 Err(error) => tracing::warn!(error, "the certificate could not be renewed yet"),
             }
         }
+    }
+}
+
+/// What Volt's refusal or absence means to somebody who asked this node.
+pub(crate) fn from_volt(error: ClientError) -> ApiError {
+    match error {
+        ClientError::Refused(refusal) => refusal,
+        other => ApiError::unavailable("no_volt", format!("Volt cannot be asked: {other}"))
+            .with_hint("what is attached goes on; start Volt, then try again"),
     }
 }

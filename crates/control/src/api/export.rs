@@ -105,6 +105,63 @@ pub struct IscsiAccess {
     pub mutual_chap: Option<ChapSecret>,
 }
 
+/// A protocol over which disks and images can be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ExportProtocol {
+    /// Network Block Device, for whoever may open a socket on the node, and for administrators over TLS.
+    Nbd,
+    /// iSCSI, for initiators on the network.
+    Iscsi,
+}
+
+impl fmt::Display for ExportProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ExportProtocol::Nbd => "nbd",
+            ExportProtocol::Iscsi => "iscsi",
+        })
+    }
+}
+
+/// Who may open a disk, and over which protocol.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(tag = "protocol", rename_all = "snake_case")]
+pub enum ExportAccess {
+    /// Initiators, over iSCSI.
+    Iscsi(IscsiAccess),
+    /// Whoever may open the socket, over NBD: all disks and images are exported so, always.
+    Nbd,
+}
+
+impl ExportAccess {
+    /// The protocol.
+    pub fn protocol(&self) -> ExportProtocol {
+        match self {
+            ExportAccess::Iscsi(_) => ExportProtocol::Iscsi,
+            ExportAccess::Nbd => ExportProtocol::Nbd,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ExportAccess {
+    /// A request that names no protocol is for iSCSI, as all were once.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ExportAccess, D::Error> {
+        let mut fields = serde_json::Map::deserialize(deserializer)?;
+        let custom = |error: serde_json::Error| serde::de::Error::custom(error);
+        let protocol = match fields.remove("protocol") {
+            Some(protocol) => serde_json::from_value(protocol).map_err(custom)?,
+            None => ExportProtocol::Iscsi,
+        };
+        match protocol {
+            ExportProtocol::Iscsi => {
+                serde_json::from_value(fields.into()).map(ExportAccess::Iscsi).map_err(custom)
+            }
+            ExportProtocol::Nbd => Ok(ExportAccess::Nbd),
+        }
+    }
+}
+
 /// A way to a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ExportView {
@@ -114,8 +171,8 @@ pub struct ExportView {
     /// The node that serves it.
     #[schema(value_type = String)]
     pub node: NodeName,
-    /// `nbd` or `iscsi`.
-    pub protocol: String,
+    /// How.
+    pub protocol: ExportProtocol,
     /// Whether it takes no writes.
     pub read_only: bool,
     /// Where clients open it: a URI for each portal.
@@ -158,6 +215,22 @@ mod tests {
         assert!(matches!("debian:12".parse(), Ok(ExportName::Image(_))));
         assert!(matches!("debian".parse(), Ok(ExportName::Vm(_))));
         assert!("a/b".parse::<ExportName>().is_err() && "a:b:c".parse::<ExportName>().is_err());
+    }
+
+    #[test]
+    fn a_request_without_a_protocol_is_for_iscsi() {
+        let read = |json: &str| serde_json::from_str::<ExportAccess>(json);
+        let anyone = IscsiAccess { initiators: Vec::new(), anyone: true, chap: None, mutual_chap: None };
+        assert_eq!(read(r#"{"anyone": true}"#).unwrap(), ExportAccess::Iscsi(anyone.clone()));
+        assert_eq!(
+            read(r#"{"protocol": "iscsi", "anyone": true}"#).unwrap(),
+            ExportAccess::Iscsi(anyone.clone())
+        );
+        assert_eq!(read(r#"{"protocol": "nbd"}"#).unwrap(), ExportAccess::Nbd);
+        let error = read(r#"{"protocol": "smoke"}"#).unwrap_err().to_string();
+        assert!(error.contains("smoke") && error.contains("iscsi"), "{error}");
+        let written = serde_json::to_string(&ExportAccess::Iscsi(anyone.clone())).unwrap();
+        assert_eq!(read(&written).unwrap(), ExportAccess::Iscsi(anyone), "{written}");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::ServeError;
 use super::buffers::{Buffer, Input, Output, Spares};
 use super::tasks::{Finished, Task, errno};
+use crate::export::Lease;
 use crate::limits::{
     DRAIN_TIME_MAX, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX, INLINE_BYTES_MAX, REQUEST_BYTES_MAX,
 };
@@ -114,6 +115,7 @@ impl Upload {
 
 struct Connection {
     disk: Arc<dyn Disk>,
+    _lease: Option<Lease>,
     size_bytes: u64,
     framing: Framing,
     contexts: Contexts,
@@ -135,6 +137,7 @@ impl Connection {
         Connection {
             size_bytes: session.export.disk.size_bytes(),
             disk: session.export.disk,
+            _lease: session.export.lease,
             framing: session.framing,
             contexts: session.contexts,
             stage: Stage::Open,

@@ -165,9 +165,10 @@ pub struct OneDisk(pub Arc<dyn Disk>);
 
 impl Exports for OneDisk {
     fn open(&self, name: &str) -> Option<Export> {
-        ["", "disk"]
-            .contains(&name)
-            .then(|| Export { disk: Arc::clone(&self.0), description: "a disk for tests".to_owned() })
+        ["", "disk"].contains(&name).then(|| Export {
+            description: "a disk for tests".to_owned(),
+            ..Export::new(Arc::clone(&self.0))
+        })
     }
 
     fn list(&self) -> Vec<Listing> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Weak;
 
 use super::LayerId;
-use super::layer::{Layer, Record};
+use super::layer::{Layer, LayerRecord};
 
 #[derive(Default)]
 pub(super) struct Forest {
@@ -24,7 +24,7 @@ pub(super) struct Damaged {
 }
 
 pub(super) struct Known {
-    pub(super) record: Record,
+    pub(super) record: LayerRecord,
     /// How many VMs, snapshots and derived images name it.
     pub(super) holders: usize,
     pub(super) children: BTreeSet<LayerId>,
@@ -32,7 +32,7 @@ pub(super) struct Known {
 }
 
 impl Forest {
-    pub(super) fn insert(&mut self, id: LayerId, record: Record, holders: usize) {
+    pub(super) fn insert(&mut self, id: LayerId, record: LayerRecord, holders: usize) {
         if let Some(parent) = record.parent.layer()
             && let Some(parent) = self.layers.get_mut(&parent)
         {
@@ -65,6 +65,14 @@ impl Forest {
         known.map(|known| known.holders += 1).is_some()
     }
 
+    /// Notes that somebody who named or kept the layer does so no longer. What nobody needs then is taken out.
+    pub(super) fn let_go(&mut self, id: LayerId) -> Vec<LayerId> {
+        if let Some(known) = self.layers.get_mut(&id) {
+            known.holders = known.holders.saturating_sub(1);
+        }
+        self.take_unneeded(id)
+    }
+
     /// Takes out the layers that were being made when the daemon ended, if all that cannot be read are such.
     pub(super) fn take_torn(&mut self) -> Vec<LayerId> {
         let parents: BTreeSet<LayerId> =
@@ -90,13 +98,13 @@ impl Forest {
         let (Some(upper), None, 0) = (children.next(), children.next(), known.holders) else {
             return None;
         };
-        // One that is to settle does that first.
-        let settles = known.record.parent.is_carried() || self.settles(upper);
-        (!settles).then_some(*upper)
+        // One that is to be rebased comes first.
+        let is_carried = known.record.parent.is_carried() || self.is_carried(upper);
+        (!is_carried).then_some(*upper)
     }
 
     /// Whether a layer has yet to take over another VM's disk.
-    pub(super) fn settles(&self, id: &LayerId) -> bool {
+    pub(super) fn is_carried(&self, id: &LayerId) -> bool {
         self.layers.get(id).is_some_and(|known| known.record.parent.is_carried())
     }
 
@@ -129,8 +137,8 @@ mod tests {
     use super::super::layer::{Older, Parent};
     use super::*;
 
-    fn record(parent: Parent) -> Record {
-        Record { parent, made_unix_ms: 0 }
+    fn record(parent: Parent) -> LayerRecord {
+        LayerRecord { parent, made_unix_ms: 0 }
     }
 
     fn image() -> Parent {

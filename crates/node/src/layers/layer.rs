@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use store::Overlay;
 
 use super::LayerId;
-use crate::carried::Carried;
+use super::transfer_disk::TransferDisk;
 use crate::images::Attached;
 
 /// What a layer stands on.
@@ -58,7 +58,7 @@ impl Parent {
 
 /// What is remembered of a layer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Record {
+pub(super) struct LayerRecord {
     pub(super) parent: Parent,
     pub(super) made_unix_ms: u64,
 }
@@ -88,7 +88,7 @@ impl Below {
             Below::Layer(layer) => Arc::clone(layer) as _,
             Below::Image(image) => Arc::clone(&image.volume) as _,
             Below::Carried { image, base, .. } => {
-                Arc::new(Carried::new(Arc::clone(&image.volume), Arc::clone(&base.volume)))
+                Arc::new(TransferDisk::new(Arc::clone(&image.volume), Arc::clone(&base.volume)))
             }
         }
     }

@@ -115,7 +115,7 @@ struct OneExport(Arc<MemoryDisk>);
 
 impl Exports for OneExport {
     fn open(&self, name: &str) -> Option<Export> {
-        (name == "vm-1").then(|| Export { disk: Arc::clone(&self.0) as _, description: String::new() })
+        (name == "vm-1").then(|| Export::new(Arc::clone(&self.0) as _))
     }
 
     fn list(&self) -> Vec<Listing> {

@@ -9,7 +9,7 @@ use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use super::context::{Context, Failure, NodeClient, Outcome};
 use super::output::{Column, Table, note, print_json, say};
-use control::api::export::{ChapSecret, ExportName, ExportView, IscsiAccess};
+use control::api::export::{ChapSecret, ExportAccess, ExportName, ExportProtocol, ExportView, IscsiAccess};
 
 /// Permissions of a file that others than its owner have, too.
 const SHARED_MODE: u32 = 0o077;
@@ -102,7 +102,7 @@ pub(super) async fn run(context: &Context, command: &ExportCommand) -> Outcome {
         ExportCommand::Add { name, access } => {
             let node = context.node().await?;
             let path = format!("/v1/exports/{name}");
-            let export: ExportView = node.client.put(&path, &access.access()?).await?;
+            let export: ExportView = node.client.put(&path, &ExportAccess::Iscsi(access.access()?)).await?;
             if context.json() {
                 print_json(&export);
             } else {
@@ -143,10 +143,10 @@ async fn list(context: &Context) -> Outcome {
         Column::Text("ADDRESS"),
     ]);
     for export in exports {
-        let initiators = match (&*export.protocol, export.initiators.is_empty()) {
-            ("iscsi", true) => "any".to_owned(),
-            ("iscsi", false) => export.initiators.join(", "),
-            _ => "-".to_owned(),
+        let initiators = match (export.protocol, export.initiators.is_empty()) {
+            (ExportProtocol::Iscsi, true) => "any".to_owned(),
+            (ExportProtocol::Iscsi, false) => export.initiators.join(", "),
+            (ExportProtocol::Nbd, _) => "-".to_owned(),
         };
         for (portal, address) in export.addresses.iter().enumerate() {
             let sessions = export.sessions.iter().filter(|session| session.portal == portal).count();

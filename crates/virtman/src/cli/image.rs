@@ -20,7 +20,7 @@ use control::api::export::ChapSecret;
 use control::api::volt::{ImageRecord, TuneImage};
 use control::http::Client;
 use control::units::{ByteSize, show_ms};
-use node::remote;
+use node::remote_location;
 use volt::config::shaping;
 
 /// The secrets of an iSCSI target. None is given on the command line, where everybody can read it.
@@ -70,7 +70,7 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
     match command {
         ImageCommand::Add { name, file, format, allow, copy, secrets } => {
             let node = context.node().await?;
-            let (file, chap) = match remote::location_of(file) {
+            let (file, chap) = match remote_location(file) {
                 Some(location) => secrets.unit(location)?,
                 None if secrets.chap_file.is_some() || secrets.mutual_chap_file.is_some() => {
                     return Err(Failure::new(format!(

@@ -1,0 +1,163 @@
+//! Exports: how others than this node's guests open its disks and images.
+//!
+//! A protocol is a module of one shape, [`Protocol`]; [`Exports`] knows all of them.
+
+mod iscsi;
+mod nbd;
+
+use std::io;
+use std::sync::Arc;
+
+use block::{BoxFuture, Disk, VmName};
+
+pub(crate) use self::iscsi::{IscsiExports, Portals};
+pub(crate) use self::nbd::{NbdExports, TcpExports};
+use crate::images::Images;
+use crate::vms::Vms;
+use control::api::export::{ExportAccess, ExportName, ExportProtocol, ExportView};
+use control::http::ApiError;
+
+/// A protocol over which disks and images can be opened. All methods may be called at the same time.
+pub(crate) trait Protocol: Send + Sync {
+    /// What it is called.
+    fn protocol(&self) -> ExportProtocol;
+
+    /// Refuses an export that [`start`](Protocol::start) would refuse for what it says.
+    fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), ApiError>;
+
+    /// Exports a disk, or changes who may open one that is exported, and remembers that. Repeating it changes nothing.
+    fn start<'a>(
+        &'a self,
+        name: &'a ExportName,
+        access: ExportAccess,
+        disk: Exported,
+    ) -> BoxFuture<'a, Result<ExportView, ApiError>>;
+
+    /// Exports a disk no longer, and forgets that: whoever had it open has been disconnected when this answers. Whether
+    /// it was exported.
+    fn stop<'a>(&'a self, name: &'a ExportName) -> BoxFuture<'a, Result<bool, ApiError>>;
+
+    /// All exports.
+    fn describe(&self) -> Vec<ExportView>;
+
+    /// Whether somebody had a disk exported, which keeps it here until that is ended.
+    fn keeps(&self, name: &ExportName) -> bool;
+
+    /// Exports again what was exported when the daemon ended. What cannot be is said and left out.
+    fn restore(&self, disks: &Disks) -> io::Result<()>;
+}
+
+/// A disk to be exported.
+pub(crate) struct Exported {
+    pub(crate) disk: Arc<dyn Disk>,
+    /// The same wherever and whenever the same disk is exported, and no other's.
+    pub(crate) serial: String,
+}
+
+/// The disks and images of a node, by the names under which they are exported.
+#[derive(Clone)]
+pub(crate) struct Disks {
+    pub(crate) images: Arc<Images>,
+    pub(crate) vms: Arc<Vms>,
+}
+
+impl Disks {
+    /// The disk, if it is open.
+    pub(crate) fn find(&self, name: &ExportName) -> Option<Exported> {
+        match name {
+            ExportName::Vm(name) => {
+                let vm = self.vms.get(name).ok()?;
+                Some(Exported { disk: Arc::clone(&vm.disk) as _, serial: vm.record().serial })
+            }
+            ExportName::Image(name) => {
+                let attached = self.images.by_name(name)?;
+                // The same on every node: the nodes are so many paths to one disk.
+                let serial = attached.id.to_string();
+                Some(Exported { disk: Arc::clone(&attached.volume) as _, serial })
+            }
+        }
+    }
+
+    /// Whether it is gone for good, and not just not open.
+    pub(crate) fn is_gone(&self, name: &ExportName) -> bool {
+        match name {
+            ExportName::Vm(name) => !self.vms.has_files(name),
+            // An image is not detached while it is exported.
+            ExportName::Image(_) => false,
+        }
+    }
+}
+
+/// The exports of a node over all protocols.
+pub(crate) struct Exports {
+    disks: Disks,
+    protocols: Vec<Arc<dyn Protocol>>,
+}
+
+impl Exports {
+    /// Those over these protocols.
+    pub(crate) fn new(disks: Disks, protocols: Vec<Arc<dyn Protocol>>) -> Exports {
+        Exports { disks, protocols }
+    }
+
+    /// Exports again what was exported when the daemon ended. What cannot be is said and left out.
+    pub(crate) fn restore(&self) -> io::Result<()> {
+        self.protocols.iter().try_for_each(|protocol| protocol.restore(&self.disks))
+    }
+
+    /// Refuses an export that [`start`](Exports::start) would refuse for what it says.
+    pub(crate) fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), ApiError> {
+        self.by(access.protocol())?.check(name, access)
+    }
+
+    /// Exports a disk that is open, or changes who may open one that is exported.
+    pub(crate) async fn start(
+        &self,
+        name: &ExportName,
+        access: ExportAccess,
+    ) -> Result<ExportView, ApiError> {
+        let protocol = self.by(access.protocol())?;
+        protocol.check(name, &access)?;
+        let disk = self.disks.find(name);
+        let disk = disk.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
+        protocol.start(name, access, disk).await
+    }
+
+    /// Exports a disk no longer over any protocol that somebody asked for. Whether it was exported.
+    pub(crate) async fn stop(&self, name: &ExportName) -> Result<bool, ApiError> {
+        let mut was_exported = false;
+        for protocol in &self.protocols {
+            was_exported |= protocol.stop(name).await?;
+        }
+        Ok(was_exported)
+    }
+
+    /// All exports, by name.
+    pub(crate) fn describe(&self) -> Vec<ExportView> {
+        let mut all: Vec<ExportView> =
+            self.protocols.iter().flat_map(|protocol| protocol.describe()).collect();
+        all.sort_by(|a, b| (&a.name, a.protocol).cmp(&(&b.name, b.protocol)));
+        all
+    }
+
+    /// The protocol over which somebody had a disk exported, if there is one.
+    pub(crate) fn kept_by(&self, name: &ExportName) -> Option<ExportProtocol> {
+        let protocol = self.protocols.iter().find(|protocol| protocol.keeps(name));
+        protocol.map(|protocol| protocol.protocol())
+    }
+
+    /// A VM that others have open cannot be moved from under them.
+    pub(crate) fn must_not_keep(&self, name: &VmName) -> Result<(), ApiError> {
+        let Some(protocol) = self.kept_by(&ExportName::Vm(name.clone())) else { return Ok(()) };
+        let message = format!("'{name}' is exported over {protocol} by this node");
+        Err(ApiError::conflict("exported", message)
+            .with_hint(format!("'virtman export remove {name}' ends that")))
+    }
+
+    fn by(&self, wanted: ExportProtocol) -> Result<&dyn Protocol, ApiError> {
+        let found = self.protocols.iter().find(|protocol| protocol.protocol() == wanted);
+        found.map(|protocol| &**protocol).ok_or_else(|| {
+            ApiError::bad_request("no_such_protocol", format!("this node exports nothing over {wanted}"))
+        })
+    }
+}

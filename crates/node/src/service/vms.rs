@@ -1,0 +1,119 @@
+//! VMs as operations: created on an image, exported if that is asked for, and destroyed with all that is theirs.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use block::VmName;
+
+use super::clones::Clones;
+use super::idle::IdleImages;
+use super::images::ImageService;
+use crate::exports::Exports;
+use crate::images::retention::Destroy;
+use crate::vms::Vms;
+use control::api::compute::{CreateVm, Vm as VmView};
+use control::api::export::{ExportAccess, ExportName, ExportView};
+use control::http::ApiError;
+
+/// Creates and destroys the VMs of a node.
+pub(crate) struct VmService {
+    pub(crate) vms: Arc<Vms>,
+    exports: Arc<Exports>,
+    images: Arc<ImageService>,
+    idle: Arc<IdleImages>,
+    clones: Arc<Clones>,
+}
+
+impl VmService {
+    /// Those of this node.
+    pub(crate) fn new(
+        vms: Arc<Vms>,
+        exports: Arc<Exports>,
+        images: Arc<ImageService>,
+        idle: Arc<IdleImages>,
+        clones: Arc<Clones>,
+    ) -> VmService {
+        VmService { vms, exports, images, idle, clones }
+    }
+
+    /// Gives a VM its disk, and exports it if that is asked for.
+    pub(crate) async fn create(&self, name: &VmName, request: &CreateVm) -> Result<VmView, ApiError> {
+        let asked = Instant::now();
+        let export = ExportName::Vm(name.clone());
+        let access = request.iscsi.clone().map(ExportAccess::Iscsi);
+        if let Some(access) = &access {
+            self.exports.check(&export, access)?;
+        }
+        let held = match &request.settle_on {
+            Some(_) => self.images.attach_transfer(&request.image).await?,
+            None => self.images.attach(&request.image).await?,
+        };
+        let attached = Arc::clone(&held);
+        let known = self.vms.get(name).is_ok();
+        let vm = match &request.settle_on {
+            Some(own) => self.clones.create_rebasing(name, attached, own, asked).await?,
+            None => self.vms.create(name, &request.image, attached, request.size_bytes, asked).await?,
+        };
+        match access {
+            Some(access) if known => drop(self.exports.start(&export, access).await?),
+            Some(access) => self.export_created(name, access).await?,
+            None => {}
+        }
+        Ok(vm)
+    }
+
+    /// Exports the disk of a VM that was just created. The VM goes again if that fails.
+    pub(crate) async fn export_created(&self, name: &VmName, access: ExportAccess) -> Result<(), ApiError> {
+        let exported = self.exports.start(&ExportName::Vm(name.clone()), access).await;
+        if exported.is_err() {
+            self.remove(name).await?;
+        }
+        exported.map(drop)
+    }
+
+    /// Lets others open a VM's disk, or an image, which is attached for that.
+    pub(crate) async fn export(
+        &self,
+        name: &ExportName,
+        access: ExportAccess,
+    ) -> Result<ExportView, ApiError> {
+        self.exports.check(name, &access)?;
+        let _held = match name {
+            ExportName::Vm(vm) => self.vms.get(vm).map(|_| None)?,
+            ExportName::Image(image) => Some(self.images.attach(image).await?),
+        };
+        self.exports.start(name, access).await
+    }
+
+    /// Removes a VM with its disk and its exports. A running guest is ended.
+    pub(crate) async fn destroy(&self, name: &VmName, destroy: Destroy) -> Result<(), ApiError> {
+        let image = self.vms.get(name)?.top().chain().1.id;
+        self.exports.stop(&ExportName::Vm(name.clone())).await?;
+        // Before nobody uses it.
+        if destroy == Destroy::InstanceOnly {
+            self.idle.note_destroy(&image, destroy).await;
+        }
+        self.remove(name).await?;
+        if destroy == Destroy::WithImage {
+            self.idle.note_destroy(&image, destroy).await;
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, name: &VmName) -> Result<(), ApiError> {
+        let _one_at_a_time = self.vms.lock(name).lock().await;
+        let vm = self.vms.get_at_rest(name)?;
+        if let Some(guest) = vm.running() {
+            guest
+                .kill()
+                .await
+                .map_err(|e| ApiError::internal(format!("cannot end the guest of '{name}': {e}")))?;
+        }
+        let removed = self.vms.remove_files(vm.record()).await;
+        // As long as its record is there, the VM is.
+        if !self.vms.has_files(name) {
+            self.vms.remove(name);
+        }
+        removed
+    }
+}
