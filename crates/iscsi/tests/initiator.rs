@@ -5,7 +5,6 @@
 
 mod common;
 mod load;
-mod port;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,7 +16,7 @@ use common::{MemoryDisk, Pace, Serving, target};
 use iscsi::initiator::{self, Address, ConnectError, Digests, Initiator, Options, Retry, Secrets};
 use iscsi::{Admission, Credentials, Portal, Server, ServerOptions, Target};
 use load::{load, pattern};
-use port::Port;
+use testkit::ports::Port;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};

@@ -208,10 +208,3 @@ impl Serving {
         Serving { server, portals: [addresses[0], addresses[1]], _tasks: tasks }
     }
 }
-
-/// The path of a tool, or a failure that says how to get it.
-pub fn tool(name: &str, package: &str) -> std::path::PathBuf {
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&paths).map(|dir| dir.join(name)).find(|path| path.is_file());
-    found.unwrap_or_else(|| panic!("{name} is not installed: apt-get install {package}"))
-}

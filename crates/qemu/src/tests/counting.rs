@@ -1,4 +1,4 @@
-//! The [guest that counts](counting_guest), with a disk in this process's memory.
+//! The [guest that counts](testkit::counting_guest), with a disk in this process's memory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex};
 
 use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind};
 use nbd::{Export, Exports, Listing, Server};
+use testkit::counting_guest::boot_disk;
 use tokio::net::UnixListener;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::super::accel::Accel;
 use super::super::process::Process;
 use super::super::*;
-use super::counting_guest::boot_disk;
 use super::wait_for;
 
 const DISK_BYTES: usize = 1 << 20;
