@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::{Disk, Geometry};
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, Disk, FetchError, Geometry, Priority};
 use image::{ImageVolume, ImportError, ImportProgress, ImportRequest, Imported, Keep, OriginImage};
 use tempfile::TempDir;
 use testkit::foreign::tool_in;
@@ -120,6 +120,15 @@ impl Bench {
 pub(crate) fn volume(imported: &Imported) -> ImageVolume {
     let origin = OriginImage::open(&imported.dir).unwrap();
     ImageVolume::new(origin.root().clone(), Arc::new(origin))
+}
+
+/// A source that cannot be asked.
+pub(crate) struct Unreachable;
+
+impl ChunkSource for Unreachable {
+    fn fetch(&self, _: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        Box::pin(std::future::ready(Err(FetchError::Unreachable("no route".to_owned()))))
+    }
 }
 
 /// Reads the whole volume, in pieces that are aligned to nothing, and compares it with a raw file.
