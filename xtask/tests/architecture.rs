@@ -27,7 +27,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "virtman",
         &["block", "control", "identity", "image", "iscsi", "link", "node", "planner", "qemu", "volt"],
     ),
-    ("testkit", &[]),
+    ("testkit", &["block"]),
     ("xtask", &["block", "image", "iscsi", "link", "nbd", "planner", "sim", "testkit"]),
 ];
 

@@ -8,9 +8,10 @@ mod common;
 use std::sync::Arc;
 
 use block::Access;
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use iscsi::{Admission, Credentials};
 use testkit::foreign::{both, find, finish};
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::process::Command;
 
 const NAME: &str = "iqn.2026-01.test:disk";
@@ -62,7 +63,7 @@ async fn qemu_reads_what_it_wrote_with_and_without_digests() {
         qemu_io(&options, &commands).await;
         let bytes = disk.bytes.lock().unwrap();
         assert_eq!((bytes[0], bytes[512], bytes[5 << 20], bytes[41 << 20]), (1, 4, 3, 6));
-        assert!(disk.flushes.load(std::sync::atomic::Ordering::SeqCst) > 0, "a flush reaches the disk");
+        assert!(disk.flushes() > 0, "a flush reaches the disk");
     }
 }
 

@@ -8,10 +8,11 @@ mod common;
 use std::sync::Arc;
 
 use block::{Disk, ExtentKind};
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use iscsi::initiator::{Address, Initiator, Options, Secrets};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use testkit::memory_disk::{MemoryDisk, Pace};
 use testkit::tgt::{self, Tgt};
 use tokio::runtime::Runtime;
 

@@ -9,8 +9,9 @@ mod common;
 use std::collections::BTreeMap;
 
 use block::Access;
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use testkit::foreign::{find, finish};
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::process::Command;
 
 const SIZE_BYTES: usize = 100 << 20;

@@ -9,16 +9,16 @@ mod tls;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Access, Disk, ExtentKind};
-use common::{BLOCK, Listening, MemoryDisk, Pace, Serving, server};
+use common::{Listening, Serving, server};
 use nbd::{Client, NbdUri, Options};
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 use tempfile::TempDir;
 use testkit::foreign::{TOOL_TIME_MAX, both, find, finish};
+use testkit::memory_disk::{BLOCK, MemoryDisk, Pace};
 use testkit::ports::Port;
 
 /// Runs a tool to its end; what it printed, if it succeeded.
@@ -136,7 +136,7 @@ async fn qemu_io_reads_what_it_wrote_and_the_disk_holds_it() {
             "read -P 6 41M 1M",
         ];
         qemu_io(&listening.uri(), &commands).await;
-        assert!(disk.flushes.load(Ordering::SeqCst) >= 2, "FUA and the flush reached the disk");
+        assert!(disk.flushes() >= 2, "FUA and the flush reached the disk");
         let bytes = disk.bytes.lock().unwrap();
         let holds = |from: usize, to: usize, byte: u8| bytes[from..to].iter().all(|&b| b == byte);
         assert!(holds(1024, 4000, 2) && holds(4 << 20, 8 << 20, 3) && holds(41 << 20, 42 << 20, 6));
