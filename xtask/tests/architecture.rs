@@ -27,7 +27,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "virtman",
         &["block", "control", "identity", "image", "iscsi", "link", "node", "planner", "qemu", "volt"],
     ),
-    ("xtask", &["block", "image", "iscsi", "link", "nbd", "planner", "sim"]),
+    ("testkit", &["block"]),
+    ("xtask", &["block", "image", "iscsi", "link", "nbd", "planner", "sim", "testkit"]),
 ];
 
 /// Foreign crates that a crate must not know, because of what they stand for.
@@ -95,6 +96,14 @@ fn crates_do_not_know_what_they_must_not_know() {
             assert!(!dependencies[*name].contains(*used), "{name} must not depend on {used}");
         }
     }
+}
+
+#[test]
+fn the_testkit_is_known_to_tests_alone_and_to_benchmarks() {
+    let dependencies = dependencies();
+    let users = dependencies.iter().filter(|(_, uses)| uses.contains("testkit")).map(|(name, _)| name);
+    let users: Vec<_> = users.collect();
+    assert_eq!(users, ["xtask"], "all others may have it among their dev-dependencies only");
 }
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {

@@ -5,31 +5,26 @@
 
 mod common;
 
-use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
 
 use block::Access;
-use common::{MemoryDisk, Pace, Serving, target, tool};
+use common::{Serving, target};
 use iscsi::{Admission, Credentials};
+use testkit::foreign::{both, find, finish};
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::process::Command;
 
 const NAME: &str = "iqn.2026-01.test:disk";
 
-/// Longest run of one tool; the slowest takes a few seconds on a busy machine.
-const TOOL_TIME_MAX: Duration = Duration::from_secs(600);
-
 /// Runs a tool to its end: whether it succeeded, and what it printed.
 async fn run(name: &str, package: &str, args: &[&str], mutual: Option<[&str; 2]>) -> (bool, String) {
-    let mut command = Command::new(tool(name, package));
-    command.args(args).stdin(Stdio::null()).kill_on_drop(true);
+    let mut command = Command::new(find(package, name));
+    command.args(args);
     if let Some([user, secret]) = mutual {
         command.env("LIBISCSI_CHAP_TARGET_USERNAME", user).env("LIBISCSI_CHAP_TARGET_PASSWORD", secret);
     }
-    let output = tokio::time::timeout(TOOL_TIME_MAX, command.output()).await;
-    let output = output.unwrap_or_else(|_| panic!("{name} {args:?} did not end")).unwrap();
-    let printed = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&printed).into_owned())
+    let output = finish(&mut command).await;
+    (output.status.success(), both(&output))
 }
 
 async fn qemu_io(options: &str, commands: &[&str]) {
@@ -68,7 +63,7 @@ async fn qemu_reads_what_it_wrote_with_and_without_digests() {
         qemu_io(&options, &commands).await;
         let bytes = disk.bytes.lock().unwrap();
         assert_eq!((bytes[0], bytes[512], bytes[5 << 20], bytes[41 << 20]), (1, 4, 3, 6));
-        assert!(disk.flushes.load(std::sync::atomic::Ordering::SeqCst) > 0, "a flush reaches the disk");
+        assert!(disk.flushes() > 0, "a flush reaches the disk");
     }
 }
 

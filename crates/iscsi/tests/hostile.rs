@@ -9,12 +9,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use iscsi::limits::{CONNECTIONS_MAX, FIRST_BURST_BYTES_MAX, SERVER_BYTES_MAX};
 use iscsi::pdu::{
     self, DataIn, DataOut, Digests, HEADER_BYTES, Header, Isid, LoginRequest, LoginResponse, NO_TAG, NopOut,
     R2t, ScsiCommand, ScsiResponse, command, stage,
 };
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 

@@ -5,7 +5,6 @@
 
 mod common;
 mod load;
-mod port;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,11 +12,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Access, Disk, DiskError, ExtentKind};
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use iscsi::initiator::{self, Address, ConnectError, Digests, Initiator, Options, Retry, Secrets};
 use iscsi::{Admission, Credentials, Portal, Server, ServerOptions, Target};
 use load::{load, pattern};
-use port::Port;
+use testkit::memory_disk::{MemoryDisk, Pace};
+use testkit::ports::Port;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
@@ -86,7 +86,7 @@ async fn what_was_written_is_read_back_with_and_without_digests() {
         let data = pattern(1, 5 << 20);
         disk.write(12_288, &data).await.unwrap();
         disk.flush().await.unwrap();
-        assert!(memory.flushes.load(Ordering::SeqCst) > 0, "a flush reaches the disk");
+        assert!(memory.flushes() > 0, "a flush reaches the disk");
         let mut read = vec![0; data.len()];
         disk.read(12_288, &mut read).await.unwrap();
         assert!(read == data, "{pace:?} {digests:?}: what comes back is what was written");

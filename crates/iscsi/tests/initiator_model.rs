@@ -4,17 +4,16 @@
 #![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
 
 mod common;
-mod port;
-mod tgt;
 
 use std::sync::Arc;
 
 use block::{Disk, ExtentKind};
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use iscsi::initiator::{Address, Initiator, Options, Secrets};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use tgt::Tgt;
+use testkit::memory_disk::{MemoryDisk, Pace};
+use testkit::tgt::{self, Tgt};
 use tokio::runtime::Runtime;
 
 const NAME: &str = "iqn.2026-01.test:disk";

@@ -2,10 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
 
-mod common;
 mod load;
-mod port;
-mod tgt;
 
 use std::sync::Arc;
 
@@ -13,7 +10,7 @@ use block::{Access, Disk};
 use iscsi::Credentials;
 use iscsi::initiator::{self, Address, ConnectError, Digests, Initiator, Options, Secrets};
 use load::{load, pattern};
-use tgt::{NAME, Tgt};
+use testkit::tgt::{NAME, Tgt};
 
 const SIZE_BYTES: u64 = 8 << 20;
 

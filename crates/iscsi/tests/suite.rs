@@ -7,23 +7,17 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::process::Stdio;
-use std::time::Duration;
 
 use block::Access;
-use common::{MemoryDisk, Pace, Serving, target, tool};
+use common::{Serving, target};
+use testkit::foreign::{find, finish};
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::process::Command;
-
-/// Longest run of one family; the slowest takes twenty seconds, most of which it sleeps.
-const FAMILY_TIME_MAX: Duration = Duration::from_secs(600);
 
 const SIZE_BYTES: usize = 100 << 20;
 
 async fn output(args: &[&str]) -> String {
-    let mut command = Command::new(tool("iscsi-test-cu", "libiscsi-bin"));
-    command.args(args).stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(FAMILY_TIME_MAX, command.output()).await;
-    let output = output.unwrap_or_else(|_| panic!("{args:?} hangs")).unwrap();
+    let output = finish(Command::new(find("libiscsi-bin", "iscsi-test-cu")).args(args)).await;
     assert!(output.status.code().is_some(), "{args:?} crashed: {}", output.status);
     String::from_utf8_lossy(&output.stdout).into_owned()
 }

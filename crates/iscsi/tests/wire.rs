@@ -7,7 +7,7 @@ mod common;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use common::{MemoryDisk, Pace, Serving, target};
+use common::{Serving, target};
 use iscsi::pdu::{
     self, Async, DataIn, DataOut, Digests, Frame, HEADER_BYTES, Header, Isid, LoginRequest, LoginResponse,
     LogoutRequest, LogoutResponse, NO_TAG, NopIn, NopOut, R2t, Reject, ScsiCommand, ScsiResponse,
@@ -15,6 +15,7 @@ use iscsi::pdu::{
     task_response,
 };
 use iscsi::{Authentication, Portal, Server, ServerOptions};
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;

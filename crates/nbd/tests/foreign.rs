@@ -6,43 +6,26 @@
 mod common;
 mod tls;
 
-/// Ports that are the test's, as the tests of the crate `iscsi` take them.
-#[path = "../../iscsi/tests/port/mod.rs"]
-mod port;
-
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use block::{Access, Disk, ExtentKind};
-use common::{BLOCK, Listening, MemoryDisk, Pace, Serving, server};
+use common::{Listening, Serving, server};
 use nbd::{Client, NbdUri, Options};
-use port::Port;
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 use tempfile::TempDir;
-
-/// Longest run of one tool; the slowest takes a few seconds on a busy machine.
-const TOOL_TIME_MAX: Duration = Duration::from_secs(600);
-
-/// The path of a tool, or a failure that says how to get it.
-fn tool(name: &str, package: &str) -> PathBuf {
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&paths).map(|dir| dir.join(name)).find(|path| path.is_file());
-    found.unwrap_or_else(|| panic!("{name} is not installed: apt-get install {package}"))
-}
+use testkit::foreign::{TOOL_TIME_MAX, both, find, finish};
+use testkit::memory_disk::{BLOCK, MemoryDisk, Pace};
+use testkit::ports::Port;
 
 /// Runs a tool to its end; what it printed, if it succeeded.
 async fn run(name: &str, package: &str, args: &[&str]) -> String {
-    let mut command = tokio::process::Command::new(tool(name, package));
-    command.args(args).stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(TOOL_TIME_MAX, command.output()).await;
-    let output = output.unwrap_or_else(|_| panic!("{name} {args:?} did not end")).unwrap();
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{name} {args:?}: {}\n{stdout}\n{stderr}", output.status);
-    stdout.into_owned()
+    let output = finish(tokio::process::Command::new(find(package, name)).args(args)).await;
+    assert!(output.status.success(), "{name} {args:?}: {}\n{}", output.status, both(&output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 async fn qemu_io(uri: &str, commands: &[&str]) -> String {
@@ -65,14 +48,14 @@ impl Foreign {
         let socket = dir.path().join("qemu.sock");
         let path = image.to_str().unwrap();
         let args = ["-f", "raw", "-t", "-e", "8", "-x", "disk", "--discard=unmap", "-k"];
-        let mut command = Command::new(tool("qemu-nbd", "qemu-utils"));
+        let mut command = Command::new(find("qemu-utils", "qemu-nbd"));
         command.args(args).arg(&socket).arg(path);
         Foreign::start(command, socket)
     }
 
     fn nbdkit(dir: &TempDir, args: &[&str]) -> Foreign {
         let socket = dir.path().join("nbdkit.sock");
-        let mut command = Command::new(tool("nbdkit", "nbdkit"));
+        let mut command = Command::new(find("nbdkit", "nbdkit"));
         command.args(["-f", "-U"]).arg(&socket).args(args);
         Foreign::start(command, socket)
     }
@@ -153,7 +136,7 @@ async fn qemu_io_reads_what_it_wrote_and_the_disk_holds_it() {
             "read -P 6 41M 1M",
         ];
         qemu_io(&listening.uri(), &commands).await;
-        assert!(disk.flushes.load(Ordering::SeqCst) >= 2, "FUA and the flush reached the disk");
+        assert!(disk.flushes() >= 2, "FUA and the flush reached the disk");
         let bytes = disk.bytes.lock().unwrap();
         let holds = |from: usize, to: usize, byte: u8| bytes[from..to].iter().all(|&b| b == byte);
         assert!(holds(1024, 4000, 2) && holds(4 << 20, 8 << 20, 3) && holds(41 << 20, 42 << 20, 6));

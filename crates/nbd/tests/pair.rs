@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use block::{Access, Disk, DiskError, ExtentKind};
-use common::{BLOCK, MemoryDisk, Pace, server};
+use common::server;
 use nbd::{BoxStream, Client, ConnectError, Dial, Options, Retry, Server};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
+use testkit::memory_disk::{BLOCK, MemoryDisk, Pace};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
@@ -80,9 +81,9 @@ async fn churn(client: &Client, disk: &MemoryDisk, seed: u64, operations: usize)
             }
             3 => {
                 random.fill_bytes(&mut model[range.clone()]);
-                let before = disk.flushes.load(Ordering::SeqCst);
+                let before = disk.flushes();
                 client.write_durably(at, &model[range]).await.unwrap();
-                assert!(disk.flushes.load(Ordering::SeqCst) > before, "step {step} did not flush");
+                assert!(disk.flushes() > before, "step {step} did not flush");
             }
             4 => {
                 let mut at = offset;

@@ -19,7 +19,6 @@ use super::ready::ReadyError;
 use super::*;
 
 mod counting;
-mod counting_guest;
 mod early;
 mod full_disk;
 mod migration;

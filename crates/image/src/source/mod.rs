@@ -274,6 +274,7 @@ fn contained<T>(run: impl FnOnce() -> T) -> Result<T, String> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use testkit::foreign::tool_in;
 
     use super::*;
 
@@ -291,10 +292,7 @@ mod tests {
         let make = |(number, kind): (usize, &str)| {
             let name = format!("sample{number}");
             let words = format!("convert -O {kind} disk.raw {name}");
-            let run = std::process::Command::new("qemu-img").args(words.split(' ')).current_dir(dir).output();
-            let run =
-                run.unwrap_or_else(|e| panic!("cannot run qemu-img ({e}): install the package qemu-utils"));
-            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            tool_in(dir, "qemu-utils", "qemu-img", &words.split(' ').collect::<Vec<_>>());
             dir.join(name)
         };
         kinds.into_iter().enumerate().map(make).collect()

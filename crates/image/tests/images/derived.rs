@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use tokio::runtime::{Handle, Runtime};
 
 use crate::sparse::{Counted, Sparse, assert_serves, import, opener, plain_difference};
-use crate::support::{Bench, CHUNK, MIB, noise, runtime};
+use crate::support::{Bench, CHUNK, MIB, Unreachable, noise, runtime};
 
 const GIB: u64 = 1 << 30;
 /// Bytes of disk under one page of level 0.
@@ -419,15 +419,6 @@ impl ChunkSource for Silent {
     fn fetch(&self, _: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
         self.0.cancel();
         Box::pin(std::future::pending())
-    }
-}
-
-/// A source that cannot be asked.
-struct Unreachable;
-
-impl ChunkSource for Unreachable {
-    fn fetch(&self, _: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
-        Box::pin(std::future::ready(Err(FetchError::Unreachable("no route".to_owned()))))
     }
 }
 

@@ -3,12 +3,12 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
-use block::{Disk, Geometry};
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, Disk, FetchError, Geometry, Priority};
 use image::{ImageVolume, ImportError, ImportProgress, ImportRequest, Imported, Keep, OriginImage};
 use tempfile::TempDir;
+use testkit::foreign::tool_in;
 use tokio::runtime::Runtime;
 
 /// Size of the reference disk: three pages of hashes, and an end within a chunk.
@@ -35,9 +35,7 @@ pub(crate) fn runtime() -> Runtime {
 
 /// Runs `qemu-img` in a directory; the words are separated by blanks.
 pub(crate) fn qemu_img(dir: &Path, words: &str) {
-    let run = Command::new("qemu-img").args(words.split_whitespace()).current_dir(dir).output();
-    let run = run.unwrap_or_else(|e| panic!("cannot run qemu-img ({e}): install the package qemu-utils"));
-    assert!(run.status.success(), "qemu-img {words}: {}", String::from_utf8_lossy(&run.stderr));
+    tool_in(dir, "qemu-utils", "qemu-img", &words.split_whitespace().collect::<Vec<_>>());
 }
 
 /// A directory with image files, and beside it one for imported images.
@@ -102,9 +100,7 @@ impl Bench {
 
     /// Has `qemu-io` carry out one command on an image.
     pub(crate) fn qemu_io(&self, command: &str, name: &str) {
-        let run = Command::new("qemu-io").args(["-c", command, name]).current_dir(self.files()).output();
-        let run = run.unwrap_or_else(|e| panic!("cannot run qemu-io ({e}): install the package qemu-utils"));
-        assert!(run.status.success(), "qemu-io {command}: {}", String::from_utf8_lossy(&run.stderr));
+        tool_in(&self.files(), "qemu-utils", "qemu-io", &["-c", command, name]);
     }
 
     pub(crate) fn request(&self, name: &str) -> ImportRequest {
@@ -124,6 +120,15 @@ impl Bench {
 pub(crate) fn volume(imported: &Imported) -> ImageVolume {
     let origin = OriginImage::open(&imported.dir).unwrap();
     ImageVolume::new(origin.root().clone(), Arc::new(origin))
+}
+
+/// A source that cannot be asked.
+pub(crate) struct Unreachable;
+
+impl ChunkSource for Unreachable {
+    fn fetch(&self, _: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
+        Box::pin(std::future::ready(Err(FetchError::Unreachable("no route".to_owned()))))
+    }
 }
 
 /// Reads the whole volume, in pieces that are aligned to nothing, and compares it with a raw file.

@@ -15,7 +15,7 @@ use image::{ImageVolume, Imported, OriginImage};
 use proptest::prelude::*;
 use tokio::sync::Semaphore;
 
-use crate::support::{Bench, CHUNK, MIB, SIZE_BYTES, assert_same, noise};
+use crate::support::{Bench, CHUNK, MIB, SIZE_BYTES, Unreachable, assert_same, noise};
 
 /// Serves an origin's chunks, keeps them, and counts.
 struct Keeping {
@@ -198,15 +198,6 @@ async fn what_does_not_fit_or_would_write_is_refused() {
     assert!(matches!(volume.write_zeroes(0, 1).await, Err(DiskError::ReadOnly)));
     assert!(matches!(volume.discard(0, 1).await, Err(DiskError::ReadOnly)));
     assert!(volume.flush().await.is_ok());
-}
-
-/// A source that cannot be asked.
-struct Unreachable;
-
-impl ChunkSource for Unreachable {
-    fn fetch(&self, _: ChunkHash, _: Priority) -> BoxFuture<'_, Result<Chunk, FetchError>> {
-        Box::pin(std::future::ready(Err(FetchError::Unreachable("no route".to_owned()))))
-    }
 }
 
 #[tokio::test]

@@ -184,68 +184,18 @@ fn invalid(reason: String) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::Arc;
 
-    use block::{Access, BoxFuture, DiskError, Extent};
-    use futures_util::FutureExt;
+    use block::Access;
     use proptest::prelude::*;
+    use testkit::memory_disk::{MemoryDisk, Pace};
 
     use super::*;
 
     const SIZE: usize = 3 << 20;
 
-    /// A disk in memory.
-    struct Memory(Mutex<Vec<u8>>);
-
-    impl Memory {
-        fn put(&self, offset: u64, len: u64, fill: impl FnOnce(&mut [u8])) -> Result<(), DiskError> {
-            let mut bytes = self.0.lock().unwrap();
-            let size_bytes = bytes.len() as u64;
-            let fits = offset.checked_add(len).is_some_and(|end| end <= size_bytes);
-            if !fits {
-                return Err(DiskError::OutOfRange { offset, len, size_bytes });
-            }
-            fill(&mut bytes[offset as usize..(offset + len) as usize]);
-            Ok(())
-        }
-    }
-
-    impl Disk for Memory {
-        fn size_bytes(&self) -> u64 {
-            self.0.lock().unwrap().len() as u64
-        }
-
-        fn access(&self) -> Access {
-            Access::ReadWrite
-        }
-
-        fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-            async move { self.put(offset, buf.len() as u64, |bytes| buf.copy_from_slice(bytes)) }.boxed()
-        }
-
-        fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-            async move { self.put(offset, data.len() as u64, |bytes| bytes.copy_from_slice(data)) }.boxed()
-        }
-
-        fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-            async move { self.put(offset, len, |bytes| bytes.fill(0)) }.boxed()
-        }
-
-        fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-            self.write_zeroes(offset, len)
-        }
-
-        fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
-            async { Ok(()) }.boxed()
-        }
-
-        fn extents(&self, _: u64, _: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
-            async { Ok(Vec::new()) }.boxed()
-        }
-    }
-
-    fn disk() -> Memory {
-        Memory(Mutex::new(vec![7; SIZE]))
+    fn disk() -> Arc<MemoryDisk> {
+        MemoryDisk::with(vec![7; SIZE], Pace::Later, Access::ReadWrite)
     }
 
     fn runtime() -> tokio::runtime::Runtime {
@@ -267,9 +217,9 @@ mod tests {
                     }
                     sender.finish().await.unwrap()
                 };
-                let (_, received) = tokio::join!(send, receive(&mut theirs, &disk));
+                let (_, received) = tokio::join!(send, receive(&mut theirs, &*disk));
                 received.unwrap();
-                assert!(*disk.0.lock().unwrap() == *expected.0.lock().unwrap());
+                assert!(*disk.bytes.lock().unwrap() == *expected.bytes.lock().unwrap());
             });
         }
 
@@ -279,7 +229,7 @@ mod tests {
                 let _ = read_greeting(&mut &bytes[..]).await;
                 let mut reply = Vec::new();
                 let mut stream = tokio::io::join(&bytes[..], &mut reply);
-                assert!(receive(&mut stream, &disk()).await.is_err());
+                assert!(receive(&mut stream, &*disk()).await.is_err());
             });
         }
     }
@@ -308,7 +258,7 @@ mod tests {
                 theirs.read_exact(&mut between).await.unwrap();
                 between[50] ^= u8::from(flipped);
                 let mut reply = Vec::new();
-                receive(&mut tokio::io::join(&between[..], &mut reply), &disk).await.unwrap_err();
+                receive(&mut tokio::io::join(&between[..], &mut reply), &*disk).await.unwrap_err();
                 theirs.write_all(&reply).await.unwrap();
                 drop(theirs);
             };

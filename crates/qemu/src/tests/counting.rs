@@ -1,115 +1,23 @@
-//! The [guest that counts](counting_guest), with a disk in this process's memory.
+//! The [guest that counts](testkit::counting_guest), with a disk in this process's memory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind};
+use block::Access;
 use nbd::{Export, Exports, Listing, Server};
+use testkit::counting_guest::boot_disk;
+use testkit::memory_disk::{MemoryDisk, Pace};
 use tokio::net::UnixListener;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::super::accel::Accel;
 use super::super::process::Process;
 use super::super::*;
-use super::counting_guest::boot_disk;
 use super::wait_for;
 
 const DISK_BYTES: usize = 1 << 20;
-
-/// What a disk was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asked {
-    Read { offset: u64, len: usize },
-    Write,
-    Flush,
-}
-
-/// A disk in memory that remembers what it was asked for, and can be full.
-#[derive(Default)]
-pub(super) struct MemoryDisk {
-    bytes: Mutex<Vec<u8>>,
-    asked: Mutex<Vec<Asked>>,
-    full: AtomicBool,
-}
-
-impl MemoryDisk {
-    fn of(bytes: Vec<u8>) -> Arc<MemoryDisk> {
-        Arc::new(MemoryDisk { bytes: Mutex::new(bytes), ..MemoryDisk::default() })
-    }
-
-    pub(super) fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
-    }
-
-    pub(super) fn set_full(&self, full: bool) {
-        self.full.store(full, Ordering::SeqCst);
-    }
-
-    pub(super) fn is_full(&self) -> bool {
-        self.full.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn copy_from(&self, other: &MemoryDisk) {
-        self.bytes.lock().unwrap().clone_from(&other.bytes.lock().unwrap());
-    }
-
-    fn note(&self, asked: Asked) {
-        self.asked.lock().unwrap().push(asked);
-    }
-}
-
-impl Disk for MemoryDisk {
-    fn size_bytes(&self) -> u64 {
-        DISK_BYTES as u64
-    }
-
-    fn access(&self) -> Access {
-        Access::ReadWrite
-    }
-
-    fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        Box::pin(async move {
-            self.note(Asked::Read { offset, len: buf.len() });
-            let begin = usize::try_from(offset).unwrap();
-            buf.copy_from_slice(&self.bytes.lock().unwrap()[begin..begin + buf.len()]);
-            Ok(())
-        })
-    }
-
-    fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        Box::pin(async move {
-            if self.is_full() {
-                return Err(DiskError::NoSpace);
-            }
-            self.note(Asked::Write);
-            let begin = usize::try_from(offset).unwrap();
-            self.bytes.lock().unwrap()[begin..begin + data.len()].copy_from_slice(data);
-            Ok(())
-        })
-    }
-
-    fn write_zeroes(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        unreachable!("the guest has no such command")
-    }
-
-    fn discard(&self, _offset: u64, _len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        unreachable!("the guest has no such command")
-    }
-
-    fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(async {
-            self.note(Asked::Flush);
-            Ok(())
-        })
-    }
-
-    fn extents(&self, _offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
-        Box::pin(async move { Ok(vec![Extent { len, kind: ExtentKind::Data }]) })
-    }
-}
 
 struct OneExport(Arc<MemoryDisk>);
 
@@ -147,7 +55,7 @@ impl Site {
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
-        let disk = MemoryDisk::of(bytes);
+        let disk = MemoryDisk::with(bytes, Pace::Later, Access::ReadWrite);
         let listener = UnixListener::bind(dir.path().join("nbd.sock")).unwrap();
         let server = Arc::new(Server::new(Arc::new(OneExport(Arc::clone(&disk)))));
         let server = tokio::spawn(async move {
@@ -159,6 +67,11 @@ impl Site {
             }
         });
         Some(Site { dir, disk, server })
+    }
+
+    /// Makes its disk hold what another's holds now.
+    pub(super) fn copy_disk(&self, other: &Site) {
+        self.disk.bytes.lock().unwrap().clone_from(&other.disk.bytes.lock().unwrap());
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {

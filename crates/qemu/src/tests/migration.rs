@@ -1,7 +1,9 @@
 //! Guests that move from one QEMU to another, each with a disk of its own.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
+use testkit::memory_disk::Asked;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
@@ -9,7 +11,7 @@ use tokio::task::JoinHandle;
 use super::super::migrate::Paused;
 use super::super::state::RunState;
 use super::super::*;
-use super::counting::{Asked, Site, assert_counted};
+use super::counting::{Site, assert_counted};
 use super::{hand_over, sendable, wait_for};
 
 /// A destination for this guest, that listens for it at its memory socket.
@@ -85,7 +87,7 @@ async fn a_busy_guest_goes_on_elsewhere_and_neither_its_console_nor_its_disk_has
     let flushed = asked.iter().rposition(|&asked| asked == Asked::Flush);
     let wrote = asked.iter().rposition(|&asked| asked == Asked::Write);
     assert!(flushed > wrote, "all that was written is flushed: {flushed:?}, {wrote:?}");
-    there.disk.copy_from(&here.disk);
+    there.copy_disk(&here);
 
     hand_over(paused, incoming).await;
     assert_eq!(source.state().await.unwrap(), RunState::PostMigrate);
@@ -115,7 +117,7 @@ async fn a_guest_that_changes_its_memory_faster_than_it_leaves_arrives_all_the_s
     // Of what the guest fills in a millisecond, a second of this takes nearly all.
     let migration = source.begin_migration(&target.memory_socket(), Some(512 << 10)).await.unwrap();
     let paused = migration.until_paused(|_| {}).await.unwrap();
-    there.disk.copy_from(&here.disk);
+    there.copy_disk(&here);
     hand_over(paused, incoming).await;
     target.resume().await.unwrap();
     wait_for(&target, r"(?:^[0-9a-f]{8}\n){5}").await.unwrap();
@@ -248,14 +250,14 @@ async fn a_destination_that_cannot_take_the_guest_says_so_and_the_source_keeps_i
 async fn a_guest_that_waits_for_room_finds_it_elsewhere() {
     let (Some(here), Some(there)) = (Site::with_guest(), Site::empty()) else { return };
     let source = here.start().await;
-    here.disk.set_full(true);
+    here.disk.full.store(true, Ordering::SeqCst);
     while source.state().await.unwrap() != RunState::IoError {
         tokio::task::yield_now().await;
     }
     let target = destination(&there, &source).await;
     let incoming = target.incoming_listen().await.unwrap();
     let paused = paused(&source, &target.memory_socket()).await;
-    there.disk.copy_from(&here.disk);
+    there.copy_disk(&here);
     hand_over(paused, incoming).await;
     target.resume().await.unwrap();
     wait_for(&target, r"(?:^[0-9a-f]{8}\n){5}").await.unwrap();

@@ -12,8 +12,8 @@ use rustix::process::{
 };
 use serde_json::Value;
 use tempfile::TempDir;
+use testkit::ports::Port;
 
-use crate::port::Port;
 use crate::tools::{Background, both, tool, wait_for};
 
 /// How long a daemon may take to be ready: it takes milliseconds, but the machine may be busy.

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::json;
+use testkit::ports::Port;
 use tokio::io::copy_bidirectional;
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
@@ -20,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::Agent;
 use crate::cluster::Cluster;
 use crate::iscsi::{SECRET, USER, addresses, secret_file, with_secret};
-use crate::port::Port;
 use crate::tools::{Background, STEP_LIMIT, assert_same, guest_image, make_raw, tool, wait_for};
 
 /// The initiator that the Linux guest is.

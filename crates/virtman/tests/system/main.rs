@@ -30,23 +30,3 @@ mod state_files;
 mod storage;
 mod survive;
 mod tools;
-
-/// `tgtd`, another iSCSI target, as the tests of the crate `iscsi` run it.
-#[path = "../../../iscsi/tests/tgt/mod.rs"]
-mod tgt;
-
-/// Ports that are the test's, as the tests of the crate `iscsi` take them.
-#[path = "../../../iscsi/tests/port/mod.rs"]
-mod port;
-
-/// A guest that counts, as the unit tests of the VM runner boot it.
-#[path = "../../../qemu/src/tests/counting_guest.rs"]
-mod counting_guest;
-
-/// What [`tgt`] finds its programs with.
-mod common {
-    pub(crate) fn tool<'a>(program: &'a str, package: &str) -> &'a str {
-        assert!(!package.is_empty(), "{program} has a package");
-        program
-    }
-}

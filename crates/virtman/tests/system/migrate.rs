@@ -4,10 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use serde_json::Value;
+use testkit::counting_guest::boot_disk;
 
 use crate::agent::Agent;
 use crate::cluster::Cluster;
-use crate::counting_guest::boot_disk;
 use crate::guests::assert_no_disk_errors;
 use crate::tools::{STEP_LIMIT, assert_same, guest_image, make_raw, qemu_io, tool, wait_for};
 

@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use testkit::ports::Port;
+use testkit::tgt::{NAME, Tgt};
+
 use crate::cluster::Cluster;
 use crate::iscsi::{addresses, secret_file};
-use crate::port::Port;
-use crate::tgt::{NAME, Tgt};
 use crate::tools::{STEP_LIMIT, assert_same, both, make_raw, tool, wait_for};
 
 const USER: &str = "array";

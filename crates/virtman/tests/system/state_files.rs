@@ -6,10 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use testkit::tgt::{NAME, Tgt};
 
 use crate::cluster::Cluster;
 use crate::iscsi::secret_file;
-use crate::tgt::{NAME, Tgt};
 use crate::tools::{assert_same, make_raw, qemu_io};
 
 const MIB: usize = 12;

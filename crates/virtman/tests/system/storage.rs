@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use testkit::ports::Port;
 
 use crate::cluster::Cluster;
-use crate::port::Port;
 use crate::tools::{STEP_LIMIT, assert_same, both, make_raw, qemu_io, tool, tool_output, wait_for};
 
 /// The origin and four nodes below it, the last one at level three.

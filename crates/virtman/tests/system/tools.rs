@@ -3,39 +3,13 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long a foreign tool may take: a whole image over three levels on a busy machine.
-const TOOL_TIMEOUT_SECONDS: &str = "600";
+pub(crate) use testkit::foreign::{both, tool, tool_output};
 
 /// How long what takes at most a few seconds on an idle machine may take on one that is busy with other things.
 pub(crate) const STEP_LIMIT: Duration = Duration::from_secs(120);
-
-/// Runs a foreign tool to its end and returns what it said; fails the test if the tool is missing, takes
-/// too long or fails.
-pub(crate) fn tool(package: &str, program: &str, args: &[&str]) -> String {
-    let output = tool_output(package, program, args);
-    assert!(output.status.success(), "{program} {args:?} failed:\n{}", both(&output));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// The same, whatever the tool's exit status.
-pub(crate) fn tool_output(package: &str, program: &str, args: &[&str]) -> Output {
-    let output = Command::new("timeout").arg(TOOL_TIMEOUT_SECONDS).arg(program).args(args).output();
-    let output = output.expect("coreutils' timeout runs");
-    let missing = output.status.code() == Some(127);
-    assert!(
-        !missing,
-        "{program} is missing: install the Debian package {package} (scripts/install-tools test)"
-    );
-    output
-}
-
-/// What a process printed on both streams.
-pub(crate) fn both(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
 
 /// Waits until `look` finds something; fails the test with `what` when `limit` has passed.
 pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {

@@ -3,12 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use testkit::counting_guest;
+
 use super::super::Outcome;
 use super::Life;
 use super::site::Site;
-
-#[path = "../../../../crates/qemu/src/tests/counting_guest.rs"]
-mod counting_guest;
 
 /// Size of the counting guest's disk.
 const COUNTING_DISK_BYTES: usize = 4 << 20;

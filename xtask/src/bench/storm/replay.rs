@@ -169,58 +169,26 @@ fn check(script: &Script, own_seed: u64, offset: u64, buf: &[u8], probes: &[Prob
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::sync::Mutex;
+    use std::sync::Arc;
 
-    use block::{Access, BoxFuture, DiskError, Extent};
+    use block::Access;
+    use testkit::memory_disk::{MemoryDisk, Pace};
 
     use super::*;
 
     /// A disk in memory that holds the image and takes writes.
-    struct Memory(Mutex<Vec<u8>>);
-
-    impl Memory {
-        fn with_image(seed: u64, trace: &Trace) -> Memory {
-            let mut bytes = vec![0; trace.disk_bytes as usize];
-            for chunk in trace.chunks_in_order().into_iter().collect::<BTreeSet<_>>() {
-                let range = (chunk * 65536) as usize..(((chunk + 1) * 65536).min(trace.disk_bytes)) as usize;
-                fill(seed, chunk * 65536, &mut bytes[range]);
-            }
-            Memory(Mutex::new(bytes))
+    fn disk_with_image(seed: u64, trace: &Trace) -> Arc<MemoryDisk> {
+        let mut bytes = vec![0; trace.disk_bytes as usize];
+        for chunk in trace.chunks_in_order().into_iter().collect::<BTreeSet<_>>() {
+            let range = (chunk * 65536) as usize..(((chunk + 1) * 65536).min(trace.disk_bytes)) as usize;
+            fill(seed, chunk * 65536, &mut bytes[range]);
         }
-    }
-
-    impl Disk for Memory {
-        fn size_bytes(&self) -> u64 {
-            self.0.lock().unwrap().len() as u64
-        }
-        fn access(&self) -> Access {
-            Access::ReadWrite
-        }
-        fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-            buf.copy_from_slice(&self.0.lock().unwrap()[offset as usize..offset as usize + buf.len()]);
-            Box::pin(async { Ok(()) })
-        }
-        fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-            self.0.lock().unwrap()[offset as usize..offset as usize + data.len()].copy_from_slice(data);
-            Box::pin(async { Ok(()) })
-        }
-        fn write_zeroes(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-            Box::pin(async { Err(DiskError::ReadOnly) })
-        }
-        fn discard(&self, _: u64, _: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-            Box::pin(async { Err(DiskError::ReadOnly) })
-        }
-        fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
-            Box::pin(async { Ok(()) })
-        }
-        fn extents(&self, _: u64, _: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
-            Box::pin(async { Ok(Vec::new()) })
-        }
+        MemoryDisk::with(bytes, Pace::Later, Access::ReadWrite)
     }
 
     const TEXT: &str = "0,R,0,4096\n50,W,512,1024\n90,R,0,4096\n99,R,512,1024\n99,F,0,0";
 
-    async fn play_on(disk: &Memory, seed: u64, writes: Writes) -> (Played, u64) {
+    async fn play_on(disk: &MemoryDisk, seed: u64, writes: Writes) -> (Played, u64) {
         let trace = super::super::trace::tests_parse(TEXT, 65536);
         let script = Script { trace, think: 1.0, seed, writes };
         let (reads, mut played) = (AtomicU64::new(0), Played::new());
@@ -232,18 +200,21 @@ mod tests {
     async fn a_guest_finds_the_image_and_its_own_writes() {
         let trace = super::super::trace::tests_parse(TEXT, 65536);
         for writes in [Writes::ToDisk, Writes::Kept] {
-            let disk = Memory::with_image(9, &trace);
+            let disk = disk_with_image(9, &trace);
             let (played, reads) = play_on(&disk, 9, writes).await;
             assert_eq!((played.errors, played.wrong, reads), (0, 0, 3), "{:?}", played.complaint);
             // The image's own bytes are gone where the guest wrote.
-            assert_eq!(disk.0.lock().unwrap()[512..520] == word(9, 64).to_le_bytes(), writes == Writes::Kept);
+            assert_eq!(
+                disk.bytes.lock().unwrap()[512..520] == word(9, 64).to_le_bytes(),
+                writes == Writes::Kept
+            );
         }
     }
 
     #[tokio::test]
     async fn another_images_bytes_are_noticed() {
         let trace = super::super::trace::tests_parse(TEXT, 65536);
-        let (played, _) = play_on(&Memory::with_image(8, &trace), 9, Writes::ToDisk).await;
+        let (played, _) = play_on(&disk_with_image(8, &trace), 9, Writes::ToDisk).await;
         assert_eq!(played.wrong, 2, "the read of its own writes is right");
         assert!(played.complaint.unwrap().contains("byte 0 "));
     }

@@ -5,9 +5,6 @@
 //! asks for any port, neither to listen at nor to call from; but whoever asks for this very one, with `SO_REUSEADDR` as
 //! all daemons here do, may listen at it. While nobody does, callers are refused.
 
-#![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
-#![allow(dead_code, unreachable_pub)] // Each test file uses a part of this.
-
 use std::io::{ErrorKind, Result};
 use std::net::SocketAddr;
 
@@ -45,6 +42,7 @@ impl Port {
         &self.text
     }
 
+    /// `PORT`.
     pub fn number(&self) -> u16 {
         self.number
     }

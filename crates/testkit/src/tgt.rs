@@ -3,18 +3,16 @@
 //! Daemons and `tgtadm` otherwise meet in `/var/run/tgtd` by a number that all daemons of the machine share; here they
 //! meet in a directory of the test.
 
-#![allow(clippy::unwrap_used)] // Whatever fails here fails the test.
-#![allow(dead_code, unreachable_pub)] // Each test file uses a part of this.
-
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::common::tool;
-use crate::port::Port;
+use crate::foreign::find;
+use crate::ports::Port;
 
+/// The target's name.
 pub const NAME: &str = "iqn.2026-01.test:tgt";
 
 /// How long it may take to start, which takes milliseconds on a machine that is not busy.
@@ -26,12 +24,14 @@ const CONTROL: &str = "TGT_IPC_SOCKET";
 /// One daemon with one target whose unit 1 is a file. It is ended with its files when it is dropped.
 pub struct Tgt {
     dir: TempDir,
+    /// Where it listens.
     pub port: u16,
     reserved: Port,
     daemon: Option<Child>,
 }
 
 impl Tgt {
+    /// A daemon that does not run yet, and a file of zeroes.
     pub fn new(size_bytes: u64) -> Tgt {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("disk")).unwrap();
@@ -40,6 +40,7 @@ impl Tgt {
         Tgt { dir, port: reserved.number(), reserved, daemon: None }
     }
 
+    /// The file that is the disk.
     pub fn file(&self) -> PathBuf {
         self.dir.path().join("disk")
     }
@@ -53,7 +54,7 @@ impl Tgt {
     }
 
     fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(tool(program, "tgt"));
+        let mut command = Command::new(find("tgt", program));
         command.env(CONTROL, self.dir.path().join("control"));
         command
     }

@@ -3,7 +3,7 @@
 //! In each round it reads the second sector of its disk, prints `lost` if that is
 //! not the number that it wrote before, adds one, writes that back, prints it as a line of eight hexadecimal
 //! digits, and fills 384 KiB of its memory with it. It prints `error` if its disk gives one. So whoever reads its
-//! console sees each number once, in order, or something went wrong. Unit and system tests share it.
+//! console sees each number once, in order, or something went wrong.
 
 #[rustfmt::skip]
 const COUNTING_GUEST: [u8; 190] = [
@@ -37,7 +37,7 @@ const COUNTING_GUEST: [u8; 190] = [
 ];
 
 /// A disk of so many bytes that boots it.
-pub(crate) fn boot_disk(disk_bytes: usize) -> Vec<u8> {
+pub fn boot_disk(disk_bytes: usize) -> Vec<u8> {
     let mut bytes = vec![0; disk_bytes];
     bytes[..COUNTING_GUEST.len()].copy_from_slice(&COUNTING_GUEST);
     bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
