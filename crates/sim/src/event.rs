@@ -21,8 +21,10 @@ pub(crate) struct FlowId(pub(crate) u32);
 /// Which end of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Side {
-    Child,
-    Parent,
+    /// The child's.
+    Client,
+    /// The parent's.
+    Server,
 }
 
 /// One end of a link.
@@ -58,7 +60,7 @@ impl FlowId {
 
     /// The end that hears what comes along this flow. A link's flows are opened together, upward first.
     pub(crate) fn hearer(self) -> End {
-        let side = if self.0.is_multiple_of(2) { Side::Parent } else { Side::Child };
+        let side = if self.0.is_multiple_of(2) { Side::Server } else { Side::Client };
         End { link: LinkId(self.0 / 2), side }
     }
 
@@ -71,15 +73,15 @@ impl FlowId {
 impl End {
     pub(crate) fn other(self) -> End {
         let side = match self.side {
-            Side::Child => Side::Parent,
-            Side::Parent => Side::Child,
+            Side::Client => Side::Server,
+            Side::Server => Side::Client,
         };
         End { side, ..self }
     }
 
     /// The flow that this end writes to.
     pub(crate) fn flow(self) -> FlowId {
-        FlowId(self.link.0 * 2 + u32::from(self.side == Side::Parent))
+        FlowId(self.link.0 * 2 + u32::from(self.side == Side::Server))
     }
 }
 

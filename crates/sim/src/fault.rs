@@ -176,10 +176,10 @@ impl World {
     fn ends_of(&self, ix: NodeIx) -> Vec<End> {
         let node = &self.nodes[ix.at()];
         let up = node.uplinks.values().filter_map(|uplink| match uplink.wire {
-            Wire::Open(link) => Some(End { link, side: Side::Child }),
+            Wire::Open(link) => Some(End { link, side: Side::Client }),
             _ => None,
         });
-        let down = node.downlinks.iter().map(|&link| End { link, side: Side::Parent });
+        let down = node.downlinks.iter().map(|&link| End { link, side: Side::Server });
         up.chain(down).collect()
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use block::{NodeName, Priority};
 use link::Stats;
-use link::policy::{Hunt, PathId, Paths, in_flight_max};
+use link::policy::{PathId, Paths, RequestPolicy, in_flight_max};
 use link::wire::RequestId;
 use planner::{Location, Placement, Role};
 
@@ -31,11 +31,11 @@ pub(crate) enum Waiter {
 pub(crate) struct Flight {
     pub(crate) priority: Priority,
     pub(crate) waiters: Vec<(Waiter, Priority)>,
-    pub(crate) hunt: Hunt,
+    pub(crate) policy: RequestPolicy,
     pub(crate) stage: Stage,
     /// Whom it was asked of, and as what.
     pub(crate) asks: Vec<(PathId, RequestId)>,
-    /// Requests of an earlier hunt that parents still have, while a new one begins.
+    /// Requests of an earlier policy that parents still have, while a new one begins.
     pub(crate) withdrawn: Vec<(PathId, RequestId)>,
     /// Counts decisions, so that a timer of an earlier one is void.
     pub(crate) turn: u64,
@@ -136,7 +136,7 @@ pub(crate) struct Node {
     pub(crate) streamer: Option<Streamer>,
     pub(crate) guests: Vec<Guest>,
     /// Fetches that began because a guest waits.
-    pub(crate) guest_hunts: u64,
+    pub(crate) guest_requests: u64,
     pub(crate) session: Session,
     /// When the last word to and from Volt arrives: they keep their order.
     pub(crate) heard_by_volt_at: Duration,
@@ -172,7 +172,7 @@ impl Node {
             bans: BTreeMap::new(),
             streamer: None,
             guests: Vec::new(),
-            guest_hunts: 0,
+            guest_requests: 0,
             session: Session::Off,
             heard_by_volt_at: Duration::ZERO,
             heard_volt_at: Duration::ZERO,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use block::NodeName;
 use link::policy::PathId;
 use link::wire::RequestId;
-use link::{Child, Parent};
+use link::{ClientEnd, ServerEnd};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -31,8 +31,8 @@ pub(crate) struct Link {
     pub(crate) parent_node: NodeIx,
     /// The child's name for its parent.
     pub(crate) path: PathId,
-    pub(crate) child: Option<Child>,
-    pub(crate) parent: Option<Parent>,
+    pub(crate) client: Option<ClientEnd>,
+    pub(crate) server: Option<ServerEnd>,
     /// When the ends' timers go off next.
     timers: [Option<Duration>; 2],
     /// The parent sent a wrong chunk.
@@ -158,8 +158,8 @@ impl World {
     fn owner(&self, end: End) -> NodeIx {
         let link = &self.links[end.link.at()];
         match end.side {
-            Side::Child => link.child_node,
-            Side::Parent => link.parent_node,
+            Side::Client => link.child_node,
+            Side::Server => link.parent_node,
         }
     }
 
@@ -168,16 +168,16 @@ impl World {
         child_node: NodeIx,
         path: PathId,
         parent_node: NodeIx,
-        child: Child,
-        parent: Parent,
+        client: ClientEnd,
+        server: ServerEnd,
     ) -> LinkId {
         let link = LinkId(u32::try_from(self.links.len()).expect("a run opens fewer links than that"));
         self.links.push(Link {
             child_node,
             parent_node,
             path,
-            child: Some(child),
-            parent: Some(parent),
+            client: Some(client),
+            server: Some(server),
             timers: [None; 2],
             lied: false,
             serving: BTreeMap::new(),
@@ -185,7 +185,7 @@ impl World {
         self.net.open(child_node, parent_node);
         self.net.open(parent_node, child_node);
         self.nodes[parent_node.at()].downlinks.push(link);
-        for side in [Side::Child, Side::Parent] {
+        for side in [Side::Client, Side::Server] {
             self.dirty.push_back(End { link, side });
         }
         link
@@ -200,8 +200,8 @@ impl World {
         let now = self.agenda.now();
         let link = &mut self.links[end.link.at()];
         let inbox = match end.side {
-            Side::Child => link.child.as_mut().map(Child::inbox),
-            Side::Parent => link.parent.as_mut().map(Parent::inbox),
+            Side::Client => link.client.as_mut().map(ClientEnd::inbox),
+            Side::Server => link.server.as_mut().map(ServerEnd::inbox),
         };
         let Some(inbox) = inbox else { return };
         if inbox.is_empty() {
@@ -210,16 +210,16 @@ impl World {
         }
         inbox.put(bytes);
         match end.side {
-            Side::Child => {
-                if let Some(child) = link.child.as_mut() {
-                    child.heard(now);
+            Side::Client => {
+                if let Some(client) = link.client.as_mut() {
+                    client.heard(now);
                 }
                 let (node, path) = (link.child_node, link.path);
                 self.nodes[node.at()].paths.heard(path, now);
             }
-            Side::Parent => {
-                if let Some(parent) = link.parent.as_mut() {
-                    parent.heard(now);
+            Side::Server => {
+                if let Some(server) = link.server.as_mut() {
+                    server.heard(now);
                 }
             }
         }
@@ -230,47 +230,49 @@ impl World {
     fn attend(&mut self, end: End) {
         let now = self.agenda.now();
         match end.side {
-            Side::Child => {
-                while let Some(event) = self.links[end.link.at()].child.as_mut().and_then(Child::poll_event) {
-                    self.child_event(end.link, event);
+            Side::Client => {
+                while let Some(event) =
+                    self.links[end.link.at()].client.as_mut().and_then(ClientEnd::poll_event)
+                {
+                    self.client_event(end.link, event);
                 }
             }
-            Side::Parent => self.attend_parent(end),
+            Side::Server => self.attend_server(end),
         }
         let flow = end.flow();
         while self.net.has_room(flow) {
             let link = &mut self.links[end.link.at()];
             let out = match end.side {
-                Side::Child => link.child.as_mut().and_then(|child| child.poll_transmit(now)),
-                Side::Parent => link.parent.as_mut().and_then(Parent::poll_transmit),
+                Side::Client => link.client.as_mut().and_then(|client| client.poll_transmit(now)),
+                Side::Server => link.server.as_mut().and_then(ServerEnd::poll_transmit),
             };
             let Some(out) = out else { break };
             self.net.write(&mut self.agenda, flow, out);
-            if end.side == Side::Parent {
+            if end.side == Side::Server {
                 // Sending an answer frees its place for another request.
-                self.attend_parent(end);
+                self.attend_server(end);
             }
         }
         self.checks.queued(self.net.waiting_bytes(flow));
         let link = &self.links[end.link.at()];
         let is_over = match end.side {
-            Side::Child => link.child.as_ref().is_some_and(|child| child.closed().is_some()),
-            Side::Parent => link.parent.as_ref().is_some_and(|parent| parent.closed().is_some()),
+            Side::Client => link.client.as_ref().is_some_and(|client| client.closed().is_some()),
+            Side::Server => link.server.as_ref().is_some_and(|server| server.closed().is_some()),
         };
         if is_over { self.hang_up(end) } else { self.set_timer(end) }
     }
 
-    fn attend_parent(&mut self, end: End) {
-        while let Some(event) = self.links[end.link.at()].parent.as_mut().and_then(Parent::poll_event) {
-            self.parent_event(end.link, &event);
+    fn attend_server(&mut self, end: End) {
+        while let Some(event) = self.links[end.link.at()].server.as_mut().and_then(ServerEnd::poll_event) {
+            self.server_event(end.link, &event);
         }
     }
 
     fn set_timer(&mut self, end: End) {
         let link = &mut self.links[end.link.at()];
         let deadline = match end.side {
-            Side::Child => link.child.as_ref().map(Child::deadline),
-            Side::Parent => link.parent.as_ref().map(Parent::deadline),
+            Side::Client => link.client.as_ref().map(ClientEnd::deadline),
+            Side::Server => link.server.as_ref().map(ServerEnd::deadline),
         };
         let Some(deadline) = deadline else { return };
         let timer = &mut link.timers[end.side as usize];
@@ -288,11 +290,11 @@ impl World {
         }
         link.timers[end.side as usize] = None;
         match end.side {
-            Side::Child => {
-                link.child.as_mut().filter(|child| child.deadline() <= now).map(|child| child.tick(now))
+            Side::Client => {
+                link.client.as_mut().filter(|client| client.deadline() <= now).map(|client| client.tick(now))
             }
-            Side::Parent => {
-                link.parent.as_mut().filter(|parent| parent.deadline() <= now).map(|parent| parent.tick(now))
+            Side::Server => {
+                link.server.as_mut().filter(|server| server.deadline() <= now).map(|server| server.tick(now))
             }
         };
         self.attend(end);
@@ -302,8 +304,8 @@ impl World {
     fn stream_ended(&mut self, end: End) {
         let link = &mut self.links[end.link.at()];
         match end.side {
-            Side::Child => link.child.as_mut().map(Child::ended),
-            Side::Parent => link.parent.as_mut().map(Parent::ended),
+            Side::Client => link.client.as_mut().map(ClientEnd::ended),
+            Side::Server => link.server.as_mut().map(ServerEnd::ended),
         };
         self.attend(end);
     }
@@ -319,9 +321,9 @@ impl World {
     pub(crate) fn drop_end(&mut self, end: End) {
         let link = &mut self.links[end.link.at()];
         match end.side {
-            Side::Child => link.child = None,
-            Side::Parent => {
-                link.parent = None;
+            Side::Client => link.client = None,
+            Side::Server => {
+                link.server = None;
                 let (node, child) = (link.parent_node, end.link);
                 let serving = std::mem::take(&mut link.serving);
                 self.nodes[node.at()].downlinks.retain(|other| *other != child);

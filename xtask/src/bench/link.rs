@@ -16,7 +16,7 @@ use block::{
     BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
 };
 use bytes::Bytes;
-use link::{Dial, FetchSettings, Fetcher, ParentAddr, Sources, Stats, Stream, Tally, Uplinks};
+use link::{Dial, FetchSettings, Fetcher, ParentAddr, ScopedStats, Sources, Stats, Stream, Uplinks};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
@@ -190,7 +190,7 @@ async fn over_link(ends: Arc<Ends>) -> io::Result<()> {
         let stream = parent.accept(&listener).await?;
         let sources = Arc::new(parent.chunks.clone());
         // The child ends the link by going away, which is no failure of the transfer.
-        let _ = link::serve(stream, &name("parent"), name("child"), sources, Tally::default()).await;
+        let _ = link::serve(stream, &name("parent"), name("child"), sources, ScopedStats::default()).await;
         Ok(())
     });
     let dial = Arc::new(Dialer(Arc::clone(&ends)));

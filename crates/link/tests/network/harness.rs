@@ -10,7 +10,9 @@ use block::limits::CHUNK_BYTES;
 use block::{
     BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
 };
-use link::{Dial, FetchSettings, Fetcher, ParentAddr, Report, Sources, Stats, Stream, Tally, Uplinks, serve};
+use link::{
+    Dial, FetchSettings, Fetcher, ParentAddr, Report, ScopedStats, Sources, Stats, Stream, Uplinks, serve,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::sync::{Notify, OnceCell, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -237,8 +239,8 @@ impl Net {
         total: &Arc<Stats>,
     ) -> Box<dyn Stream> {
         let (near, far) = duplex(CHUNK_BYTES);
-        let (own, peer, tally) = (node.clone(), peer.clone(), Tally::under(total));
-        let task = tokio::spawn(async move { serve(far, &own, peer, sources, tally).await });
+        let (own, peer, stats) = (node.clone(), peer.clone(), ScopedStats::under(total));
+        let task = tokio::spawn(async move { serve(far, &own, peer, sources, stats).await });
         self.served.lock().unwrap().push((node.clone(), task.abort_handle()));
         piped(Box::new(near), Pace::WhileRunning(node.clone(), self.stopped.subscribe()))
     }
