@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use block::limits::CHUNK_BYTES;
 use block::{
-    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint, TryIo,
 };
 use bytes::BytesMut;
 use futures_util::FutureExt;
@@ -160,7 +160,7 @@ impl Server {
         let packing = if self.end.child_unpacks() { self.packing.choose() } else { Packing::Leave };
         // A link that compresses wants the chunk with its packed form, if there is one.
         if packing == Packing::Leave
-            && let Some(reply) = self.read_now(&image, &chunk)
+            && let Some(reply) = self.try_read(&image, &chunk)
         {
             return self.end.answer(id, reply);
         }
@@ -181,10 +181,10 @@ impl Server {
     }
 
     /// The chunk's bytes, if they are here.
-    fn read_now(&mut self, image: &ImageId, chunk: &ChunkHash) -> Option<Reply> {
+    fn try_read(&mut self, image: &ImageId, chunk: &ChunkHash) -> Option<Reply> {
         let source = self.sources.source(image).now_or_never()??;
         self.spare.resize(CHUNK_BYTES, 0);
-        if source.read_now(chunk, &SlotHint::default(), 0, &mut self.spare) == Now::Wait {
+        if source.try_read(chunk, &SlotHint::default(), 0, &mut self.spare) == TryIo::WouldBlock {
             return None;
         }
         Some(Reply::Have(Payload::Raw(std::mem::take(&mut self.spare).freeze())))

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, TryIo};
 use nbd::{BoxStream, Export, Exports, Listing, Server};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -296,19 +296,19 @@ impl<D: Disk> Disk for WatchedDisk<D> {
         self.disk.access()
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         self.note_read();
-        let now = self.disk.read_now(offset, buf)?;
+        let now = self.disk.try_read(offset, buf)?;
         // One that has to wait is asked for again.
-        if now == Now::Done {
+        if now == TryIo::Done {
             self.count_read(buf.len());
         }
         Ok(now)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
-        let now = self.disk.write_now(offset, data)?;
-        if now == Now::Done {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
+        let now = self.disk.try_write(offset, data)?;
+        if now == TryIo::Done {
             self.count_write(data.len());
         }
         Ok(now)

@@ -3,7 +3,7 @@
 //! Each chunk is stored once, whatever images it belongs to, and found by its hash. Each shard of the
 //! index has its own lock; a read that has a good [`SlotHint`](block::SlotHint) takes none at all.
 //!
-//! Consistency: a whole chunk that leaves the cache was verified on the way out. [`ChunkSource::read_now`]
+//! Consistency: a whole chunk that leaves the cache was verified on the way out. [`ChunkSource::try_read`]
 //! serves parts of chunks that were verified since they came into memory, and checks before and after
 //! that the slot holds the wanted chunk. What the page cache holds is trusted as this process's own memory is: who
 //! writes to the file of a medium in use can change what guests read.
@@ -35,7 +35,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use block::limits::CHUNK_BYTES;
-use block::{Chunk, ChunkHash, ChunkSource, Now, Priority};
+use block::{Chunk, ChunkHash, ChunkSource, Priority, TryIo};
 
 use self::flight::{Flight, Waiter};
 use self::journey::Journey;
@@ -382,23 +382,23 @@ impl CacheGroup {
     }
 
     /// Copies from the slot, if it holds the chunk, verified, and its bytes are in memory and still the same.
-    fn copy_now(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_copy(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> TryIo {
         let media = self.media.load();
-        let Some((medium, slot)) = media.get(id) else { return Now::Wait };
-        let Some(seen) = slot.see_chunk(hash) else { return Now::Wait };
+        let Some((medium, slot)) = media.get(id) else { return TryIo::WouldBlock };
+        let Some(seen) = slot.see_chunk(hash) else { return TryIo::WouldBlock };
         if seen.stage() != Stage::Ready || !medium.is_usable() {
-            return Now::Wait;
+            return TryIo::WouldBlock;
         }
-        match medium.copy_now(id, offset, buf) {
-            Ok(Now::Done) if slot.is_still(seen) && medium.is_usable() => {
+        match medium.try_copy(id, offset, buf) {
+            Ok(TryIo::Done) if slot.is_still(seen) && medium.is_usable() => {
                 self.note_hit(shard, medium, id, seen);
-                Now::Done
+                TryIo::Done
             }
             // A chunk of which a part is wrong is found to be so by whoever reads it as a whole now.
-            Ok(_) => Now::Wait,
+            Ok(_) => TryIo::WouldBlock,
             Err(error) => {
                 medium.note_error(&error);
-                Now::Wait
+                TryIo::WouldBlock
             }
         }
     }

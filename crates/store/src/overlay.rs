@@ -34,7 +34,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use block::limits::BLOCK_BYTES;
-use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, TryIo};
 use futures_util::FutureExt;
 
 use self::claims::{Claim, Claims};
@@ -327,15 +327,15 @@ impl Overlay {
         (place, len.min(end - offset))
     }
 
-    fn read_run_now(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read_run(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         match place {
-            Place::Own => Ok(self.data.read_at_now(offset, buf)?),
+            Place::Own => Ok(self.data.try_read_at(offset, buf)?),
             Place::Base => {
                 // Held while the base is read: that does not wait, and costs less than counting a reference.
                 let base = self.base.read().unwrap_or_else(PoisonError::into_inner);
                 let (below, beyond) = buf.split_at_mut(bytes_on(&**base, offset, buf.len()));
                 beyond.fill(0);
-                if below.is_empty() { Ok(Now::Done) } else { base.read_now(offset, below) }
+                if below.is_empty() { Ok(TryIo::Done) } else { base.try_read(offset, below) }
             }
         }
     }
@@ -347,7 +347,7 @@ impl Overlay {
                 let base = self.base();
                 let (below, beyond) = buf.split_at_mut(bytes_on(&*base, offset, buf.len()));
                 beyond.fill(0);
-                if below.is_empty() || base.read_now(offset, below)? == Now::Done {
+                if below.is_empty() || base.try_read(offset, below)? == TryIo::Done {
                     return Ok(());
                 }
                 base.read(offset, below).await
@@ -549,30 +549,30 @@ impl Disk for Overlay {
         if self.is_frozen() { Access::ReadOnly } else { Access::ReadWrite }
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         self.check(offset, buf.len() as u64)?;
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
             let (place, len) = self.run(at, (buf.len() - done) as u64);
-            if self.read_run_now(place, at, &mut buf[done..done + len as usize])? == Now::Wait {
-                return Ok(Now::Wait);
+            if self.try_read_run(place, at, &mut buf[done..done + len as usize])? == TryIo::WouldBlock {
+                return Ok(TryIo::WouldBlock);
             }
             done += len as usize;
         }
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
         self.check(offset, data.len() as u64)?;
         if data.is_empty() {
-            return Ok(Now::Done);
+            return Ok(TryIo::Done);
         }
         if data.len() > WRITE_PIECE_BYTES {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
         let Some(claim) = self.claims.try_claim(touched(offset, data.len() as u64)) else {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         };
         self.must_take_changes()?;
         let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
@@ -580,8 +580,8 @@ impl Disk for Overlay {
         let mut blocks = [[0; BLOCK_BYTES]; 2];
         for (edge, block) in cut.edges.iter().zip(&mut blocks) {
             let Some(edge) = edge else { continue };
-            if self.read_run_now(self.place(edge.block), edge.block * BLOCK, block)? == Now::Wait {
-                return Ok(Now::Wait);
+            if self.try_read_run(self.place(edge.block), edge.block * BLOCK, block)? == TryIo::WouldBlock {
+                return Ok(TryIo::WouldBlock);
             }
             block[edge.within.clone()].copy_from_slice(&data[edge.at..edge.at + edge.within.len()]);
         }
@@ -594,7 +594,7 @@ impl Disk for Overlay {
         if !whole.is_empty() {
             self.put(&claim, cut.whole.start, whole)?;
         }
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use block::limits::CHUNK_BYTES;
 use block::{
-    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint, TryIo,
 };
 use bytes::Bytes;
 use link::{Dial, FetchSettings, Fetcher, ParentAddr, ScopedStats, Sources, Stats, Stream, Uplinks};
@@ -155,10 +155,10 @@ impl ChunkSource for Memory {
         Box::pin(std::future::ready(found.ok_or(FetchError::NotHere(chunk))))
     }
 
-    fn read_now(&self, chunk: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
-        let Some(chunk) = self.0.get(chunk) else { return Now::Wait };
+    fn try_read(&self, chunk: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
+        let Some(chunk) = self.0.get(chunk) else { return TryIo::WouldBlock };
         buf.copy_from_slice(&chunk.bytes()[offset..offset + buf.len()]);
-        Now::Done
+        TryIo::Done
     }
 }
 

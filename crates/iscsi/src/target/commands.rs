@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::Now;
+use block::TryIo;
 
 use super::buffers::buffer_bytes;
 use super::session::{Peer, Session};
@@ -70,15 +70,15 @@ impl Session {
 
     fn work(&mut self, frame: &Frame<'_>, pdu: &ScsiCommand, unit: Arc<Unit>, work: Work) {
         let free = self.queue.is_empty() && self.ordered == 0 && !is_ordered(pdu);
-        if free && work.is_read() && self.read_now(pdu, &unit, &work) {
+        if free && work.is_read() && self.try_read(pdu, &unit, &work) {
             return;
         }
         let needed = work.data_out_bytes.min(outgoing(pdu));
         let complete = pdu.flags & FINAL != 0 && frame.data.len() >= needed as usize;
         if free && complete && needed > 0 && !work.is_read() {
-            match unit.write_now(&work, &frame.data[..needed as usize]) {
-                Ok(Now::Done) => return self.answer(pdu, needed_total(&work), Reply::good()),
-                Ok(Now::Wait) => {}
+            match unit.try_write(&work, &frame.data[..needed as usize]) {
+                Ok(TryIo::Done) => return self.answer(pdu, needed_total(&work), Reply::good()),
+                Ok(TryIo::WouldBlock) => {}
                 Err(fault) => return self.answer(pdu, needed_total(&work), unit.refuse(fault)),
             }
         }
@@ -126,7 +126,7 @@ impl Session {
     }
 
     /// Reads and answers in one go, if there is room and the disk need not wait; whether it did.
-    fn read_now(&mut self, pdu: &ScsiCommand, unit: &Arc<Unit>, work: &Work) -> bool {
+    fn try_read(&mut self, pdu: &ScsiCommand, unit: &Arc<Unit>, work: &Work) -> bool {
         let len = work.read_bytes.min(incoming(pdu));
         let segment = (INLINE_BYTES_MAX as u32).min(self.parameters.peer_segment_bytes_max);
         let segment = segment.min(self.parameters.burst_bytes_max);
@@ -137,9 +137,9 @@ impl Session {
         let head_bytes = HEADER_BYTES + digests.header.bytes();
         let len = len as usize;
         let room = self.output.room(head_bytes + len);
-        match unit.read_now(work, &mut room[head_bytes..]) {
-            Ok(Now::Done) => {}
-            Ok(Now::Wait) => return false,
+        match unit.try_read(work, &mut room[head_bytes..]) {
+            Ok(TryIo::Done) => {}
+            Ok(TryIo::WouldBlock) => return false,
             Err(fault) => {
                 self.answer(pdu, 0, unit.refuse(fault));
                 return true;
@@ -332,14 +332,14 @@ impl Session {
         let Some(work) = task.work.clone() else { return };
         let (len, mut buffer) = (task.data_bytes(), std::mem::take(&mut task.buffer));
         let done = if work.is_read() {
-            task.unit.read_now(&work, &mut buffer[..len])
+            task.unit.try_read(&work, &mut buffer[..len])
         } else {
-            task.unit.write_now(&work, &buffer[..len])
+            task.unit.try_write(&work, &buffer[..len])
         };
         let outcome = match done {
-            Ok(Now::Wait) => return self.spawn(task_tag, work, buffer),
-            Ok(Now::Done) if work.is_read() => Outcome::Read(buffer, Ok(len)),
-            Ok(Now::Done) => Outcome::Other(buffer, Reply::good()),
+            Ok(TryIo::WouldBlock) => return self.spawn(task_tag, work, buffer),
+            Ok(TryIo::Done) if work.is_read() => Outcome::Read(buffer, Ok(len)),
+            Ok(TryIo::Done) => Outcome::Other(buffer, Reply::good()),
             Err(fault) => Outcome::Other(buffer, task.unit.refuse(fault)),
         };
         self.finish(Finished { task_tag, outcome });

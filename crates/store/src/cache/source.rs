@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Now, Priority, SlotHint};
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority, SlotHint, TryIo};
 use futures_util::FutureExt;
 
 use super::flight::Answer;
@@ -69,16 +69,16 @@ impl ChunkSource for Cached {
         self.get(chunk, priority).boxed()
     }
 
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_read(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
         if chunk.is_zero() {
             buf.fill(0);
-            return Now::Done;
+            return TryIo::Done;
         }
         let (group, shard) = (&self.group, self.group.shard(chunk));
         if let Some(id) = SlotId::from_hint(hint.get())
-            && group.copy_now(shard, id, chunk, offset, buf) == Now::Done
+            && group.try_copy(shard, id, chunk, offset, buf) == TryIo::Done
         {
-            return Now::Done;
+            return TryIo::Done;
         }
         let (found, arrived) = {
             let mut index = shard.lock();
@@ -90,14 +90,14 @@ impl ChunkSource for Cached {
         match (found, arrived) {
             (Some(id), _) => {
                 hint.set(id.to_hint());
-                group.copy_now(shard, id, chunk, offset, buf)
+                group.try_copy(shard, id, chunk, offset, buf)
             }
             (None, Some(arrived)) => {
                 buf.copy_from_slice(&arrived.bytes()[offset..offset + buf.len()]);
                 add(&shard.hits, 1);
-                Now::Done
+                TryIo::Done
             }
-            (None, None) => Now::Wait,
+            (None, None) => TryIo::WouldBlock,
         }
     }
 }

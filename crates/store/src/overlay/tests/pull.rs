@@ -38,7 +38,7 @@ async fn a_frozen_overlay_refuses_changes_and_can_still_be_flushed() {
     freezing.keep();
     drop(freezing);
     assert!(matches!(write.await, Err(DiskError::ReadOnly)));
-    assert!(matches!(disk.write_now(0, &[2; 10]), Err(DiskError::ReadOnly)));
+    assert!(matches!(disk.try_write(0, &[2; 10]), Err(DiskError::ReadOnly)));
     assert!(matches!(disk.write_zeroes(0, BLOCK).await, Err(DiskError::ReadOnly)));
     assert!(matches!(disk.discard(0, BLOCK).await, Err(DiskError::ReadOnly)));
     assert_eq!(disk.access(), Access::ReadOnly);
