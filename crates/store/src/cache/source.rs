@@ -5,9 +5,9 @@ use std::sync::Arc;
 use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority, SlotHint, TryIo};
 use futures_util::FutureExt;
 
-use super::flight::Answer;
 use super::set::SlotId;
-use super::{CacheGroup, Whereabouts, add, identity};
+use super::singleflight::Answer;
+use super::{CacheGroup, Lookup, add, identity};
 
 /// How often one fetch looks again after it found a chunk gone, wrong, or lost with another's upstream.
 /// Each such turn is somebody's progress or a fault; beyond this many the caller asks upstream itself.
@@ -36,15 +36,15 @@ impl Cached {
         }
         for _ in 0..TURNS_MAX {
             match self.group.locate(hash, priority, &self.upstream) {
-                Whereabouts::Arrived(chunk) => return Ok(chunk),
-                Whereabouts::Stored(medium, id, seen) => {
-                    if let Some(chunk) = self.group.read_chunk(hash, &medium, id, seen).await {
+                Lookup::Arrived(chunk) => return Ok(chunk),
+                Lookup::Stored(medium, id, version) => {
+                    if let Some(chunk) = self.group.read_chunk(hash, &medium, id, version).await {
                         return Ok(chunk);
                     }
                 }
                 // Our fetch for another image may wait for the child that asks, which has its place above us in that
                 // image's hierarchy. In each hierarchy alone nobody waits for those below.
-                Whereabouts::Coming(mut waiter)
+                Lookup::Coming(mut waiter)
                     if self.reader == Reader::Child && waiter.is_elsewhere(identity(&self.upstream)) =>
                 {
                     tokio::select! {
@@ -53,7 +53,7 @@ impl Cached {
                         answer = self.upstream.fetch(hash, priority) => return answer,
                     }
                 }
-                Whereabouts::Coming(mut waiter) => match waiter.answer().await {
+                Lookup::Coming(mut waiter) => match waiter.answer().await {
                     // Another upstream could not deliver; ours was not asked yet.
                     Err(_) if waiter.is_elsewhere(identity(&self.upstream)) => {}
                     answer => return answer,

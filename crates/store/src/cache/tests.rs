@@ -538,7 +538,7 @@ async fn random_fetches_and_restarts_agree_with_the_model() {
         // One chunk never sits in two slots.
         let media = cache.media.load();
         for number in 0..60 {
-            let holds = |slot: &&Slot| slot.see_chunk(&hash(number)).is_some();
+            let holds = |slot: &&Slot| slot.version_of(&hash(number)).is_some();
             let copies = media.iter().flat_map(|medium| medium.slots()).filter(holds).count();
             assert!(copies <= 1, "seed {seed}: chunk {number} in {copies} slots");
         }

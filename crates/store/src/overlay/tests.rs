@@ -1,8 +1,8 @@
 //! The overlay's own promises; those over faulty media are in `model`, those of its files in `files`.
 
 mod files;
+mod merge;
 pub(crate) mod model;
-mod pull;
 
 use std::sync::Mutex;
 use std::sync::mpsc;

@@ -120,7 +120,7 @@ fn assert_whole(group: &CacheGroup) {
     }
     assert!(stats.resident_chunks <= stats.capacity_chunks, "{stats:?}");
     for number in 0..CHUNKS {
-        let holds = |slot: &&Slot| slot.see_chunk(&hash(number)).is_some();
+        let holds = |slot: &&Slot| slot.version_of(&hash(number)).is_some();
         let usable = media.iter().filter(|medium| medium.is_usable());
         let copies = usable.flat_map(|medium| medium.slots()).filter(holds).count();
         assert!(copies <= 1, "chunk {number} is in {copies} slots");

@@ -188,8 +188,8 @@ async fn run(seed: u64) {
             16 => {
                 poll_some(&mut random, change.run(&disk)).await;
                 let (offset, len) = change.range();
-                // Whatever still runs on the blocking pool has its claim until it is done.
-                drop(disk.claims.claim(touched(offset, len)).await);
+                // Whatever still runs on the blocking pool has its lock until it is done.
+                drop(disk.range_lock.lock(touched(offset, len)).await);
                 model.done_in_part(&change, &disk, &what).await;
             }
             17 => {
@@ -211,7 +211,8 @@ async fn run(seed: u64) {
             }
             19 => {
                 let (offset, len) = change.range();
-                poll_some(&mut random, async { disk.pull(offset..offset + len).await.map(drop) }).await;
+                poll_some(&mut random, async { disk.stream_from_base(offset..offset + len).await.map(drop) })
+                    .await;
             }
             _ => {
                 if random.random() {
