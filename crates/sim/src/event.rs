@@ -4,7 +4,7 @@ use link::policy::PathId;
 use planner::Placement;
 
 use crate::content::ChunkIx;
-use crate::coordinator::Word;
+use crate::coordinator::ToVolt;
 
 /// A node, and the host that it runs on. They count from 0; the origin is the first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,9 +34,9 @@ pub(crate) struct End {
     pub(crate) side: Side,
 }
 
-/// One life of a node, from a start to a death: what was meant for an earlier life is void.
+/// One incarnation of a node, from a start to a death: what was meant for an earlier one is void.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Life {
+pub(crate) struct Incarnation {
     pub(crate) node: NodeIx,
     pub(crate) count: u32,
 }
@@ -96,10 +96,10 @@ pub(crate) enum Event {
     Ends(End),
     /// An end's machine wants to know the time.
     Timer(End),
-    /// Something happens to one node in that life.
-    Node(Life, NodeEvent),
-    /// A word reaches Volt, meant for that run of it.
-    VoltHears(Life, u32, Word),
+    /// Something happens to one node in that incarnation.
+    Node(Incarnation, NodeEvent),
+    /// A message reaches Volt, meant for that run of it.
+    VoltHears(Incarnation, u32, ToVolt),
     /// Volt looks at its clock.
     VoltTicks(u32),
     /// A fault of the plan begins or ends.
@@ -117,7 +117,7 @@ pub(crate) enum NodeEvent {
     DialsLate(PathId),
     /// A dial is given up.
     DialFails(PathId),
-    /// A fetch is due for a decision, if it is still at this turn.
+    /// A fetch is due for a decision, unless one was made since: the number is that of the last one.
     Decides(ChunkIx, u64),
     /// A guest issues its next read.
     GuestReads(usize),

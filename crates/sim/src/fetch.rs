@@ -39,7 +39,7 @@ impl World {
         }
         node.guest_requests += u64::from(priority == Priority::Guest);
         let stage = node.admit(chunk, priority);
-        node.turn += 1;
+        node.seq += 1;
         let flight = Flight {
             priority,
             waiters: vec![(waiter, priority)],
@@ -47,7 +47,7 @@ impl World {
             stage,
             asks: Vec::new(),
             withdrawn: Vec::new(),
-            turn: node.turn,
+            seq: node.seq,
         };
         node.flights.insert(chunk, flight);
         self.seek(ix, chunk);
@@ -84,10 +84,10 @@ impl World {
         let node = &mut self.nodes[ix.at()];
         node.guest_requests += u64::from(priority == Priority::Guest);
         let stage = node.admit(chunk, priority);
-        node.turn += 1;
+        node.seq += 1;
         flight.withdrawn = std::mem::take(&mut flight.asks);
         let flight =
-            Flight { priority, policy: RequestPolicy::new(priority), stage, turn: node.turn, ..flight };
+            Flight { priority, policy: RequestPolicy::new(priority), stage, seq: node.seq, ..flight };
         node.flights.insert(chunk, flight);
         self.seek(ix, chunk);
         let flight = self.nodes[ix.at()].flights.get_mut(&chunk);
@@ -117,7 +117,7 @@ impl World {
 
     /// Does what the policy of a fetch decides, until it decides to wait.
     pub(crate) fn seek(&mut self, ix: NodeIx, chunk: ChunkIx) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let hash = self.content.hash(chunk);
         loop {
             let node = &mut self.nodes[ix.at()];
@@ -138,11 +138,11 @@ impl World {
                     }
                 }
                 Decision::Wait { until } => {
-                    node.turn += 1;
-                    flight.turn = node.turn;
-                    let turn = flight.turn;
-                    let life = self.life(ix);
-                    return self.agenda.at(until, Event::Node(life, NodeEvent::Decides(chunk, turn)));
+                    node.seq += 1;
+                    flight.seq = node.seq;
+                    let seq = flight.seq;
+                    let incarnation = self.incarnation(ix);
+                    return self.queue.at(until, Event::Node(incarnation, NodeEvent::Decides(chunk, seq)));
                 }
                 Decision::GiveUp => return self.give_up(ix, chunk),
             }
@@ -150,15 +150,15 @@ impl World {
     }
 
     /// A decision is due.
-    pub(crate) fn decides(&mut self, ix: NodeIx, chunk: ChunkIx, turn: u64) {
-        if self.nodes[ix.at()].flights.get(&chunk).is_some_and(|flight| flight.turn == turn) {
+    pub(crate) fn decides(&mut self, ix: NodeIx, chunk: ChunkIx, seq: u64) {
+        if self.nodes[ix.at()].flights.get(&chunk).is_some_and(|flight| flight.seq == seq) {
             self.seek(ix, chunk);
         }
     }
 
     /// A parent that was asked for a chunk will not answer, or did so without it.
     pub(crate) fn failed(&mut self, ix: NodeIx, chunk: ChunkIx, path: PathId, reason: Option<LackReason>) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let node = &mut self.nodes[ix.at()];
         let Some(flight) = node.flights.get_mut(&chunk) else { return };
         flight.asks.retain(|(asked, _)| *asked != path);
@@ -188,7 +188,7 @@ impl World {
 
     /// A verified chunk came over a link: it is kept, and whoever waits is told.
     pub(crate) fn arrived(&mut self, ix: NodeIx, path: PathId, chunk: &Chunk) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let Some(place) = self.content.find(&chunk.hash()) else {
             return self.checks.violated(format!("{:?} is no chunk of the image", chunk.hash()));
         };

@@ -38,7 +38,7 @@ pub(crate) struct Flight {
     /// Requests of an earlier policy that parents still have, while a new one begins.
     pub(crate) withdrawn: Vec<(PathId, RequestId)>,
     /// Counts decisions, so that a timer of an earlier one is void.
-    pub(crate) turn: u64,
+    pub(crate) seq: u64,
 }
 
 /// Whether a fetch has one of its node's places in flight.
@@ -94,7 +94,7 @@ pub(crate) enum Power {
 
 /// Whether a node wants to go in the order that hurts no child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum Intent {
     Stay,
     Leave,
 }
@@ -114,16 +114,16 @@ pub(crate) struct Node {
     pub(crate) location: Location,
     pub(crate) role: Role,
     pub(crate) power: Power,
-    pub(crate) life: u32,
+    pub(crate) incarnation: u32,
     pub(crate) frozen_until: Duration,
     pub(crate) honesty: Honesty,
-    pub(crate) wish: Wish,
+    pub(crate) intent: Intent,
     pub(crate) resident: ChunkSet,
     pub(crate) flights: BTreeMap<ChunkIx, Flight>,
     /// By urgency: fetches in flight, and those that wait for a place.
     pub(crate) in_flight: BTreeMap<Priority, usize>,
     pub(crate) in_line: BTreeMap<Priority, VecDeque<ChunkIx>>,
-    pub(crate) turn: u64,
+    pub(crate) seq: u64,
     pub(crate) stats: Arc<Stats>,
     pub(crate) paths: Paths,
     pub(crate) uplinks: BTreeMap<PathId, Uplink>,
@@ -138,7 +138,7 @@ pub(crate) struct Node {
     /// Fetches that began because a guest waits.
     pub(crate) guest_requests: u64,
     pub(crate) session: Session,
-    /// When the last word to and from Volt arrives: they keep their order.
+    /// When the last message to and from Volt arrives: they keep their order.
     pub(crate) heard_by_volt_at: Duration,
     pub(crate) heard_volt_at: Duration,
     /// When it began to stream, and when it had the whole boot set.
@@ -154,15 +154,15 @@ impl Node {
             location,
             role,
             power: Power::Off,
-            life: 0,
+            incarnation: 0,
             frozen_until: Duration::ZERO,
             honesty: Honesty::Honest,
-            wish: Wish::Stay,
+            intent: Intent::Stay,
             resident: if role == Role::Origin { ChunkSet::full(chunks) } else { ChunkSet::empty(chunks) },
             flights: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             in_line: BTreeMap::new(),
-            turn: 0,
+            seq: 0,
             paths: Paths::new(link::policy::Settings::default(), stats.clone()),
             stats,
             uplinks: BTreeMap::new(),
@@ -184,7 +184,7 @@ impl Node {
     /// What does not outlive the process is gone.
     pub(crate) fn die(&mut self, power: Power) {
         self.power = power;
-        self.life += 1;
+        self.incarnation += 1;
         self.flights = BTreeMap::new();
         self.in_flight = BTreeMap::new();
         self.in_line = BTreeMap::new();
@@ -198,7 +198,7 @@ impl Node {
         self.guests = Vec::new();
         self.session = Session::Off;
         self.honesty = Honesty::Honest;
-        self.wish = Wish::Stay;
+        self.intent = Intent::Stay;
         if self.role == Role::Relay {
             self.resident = ChunkSet::empty(self.resident.len());
             self.began_at = None;

@@ -12,7 +12,7 @@ use link::{ClientEnd, ClientEvent, Refused, ScopedStats, ServerEnd};
 use planner::Placement;
 
 use crate::content::ChunkIx;
-use crate::coordinator::Word;
+use crate::coordinator::ToVolt;
 use crate::event::{End, Event, LinkId, NodeEvent, NodeIx, Side};
 use crate::node::{Node, Power, Uplink, Wire};
 use crate::world::{Link, World};
@@ -78,7 +78,7 @@ impl World {
 
     /// The uplink to a parent, made if there is none.
     fn uplink(&mut self, ix: NodeIx, parent: NodeIx) -> PathId {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let node = &mut self.nodes[ix.at()];
         if let Some((&path, _)) = node.uplinks.iter().find(|(_, uplink)| uplink.parent == parent) {
             return path;
@@ -103,15 +103,15 @@ impl World {
         if uplink.wire == Wire::Idle {
             uplink.wire = Wire::Down;
             let at = node.paths.dial_at(path);
-            let life = self.life(ix);
-            self.agenda.at(at, Event::Node(life, NodeEvent::Dials(path)));
+            let incarnation = self.incarnation(ix);
+            self.queue.at(at, Event::Node(incarnation, NodeEvent::Dials(path)));
         }
     }
 
     /// Calls the parent.
     pub(crate) fn dials(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
-        let life = self.life(ix);
+        let now = self.queue.now();
+        let incarnation = self.incarnation(ix);
         let Some(uplink) = self.nodes[ix.at()].uplinks.get_mut(&path) else { return };
         if uplink.wire != Wire::Down {
             return;
@@ -125,18 +125,20 @@ impl World {
         };
         let reachable_at =
             self.net.blocked_until(ix, parent).max(self.nodes[parent.at()].frozen_until).max(now);
-        self.agenda.after(DIAL_PATIENCE, Event::Node(life, NodeEvent::DialsLate(path)));
+        self.queue.after(DIAL_PATIENCE, Event::Node(incarnation, NodeEvent::DialsLate(path)));
         match legs {
             Some(legs) if reachable_at < now + DIAL_MAX => {
-                self.agenda
-                    .at(reachable_at + self.net.latency() * legs, Event::Node(life, NodeEvent::Dialed(path)));
+                self.queue.at(
+                    reachable_at + self.net.latency() * legs,
+                    Event::Node(incarnation, NodeEvent::Dialed(path)),
+                );
             }
-            _ => self.agenda.after(DIAL_MAX, Event::Node(life, NodeEvent::DialFails(path))),
+            _ => self.queue.after(DIAL_MAX, Event::Node(incarnation, NodeEvent::DialFails(path))),
         }
     }
 
     pub(crate) fn dials_late(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let node = &mut self.nodes[ix.at()];
         let Some(uplink) = node.uplinks.get(&path) else { return };
         if matches!(uplink.wire, Wire::Dialing { since } if now >= since + DIAL_PATIENCE) {
@@ -149,7 +151,7 @@ impl World {
 
     /// The parent answers the call, or its host does.
     pub(crate) fn dialed(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let Some(uplink) = self.nodes[ix.at()].uplinks.get(&path) else { return };
         let parent = uplink.parent;
         if !matches!(uplink.wire, Wire::Dialing { .. }) {
@@ -178,17 +180,17 @@ impl World {
 
     /// The dial failed, or the link was lost: what was asked there is asked elsewhere.
     pub(crate) fn uplink_failed(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
-        let life = self.life(ix);
+        let now = self.queue.now();
+        let incarnation = self.incarnation(ix);
         let node = &mut self.nodes[ix.at()];
         let Some(uplink) = node.uplinks.get_mut(&path) else { return };
         uplink.wire = Wire::Down;
         node.paths.failed(path, now);
-        let word =
-            (!std::mem::replace(&mut uplink.lost, true)).then_some(Word::Lost { parent: uplink.parent });
-        self.agenda.at(node.paths.dial_at(path), Event::Node(life, NodeEvent::Dials(path)));
-        if let Some(word) = word {
-            self.tell_volt(ix, word);
+        let message =
+            (!std::mem::replace(&mut uplink.lost, true)).then_some(ToVolt::Lost { parent: uplink.parent });
+        self.queue.at(node.paths.dial_at(path), Event::Node(incarnation, NodeEvent::Dials(path)));
+        if let Some(message) = message {
+            self.tell_volt(ix, message);
         }
         self.fail_requests(ix, path);
     }
@@ -260,7 +262,7 @@ impl World {
 
     /// Does what an event of a link's client end asks for.
     pub(crate) fn client_event(&mut self, link: LinkId, event: ClientEvent) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let &Link { child_node: ix, path, parent_node: parent, .. } = &self.links[link.at()];
         let node = &mut self.nodes[ix.at()];
         let Some(uplink) = node.uplinks.get_mut(&path).filter(|uplink| uplink.wire == Wire::Open(link))
@@ -287,13 +289,13 @@ impl World {
                 node.bans.insert(parent, until);
                 self.checks.lied(&self.nodes[parent.at()]);
                 self.links[link.at()].lied = true;
-                self.tell_volt(ix, Word::Blame { liar: parent, chunk });
+                self.tell_volt(ix, ToVolt::Blame { liar: parent, chunk });
             }
             ClientEvent::Closed(_) if self.links[link.at()].lied => {
                 uplink.wire = Wire::Down;
                 let at = node.paths.dial_at(path);
-                let life = self.life(ix);
-                self.agenda.at(at, Event::Node(life, NodeEvent::Dials(path)));
+                let incarnation = self.incarnation(ix);
+                self.queue.at(at, Event::Node(incarnation, NodeEvent::Dials(path)));
                 self.fail_requests(ix, path);
             }
             ClientEvent::Closed(_) => self.uplink_failed(ix, path),

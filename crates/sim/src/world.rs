@@ -14,11 +14,11 @@ use link::{ClientEnd, ServerEnd};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use crate::agenda::Agenda;
 use crate::check::Checks;
 use crate::content::{ChunkIx, Content};
 use crate::coordinator::Coordinator;
-use crate::event::{End, Event, Life, LinkId, NodeEvent, NodeIx, Side};
+use crate::event::{End, Event, Incarnation, LinkId, NodeEvent, NodeIx, Side};
+use crate::event_queue::EventQueue;
 use crate::fault::Fault;
 use crate::net::Net;
 use crate::node::Node;
@@ -43,7 +43,7 @@ pub(crate) struct Link {
 
 /// Everything. See the module's documentation.
 pub(crate) struct World {
-    pub(crate) agenda: Agenda<Event>,
+    pub(crate) queue: EventQueue<Event>,
     pub(crate) net: Net,
     pub(crate) content: Rc<Content>,
     pub(crate) nodes: Vec<Node>,
@@ -65,7 +65,7 @@ impl World {
     /// A world in which nothing has happened.
     pub(crate) fn new(scenario: Scenario, content: Rc<Content>) -> World {
         let mut world = World {
-            agenda: Agenda::new(),
+            queue: EventQueue::new(),
             net: Net::new(scenario.latency, scenario.rack_links()),
             nodes: Vec::new(),
             names: BTreeMap::new(),
@@ -84,13 +84,13 @@ impl World {
         world
     }
 
-    pub(crate) fn life(&self, node: NodeIx) -> Life {
-        Life { node, count: self.nodes[node.at()].life }
+    pub(crate) fn incarnation(&self, node: NodeIx) -> Incarnation {
+        Incarnation { node, count: self.nodes[node.at()].incarnation }
     }
 
     /// Lets the next event happen. Says whether there was one.
     pub(crate) fn step(&mut self) -> bool {
-        let Some(event) = self.agenda.next() else { return false };
+        let Some(event) = self.queue.next() else { return false };
         self.events += 1;
         self.apply(event);
         loop {
@@ -104,10 +104,10 @@ impl World {
     }
 
     fn apply(&mut self, event: Event) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         // What is meant for a frozen node happens when it thaws.
         let subject = match &event {
-            Event::Node(life, _) => Some(life.node),
+            Event::Node(incarnation, _) => Some(incarnation.node),
             Event::Arrives(flow) => Some(self.owner(flow.hearer())),
             Event::Timer(end) => Some(self.owner(*end)),
             _ => None,
@@ -115,23 +115,23 @@ impl World {
         if let Some(until) = subject.map(|node| self.nodes[node.at()].frozen_until)
             && until > now
         {
-            return self.agenda.at(until, event);
+            return self.queue.at(until, event);
         }
         match event {
-            Event::SentOut(node) => self.net.sent_out(&mut self.agenda, node),
+            Event::SentOut(node) => self.net.sent_out(&mut self.queue, node),
             Event::Arrives(flow) => {
-                if let Some(bytes) = self.net.arrive(&mut self.agenda, flow) {
+                if let Some(bytes) = self.net.arrive(&mut self.queue, flow) {
                     self.hear(flow.hearer(), bytes);
                 }
             }
             Event::Ends(end) => self.stream_ended(end),
             Event::Timer(end) => self.timer(end),
             Event::Fault(at) => self.fault(at),
-            Event::VoltHears(life, run, word) => self.volt_hears(life, run, word),
+            Event::VoltHears(incarnation, run, message) => self.volt_hears(incarnation, run, message),
             Event::VoltTicks(run) => self.volt_ticks(run),
-            Event::Node(life, event) => {
-                if self.life(life.node) == life {
-                    self.apply_to_node(life.node, event);
+            Event::Node(incarnation, event) => {
+                if self.incarnation(incarnation.node) == incarnation {
+                    self.apply_to_node(incarnation.node, event);
                 }
             }
         }
@@ -143,7 +143,7 @@ impl World {
             NodeEvent::Dialed(path) => self.dialed(node, path),
             NodeEvent::DialsLate(path) => self.dials_late(node, path),
             NodeEvent::DialFails(path) => self.uplink_failed(node, path),
-            NodeEvent::Decides(chunk, turn) => self.decides(node, chunk, turn),
+            NodeEvent::Decides(chunk, seq) => self.decides(node, chunk, seq),
             NodeEvent::GuestReads(guest) => self.guest_reads(node, guest),
             NodeEvent::Streams => self.streams(node),
             NodeEvent::Calls => self.calls_volt(node),
@@ -197,7 +197,7 @@ impl World {
     /// Bytes reach an end.
     fn hear(&mut self, end: End, bytes: link::Outgoing) {
         use bytes::{Buf, BufMut};
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let link = &mut self.links[end.link.at()];
         let inbox = match end.side {
             Side::Client => link.client.as_mut().map(ClientEnd::inbox),
@@ -228,7 +228,7 @@ impl World {
 
     /// Takes the events of an end and sends what it has to say.
     fn attend(&mut self, end: End) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         match end.side {
             Side::Client => {
                 while let Some(event) =
@@ -247,7 +247,7 @@ impl World {
                 Side::Server => link.server.as_mut().and_then(ServerEnd::poll_transmit),
             };
             let Some(out) = out else { break };
-            self.net.write(&mut self.agenda, flow, out);
+            self.net.write(&mut self.queue, flow, out);
             if end.side == Side::Server {
                 // Sending an answer frees its place for another request.
                 self.attend_server(end);
@@ -278,12 +278,12 @@ impl World {
         let timer = &mut link.timers[end.side as usize];
         if timer.is_none_or(|set| deadline < set) {
             *timer = Some(deadline);
-            self.agenda.at(deadline, Event::Timer(end));
+            self.queue.at(deadline, Event::Timer(end));
         }
     }
 
     fn timer(&mut self, end: End) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let link = &mut self.links[end.link.at()];
         if link.timers[end.side as usize].is_none_or(|set| set > now) {
             return;
@@ -313,8 +313,8 @@ impl World {
     /// An end goes; the other one notices after what was said, unless this host is gone.
     pub(crate) fn hang_up(&mut self, end: End) {
         self.drop_end(end);
-        let at = self.net.end_of(end.flow(), self.agenda.now());
-        self.agenda.at(at, Event::Ends(end.other()));
+        let at = self.net.end_of(end.flow(), self.queue.now());
+        self.queue.at(at, Event::Ends(end.other()));
     }
 
     /// An end is gone without a word.
