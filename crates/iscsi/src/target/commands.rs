@@ -21,8 +21,8 @@ impl Session {
         let Peer::Target(membership, nexus) = &self.peer else {
             return self.reject(&frame.header, reject_reason::PROTOCOL);
         };
-        membership.present.traffic.command();
-        membership.present.traffic.written(frame.data.len());
+        membership.active.traffic.command();
+        membership.active.traffic.written(frame.data.len());
         let is_immediate = frame.header.is_immediate();
         if self.tasks.contains_key(&pdu.task_tag) || pdu.task_tag == NO_TAG {
             return self.reject(&frame.header, reject_reason::INVALID_FIELD);
@@ -91,7 +91,7 @@ impl Session {
         };
         let early = early.min(needed as usize);
         let booked = if early == 0 { 0 } else { buffer_bytes(early) };
-        if !self.account.try_early(booked) {
+        if !self.memory.try_early(booked) {
             let full = Reply { status: Status::TaskSetFull, ..Reply::good() };
             return self.answer(pdu, needed_total(&work), full);
         }
@@ -130,7 +130,7 @@ impl Session {
         let len = work.read_bytes.min(incoming(pdu));
         let segment = (INLINE_BYTES_MAX as u32).min(self.parameters.peer_segment_bytes_max);
         let segment = segment.min(self.parameters.burst_bytes_max);
-        if len == 0 || len > segment || !self.account.has_room(BATCH_BYTES) {
+        if len == 0 || len > segment || !self.memory.has_room(BATCH_BYTES) {
             return false;
         }
         let digests = self.parameters.digests;
@@ -156,8 +156,8 @@ impl Session {
     }
 
     fn count_read(&self, bytes: usize) {
-        if let Some(present) = &self.present {
-            present.traffic.read(bytes);
+        if let Some(active) = &self.active {
+            active.traffic.read(bytes);
         }
     }
 
@@ -206,18 +206,18 @@ impl Session {
         let bytes = if len == 0 { scratch } else { buffer_bytes(len) + scratch };
         // An empty buffer that is used again must not count twice.
         let spare = if task.buffer.len() < len { self.output.spares().find(len) } else { None };
-        self.account.note_output(&self.output);
-        if !self.account.try_begin(bytes, task.booked) {
+        self.memory.note_output(&self.output);
+        if !self.memory.try_begin(bytes, task.booked) {
             self.output.trim(0);
-            self.account.note_output(&self.output);
-            if !self.account.try_begin(bytes, task.booked) {
-                let waits = !self.account.is_idle() || self.output.bytes() > 0;
+            self.memory.note_output(&self.output);
+            if !self.memory.try_begin(bytes, task.booked) {
+                let waits = !self.memory.is_idle() || self.output.bytes() > 0;
                 if waits || len > TRANSFER_BYTES_RESERVED {
                     self.output.spares().give(spare.unwrap_or_default());
                     return if waits { Begun::Later } else { Begun::TooLong };
                 }
                 // Nothing would end the wait.
-                self.account.begin(bytes, task.booked);
+                self.memory.begin(bytes, task.booked);
             }
         }
         (task.booked, task.phase) = (bytes, Phase::Solicited);
@@ -277,8 +277,8 @@ impl Session {
 
     /// A piece of data. What belongs to no command is what is left of one that failed or was aborted.
     pub(super) fn data_out(&mut self, pdu: &DataOut, data: &[u8]) {
-        if let Some(present) = &self.present {
-            present.traffic.written(data.len());
+        if let Some(active) = &self.active {
+            active.traffic.written(data.len());
         }
         let first_burst = self.parameters.first_burst_bytes_max;
         let Some(task) = self.tasks.get_mut(&pdu.task_tag) else { return };
@@ -390,7 +390,7 @@ impl Session {
                 }
             }
         }
-        self.account.note_output(&self.output);
+        self.memory.note_output(&self.output);
     }
 
     /// Answers a task and forgets it.
@@ -411,9 +411,9 @@ impl Session {
         self.ordered -= usize::from(task.is_ordered());
         self.immediate -= usize::from(task.is_immediate);
         if task.has_begun() {
-            self.account.end(task.booked);
+            self.memory.end(task.booked);
         } else {
-            self.account.end_early(task.booked);
+            self.memory.end_early(task.booked);
         }
         Some(task)
     }
