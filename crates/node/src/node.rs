@@ -32,7 +32,7 @@ use control::api::export::{ExportName, ExportView, IscsiAccess};
 use control::api::volt::{ImageRecord, RegisterImage};
 use control::http::{ApiError, ClientError};
 use identity::Credentials;
-use qemu::{AccelWish, Ready};
+use qemu::{AccelMode, Ready};
 
 /// How long an image that carries a VM's disk waits for the first node that wants it.
 const PASSING_MIN: Duration = Duration::from_secs(30);
@@ -51,7 +51,7 @@ pub(crate) struct Node {
     pub(crate) vms: Vms,
     pub(crate) iscsi: IscsiExports,
     pub(crate) volt: VoltLink,
-    pub(crate) accel: AccelWish,
+    pub(crate) accel: AccelMode,
     pub(super) credentials: Arc<Credentials>,
     /// VMs that other nodes bring.
     pub(super) incoming: IncomingVms,
