@@ -8,7 +8,7 @@
 use std::sync::{Arc, LazyLock};
 
 use block::limits::CHUNK_BYTES;
-use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Now, Priority, SlotHint};
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority, SlotHint, TryIo};
 use fuzz::Input;
 use fuzz::frames::{CHUNKS, chunk};
 use store::{CacheError, CacheGroup, Media, MemoryMedia};
@@ -58,7 +58,7 @@ fn read(source: &dyn ChunkSource, hint: &SlotHint, input: &mut Input<'_>) {
         2 => {
             let offset = input.below(CHUNK_BYTES);
             let mut found = vec![0; input.below(CHUNK_BYTES - offset)];
-            if source.read_now(&wanted.hash(), hint, offset, &mut found) == Now::Done {
+            if source.try_read(&wanted.hash(), hint, offset, &mut found) == TryIo::Done {
                 assert_eq!(found, wanted.bytes()[offset..offset + found.len()], "the wrong bytes");
             }
         }

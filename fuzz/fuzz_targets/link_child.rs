@@ -18,10 +18,10 @@ use fuzz::frames::{
 };
 use link::limits::{BATCH_MAX, OUTSTANDING_MAX, QUEUED_MAX};
 use link::wire::{Frame, Hello, LackReason, RequestId, VERSION};
-use link::{Child, ChildEvent, Tally, pack};
+use link::{ClientEnd, ClientEvent, ScopedStats, pack};
 
 struct Run {
-    child: Child,
+    child: ClientEnd,
     now: Duration,
     /// Bytes from the parent that have not arrived.
     on_the_way: BytesMut,
@@ -43,7 +43,7 @@ impl Run {
     fn new() -> Run {
         let now = Duration::ZERO;
         Run {
-            child: Child::new(&node("child"), node("parent"), Tally::default(), now),
+            child: ClientEnd::new(&node("child"), node("parent"), ScopedStats::default(), now),
             now,
             on_the_way: BytesMut::new(),
             arrived: BytesMut::new(),
@@ -145,23 +145,23 @@ impl Run {
         while let Some(event) = self.child.poll_event() {
             assert!(!self.closed_told, "{event:?} after the end");
             match event {
-                ChildEvent::Ready => {
+                ClientEvent::Ready => {
                     assert!(!self.ready, "ready twice");
                     self.ready = true;
                 }
-                ChildEvent::Arrived { id, chunk } => {
+                ClientEvent::Arrived { id, chunk } => {
                     assert!(self.ready && !self.lied);
                     check_chunk(&chunk, self.asked.remove(&id));
                 }
-                ChildEvent::Lacking { id, reason } => {
+                ClientEvent::Lacking { id, reason } => {
                     assert!(self.ready && reason != LackReason::Cancelled);
                     self.asked.remove(&id).expect("only what was asked is answered");
                 }
-                ChildEvent::Liar { chunk, .. } => {
+                ClientEvent::Liar { chunk, .. } => {
                     assert!(CHUNKS.iter().any(|known| known.hash() == chunk));
                     self.lied = true;
                 }
-                ChildEvent::Closed(_) => self.closed_told = true,
+                ClientEvent::Closed(_) => self.closed_told = true,
             }
         }
         assert_eq!(self.closed_told, self.child.closed().is_some());

@@ -15,13 +15,13 @@ use fuzz::Input;
 use fuzz::frames::{CHUNKS, decode_foreign, decode_ours, frame, honest_payload, lack_reason, node};
 use link::limits::{ACTIVE_MAX, CONTROL_BYTES_MAX, OUTSTANDING_MAX};
 use link::wire::{Frame, LackReason, Payload, RequestId};
-use link::{Parent, ParentEvent, Reply, Tally};
+use link::{Reply, ScopedStats, ServerEnd, ServerEvent};
 
 /// More than the head and the fixed fields of any frame.
 const SLACK_BYTES: usize = 64;
 
 struct Run {
-    parent: Parent,
+    parent: ServerEnd,
     now: Duration,
     /// Bytes from the child that have not arrived.
     on_the_way: Vec<u8>,
@@ -40,7 +40,7 @@ impl Run {
     fn new() -> Run {
         let now = Duration::ZERO;
         Run {
-            parent: Parent::new(&node("parent"), node("child"), Tally::default(), now),
+            parent: ServerEnd::new(&node("parent"), node("child"), ScopedStats::default(), now),
             now,
             on_the_way: Vec::new(),
             arrived: BytesMut::new(),
@@ -95,21 +95,21 @@ impl Run {
         while let Some(event) = self.parent.poll_event() {
             assert!(!self.closed_told, "{event:?} after the end");
             match event {
-                ParentEvent::Ready => {}
-                ParentEvent::Wanted { id, image, chunk, priority } => {
+                ServerEvent::Ready => {}
+                ServerEvent::Wanted { id, image, chunk, priority } => {
                     assert!(self.asked[&id].contains(&(image, chunk)), "{chunk} was not asked for");
                     assert_eq!(self.in_hand.insert(id, (chunk, priority)), None, "{id:?} twice");
                     assert!(self.in_hand.len() <= ACTIVE_MAX);
                 }
-                ParentEvent::Raised { id, priority } => {
+                ServerEvent::Raised { id, priority } => {
                     let old = self.in_hand.get_mut(&id).expect("only what is in hand is raised");
                     assert!(priority > old.1);
                     old.1 = priority;
                 }
-                ParentEvent::Cancelled { id } => {
+                ServerEvent::Cancelled { id } => {
                     self.in_hand.remove(&id).expect("only what is in hand is withdrawn");
                 }
-                ParentEvent::Closed(_) => self.closed_told = true,
+                ServerEvent::Closed(_) => self.closed_told = true,
             }
         }
         assert_eq!(self.closed_told, self.parent.closed().is_some());

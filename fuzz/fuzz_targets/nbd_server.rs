@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use block::{Disk, Now};
+use block::{Disk, TryIo};
 use fuzz::{Input, NoBase};
 use nbd::{Export, Exports, Listing, ServeError, Server};
 use store::{BootId, MemoryMedia, Overlay, OverlayMedia};
@@ -119,5 +119,5 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let disk = Arc::new(disk);
     RUNTIME.block_on(serve(&disk, &script));
     let mut all = vec![0; DISK_BYTES as usize];
-    assert_eq!(disk.read_now(0, &mut all).expect("the disk is intact"), Now::Done);
+    assert_eq!(disk.try_read(0, &mut all).expect("the disk is intact"), TryIo::Done);
 });

@@ -8,7 +8,7 @@
 use std::sync::{Arc, LazyLock};
 
 use block::limits::{BLOCK_BYTES, DISK_BYTES_MAX};
-use block::{Disk, Now};
+use block::{Disk, TryIo};
 use fuzz::{Input, NoBase};
 use store::{BootId, Media, MemoryMedia, Overlay, OverlayMedia};
 use tokio::runtime::{Builder, Runtime};
@@ -98,8 +98,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     assert!(overlay.allocated_bytes() <= size_bytes.next_multiple_of(BLOCK_BYTES as u64));
 
     let text = [7; 1];
-    let written = overlay.write_now(size_bytes - 1, &text).expect("the last byte is there");
-    assert_eq!(written, Now::Done);
+    let written = overlay.try_write(size_bytes - 1, &text).expect("the last byte is there");
+    assert_eq!(written, TryIo::Done);
     RUNTIME.block_on(overlay.flush()).expect("memory takes all");
     let allocated_bytes = overlay.allocated_bytes();
     drop(overlay);
@@ -107,6 +107,6 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let overlay = open().expect("what was flushed can be opened");
     assert_eq!(overlay.allocated_bytes(), allocated_bytes);
     let mut found = [0; 1];
-    assert_eq!(overlay.read_now(size_bytes - 1, &mut found).expect("it is there"), Now::Done);
+    assert_eq!(overlay.try_read(size_bytes - 1, &mut found).expect("it is there"), TryIo::Done);
     assert_eq!(found, text, "what was flushed is there");
 });

@@ -21,7 +21,7 @@ enum Chore {
 
 fn main() -> ExitCode {
     // As the daemon does, whose links are measured here.
-    link::keep_freed_buffers();
+    link::malloc::configure();
     let Chore::Bench(args) = Cli::parse().chore;
     match bench::run(&args) {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,12 +14,12 @@ pub enum Access {
 /// Whether an operation was done at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
-pub enum Now {
+pub enum TryIo {
     /// It is done.
     Done,
     /// It would have to wait; what the operation is about was not changed, but a buffer to be filled may
     /// hold anything. Use the asynchronous form.
-    Wait,
+    WouldBlock,
 }
 
 /// Why a disk operation failed. The variants are what an export has to tell its client.
@@ -84,7 +84,7 @@ pub struct Extent {
 /// dropped future has been carried out, or not, or, for ranges over several blocks, in part; the disk
 /// stays consistent.
 ///
-/// The `_now` forms never block and never allocate; they are the fast path of every export.
+/// The `try_` forms never block and never allocate; they are the fast path of every export.
 pub trait Disk: Send + Sync {
     /// Size in bytes.
     fn size_bytes(&self) -> u64;
@@ -93,15 +93,15 @@ pub trait Disk: Send + Sync {
     fn access(&self) -> Access;
 
     /// Fills `buf` from `offset` if that needs no waiting.
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         let _ = (offset, buf);
-        Ok(Now::Wait)
+        Ok(TryIo::WouldBlock)
     }
 
     /// Writes `data` at `offset` if that needs no waiting.
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
         let _ = (offset, data);
-        Ok(Now::Wait)
+        Ok(TryIo::WouldBlock)
     }
 
     /// Fills `buf` from `offset`.

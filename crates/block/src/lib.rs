@@ -17,7 +17,7 @@ mod name;
 mod source;
 
 pub use chunk::{Chunk, ChunkHash, ImageId, ParseHashError, WrongChunk};
-pub use disk::{Access, Disk, DiskError, Extent, ExtentKind, Now};
+pub use disk::{Access, Disk, DiskError, Extent, ExtentKind, TryIo};
 pub use futures_util::future::BoxFuture;
 pub use geometry::{ChunkIndex, Geometry};
 pub use name::{ImageName, NameError, NodeName, SnapshotName, VmName};

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::BoxFuture;
 
-use crate::{Chunk, ChunkHash, Now, WrongChunk};
+use crate::{Chunk, ChunkHash, TryIo, WrongChunk};
 
 /// How urgently a chunk is wanted. A more urgent request overtakes a less urgent one everywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -70,8 +70,8 @@ pub trait ChunkSource: Send + Sync {
     /// Copies `buf.len()` bytes from `offset` within the chunk if that needs no waiting; else the chunk must
     /// be [fetched](ChunkSource::fetch), and what `buf` holds is undefined. Never blocks. `offset + buf.len()` is at most
     /// [`CHUNK_BYTES`](crate::limits::CHUNK_BYTES).
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_read(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
         let _ = (chunk, hint, offset, buf);
-        Now::Wait
+        TryIo::WouldBlock
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use block::limits::{CHUNK_BYTES, EXTENTS_MAX, HASHES_PER_PAGE};
 use block::{
     Access, BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, DiskError, Extent, ExtentKind,
-    FetchError, Geometry, ImageId, Now, Priority, WrongChunk,
+    FetchError, Geometry, ImageId, Priority, TryIo, WrongChunk,
 };
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
@@ -180,12 +180,12 @@ impl ImageVolume {
     }
 
     /// Copies a piece of a chunk from where it is at hand.
-    fn piece_now(&self, page: &Page, slot: usize, within: usize, buf: &mut [u8]) -> Now {
+    fn try_piece(&self, page: &Page, slot: usize, within: usize, buf: &mut [u8]) -> TryIo {
         match page.entry(slot) {
-            Some((hash, hint)) if !hash.is_zero() => self.source.read_now(hash, hint, within, buf),
+            Some((hash, hint)) if !hash.is_zero() => self.source.try_read(hash, hint, within, buf),
             _ => {
                 buf.fill(0);
-                Now::Done
+                TryIo::Done
             }
         }
     }
@@ -198,7 +198,7 @@ impl ImageVolume {
             rest = tail;
             let (id, slot) = PageId::of_chunk(chunk);
             let page = self.page(id, Priority::Guest).await?;
-            if self.piece_now(&page, slot, within, piece) == Now::Wait {
+            if self.try_piece(&page, slot, within, piece) == TryIo::WouldBlock {
                 missing.push(Missing { hash: page.hash(slot), within, buf: piece });
             }
         }
@@ -266,19 +266,19 @@ impl Disk for ImageVolume {
         Access::ReadOnly
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         self.check(offset, buf.len() as u64)?;
         let mut rest = buf;
         for (chunk, within, len) in Geometry::split(offset, rest.len()) {
             let (piece, tail) = rest.split_at_mut(len);
             rest = tail;
             let (id, slot) = PageId::of_chunk(chunk);
-            let Some(page) = self.pages.get(id) else { return Ok(Now::Wait) };
-            if self.piece_now(&page, slot, within, piece) == Now::Wait {
-                return Ok(Now::Wait);
+            let Some(page) = self.pages.get(id) else { return Ok(TryIo::WouldBlock) };
+            if self.try_piece(&page, slot, within, piece) == TryIo::WouldBlock {
+                return Ok(TryIo::WouldBlock);
             }
         }
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

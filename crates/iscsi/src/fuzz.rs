@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, TryIo};
 
 use crate::chap::Credentials;
 use crate::login::{Admission, Challenge, Directory, Login, Refusal, Step};
@@ -176,13 +176,13 @@ impl Disk for QuickDisk {
         self.0.access()
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         buf.fill(0);
-        self.0.check(offset, buf.len() as u64).map(|()| Now::Done)
+        self.0.check(offset, buf.len() as u64).map(|()| TryIo::Done)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
-        self.0.check(offset, data.len() as u64).map(|()| Now::Done)
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
+        self.0.check(offset, data.len() as u64).map(|()| TryIo::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

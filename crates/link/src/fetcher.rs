@@ -1,7 +1,7 @@
 //! One image's chunks from its parents.
 //!
-//! Consistency: whatever comes was verified on the link it came over. Retries: a [`Hunt`](crate::policy::Hunt) per request leads
-//! from parent to parent, without end unless all of them, the origin included, say time and again that the
+//! Consistency: whatever comes was verified on the link it came over. Retries: a
+//! [`RequestPolicy`](crate::policy::RequestPolicy) per request leads from parent to parent, without end unless all of them, the origin included, say time and again that the
 //! chunk is not to be had, or a guest's fetch exceeds the time that the administrator set. Cancellation:
 //! dropping a `fetch` withdraws the request from the parents that have it. A change of plan takes effect on
 //! requests in flight: one that waits for a parent that left its stripe is asked of the new ones at once.
@@ -14,7 +14,7 @@ use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, Prior
 use tokio::sync::watch;
 use tokio::time::{sleep_until, timeout};
 
-use crate::chase::Chase;
+use crate::inflight::InFlight;
 use crate::policy::{Decision, PathId};
 use crate::uplink::Uplink;
 use crate::uplinks::{ParentAddr, Uplinks};
@@ -70,23 +70,23 @@ impl Fetcher {
         Route { uplinks, paths }
     }
 
-    async fn hunt(&self, chunk: ChunkHash, priority: Priority) -> Result<Chunk, FetchError> {
+    async fn fetch_from_parents(&self, chunk: ChunkHash, priority: Priority) -> Result<Chunk, FetchError> {
         let _place = self.uplinks.admit(priority).await;
         let mut routes = self.routes.subscribe();
         let mut ups = self.uplinks.ups();
-        let mut chase = Chase::new(&self.uplinks, priority);
+        let mut request = InFlight::new(&self.uplinks, priority);
         loop {
             let route = stripe(&routes.borrow_and_update(), chunk);
             ups.mark_unchanged();
-            let until = match chase.decide(&route.paths) {
+            let until = match request.decide(&route.paths) {
                 Decision::Ask { path } | Decision::Hedge { path } => {
                     let at = route.paths.iter().position(|ranked| *ranked == path);
-                    let uplink = &route.uplinks[at.expect("a hunt asks those that are ranked")];
-                    chase.push(path, uplink.ask(self.image, chunk, priority));
+                    let uplink = &route.uplinks[at.expect("a policy asks those that are ranked")];
+                    request.push(path, uplink.ask(self.image, chunk, priority));
                     continue;
                 }
                 Decision::Withdraw { path } => {
-                    chase.withdraw(path);
+                    request.withdraw(path);
                     continue;
                 }
                 Decision::Wait { until } => until,
@@ -96,15 +96,15 @@ impl Fetcher {
             drop(route);
             tokio::select! {
                 biased;
-                (path, answer) = chase.answer() => match answer {
+                (path, answer) = request.answer() => match answer {
                     Some(Ok(found)) => {
-                        chase.won(path);
+                        request.won(path);
                         return Ok(found);
                     }
-                    Some(Err(reason)) => chase.lacked(path, reason),
-                    None => chase.lost(path),
+                    Some(Err(reason)) => request.not_found(path, reason),
+                    None => request.lost(path),
                 },
-                Ok(()) = routes.changed() => chase.replanned(&stripe(&routes.borrow(), chunk).paths),
+                Ok(()) = routes.changed() => request.replanned(&stripe(&routes.borrow(), chunk).paths),
                 _ = ups.changed() => {}
                 () = sleep_until(self.uplinks.clock.at(until)) => {}
             }
@@ -124,14 +124,14 @@ impl ChunkSource for Fetcher {
         }
         match self.uplinks.fetch_timeout {
             Some(limit) if priority == Priority::Guest => Box::pin(async move {
-                let in_time = timeout(limit, self.hunt(chunk, priority)).await;
+                let in_time = timeout(limit, self.fetch_from_parents(chunk, priority)).await;
                 in_time.unwrap_or_else(|_| {
                     Err(FetchError::Unreachable(format!(
                         "no parent delivered chunk {chunk} within {limit:?}"
                     )))
                 })
             }),
-            _ => Box::pin(self.hunt(chunk, priority)),
+            _ => Box::pin(self.fetch_from_parents(chunk, priority)),
         }
     }
 }

@@ -1,9 +1,9 @@
 //! The node-to-node chunk protocol.
 //!
-//! - [`Child`] and [`Parent`] are the two ends of a link as state machines: no socket, no clock, no runtime.
+//! - [`ClientEnd`] and [`ServerEnd`] are the two ends of a link as state machines: no socket, no clock, no runtime.
 //!   [`wire`] is their frames; `docs/formats/link.md` describes the bytes.
 //! - [`policy`] says which parent to ask next and when to try a failed one again: pure as well.
-//! - [`serve()`] puts a `Parent` on a stream; [`Uplinks`] keeps one `Child` per parent, for all images; a
+//! - [`serve()`] puts a `ServerEnd` on a stream; [`Uplinks`] keeps one `ClientEnd` per parent, for all images; a
 //!   [`Fetcher`] is one image's [`ChunkSource`](block::ChunkSource) over them.
 //!
 //! Invariants:
@@ -12,15 +12,15 @@
 //! - This crate knows no TLS and no addresses: streams come from a [`Dial`] or are handed to [`serve()`], with
 //!   the peer's name proven.
 
-mod chase;
-mod child;
+mod client_end;
 mod fetcher;
-mod heap;
+mod inflight;
 pub mod limits;
+pub mod malloc;
 pub mod pack;
-mod parent;
 pub mod policy;
 mod serve;
+mod server_end;
 mod session;
 mod stats;
 mod stream;
@@ -28,12 +28,11 @@ mod uplink;
 mod uplinks;
 pub mod wire;
 
-pub use child::{Child, ChildEvent, Refused};
+pub use client_end::{ClientEnd, ClientEvent, Refused};
 pub use fetcher::Fetcher;
-pub use heap::keep_freed_buffers;
-pub use parent::{Parent, ParentEvent, Reply};
 pub use serve::{ServeError, Sources, serve};
+pub use server_end::{Reply, ServerEnd, ServerEvent};
 pub use session::{Closed, Outgoing};
-pub use stats::{Stats, Tally};
+pub use stats::{ScopedStats, Stats};
 pub use stream::Stream;
 pub use uplinks::{Dial, FetchSettings, ParentAddr, Report, UplinkStatus, Uplinks};

@@ -56,7 +56,7 @@ pub const SILENCE_MAX_IDLE: Duration = Duration::from_secs(12);
 pub const SILENCE_MAX_PARENT: Duration = Duration::from_secs(30);
 
 /// How long an end of the link tries to tell its peer why it closes.
-pub const FAREWELL_MAX: Duration = Duration::from_secs(1);
+pub const BYE_MAX: Duration = Duration::from_secs(1);
 
 /// How long requests wait for a parent that is being dialed the first time; afterwards they go to the next.
 pub const DIAL_PATIENCE: Duration = Duration::from_secs(1);

@@ -1,7 +1,7 @@
-//! The server side of one link on a stream: a [`Parent`] whose requests are fetched from the node's sources.
+//! The server side of one link on a stream: a [`ServerEnd`] whose requests are fetched from the node's sources.
 //!
 //! Each request is a task of its own, so that a chunk that the node itself still waits for is answered when
-//! it arrives and keeps nothing else waiting; the [`Parent`] bounds their number and keeps slots for guests.
+//! it arrives and keeps nothing else waiting; the [`ServerEnd`] bounds their number and keeps slots for guests.
 //! A chunk that is here is copied out at once instead, without a task and without hashing: the node verified
 //! it, and the child will.
 //!
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use block::limits::CHUNK_BYTES;
 use block::{
-    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint, TryIo,
 };
 use bytes::BytesMut;
 use futures_util::FutureExt;
@@ -25,9 +25,9 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::sleep_until;
 
 use crate::pack::{self, PackPolicy, Packing};
-use crate::parent::{Parent, ParentEvent, Reply};
+use crate::server_end::{Reply, ServerEnd, ServerEvent};
 use crate::session::Closed;
-use crate::stats::Tally;
+use crate::stats::ScopedStats;
 use crate::stream::{self, Clock, Exchanged, Stream};
 use crate::wire::{LackReason, Payload, RequestId};
 
@@ -58,11 +58,11 @@ pub async fn serve(
     own: &NodeName,
     peer: NodeName,
     sources: Arc<dyn Sources>,
-    tally: Tally,
+    stats: ScopedStats,
 ) -> Result<(), ServeError> {
     let clock = Clock::start();
     let mut server = Server {
-        parent: Parent::new(own, peer, tally, clock.now()),
+        end: ServerEnd::new(own, peer, stats, clock.now()),
         sources,
         tasks: JoinSet::new(),
         running: HashMap::new(),
@@ -76,12 +76,12 @@ pub async fn serve(
             while let Some(done) = server.tasks.try_join_next_with_id() {
                 server.finish(done)?;
             }
-            while let Some(event) = server.parent.poll_event() {
-                if let ParentEvent::Closed(closed) = event {
+            while let Some(event) = server.end.poll_event() {
+                if let ServerEvent::Closed(closed) = event {
                     if closed == Closed::Ended {
                         return Ok(());
                     }
-                    writing.farewell(server.parent.poll_transmit()).await;
+                    writing.send_bye(server.end.poll_transmit()).await;
                     return Err(ServeError::Closed(closed));
                 }
                 server.apply(&event);
@@ -89,33 +89,33 @@ pub async fn serve(
             if !writing.is_empty() {
                 break;
             }
-            writing.refill(|| server.parent.poll_transmit());
+            writing.refill(|| server.end.poll_transmit());
             if writing.is_empty() {
                 server.packing.drained();
                 break;
             }
             server.packing.writing(clock.now());
         }
-        let deadline = clock.at(server.parent.deadline());
+        let deadline = clock.at(server.end.deadline());
         tokio::select! {
             biased;
-            done = stream::exchange(&mut reading, server.parent.inbox(), &mut writing) => {
+            done = stream::exchange(&mut reading, server.end.inbox(), &mut writing) => {
                 let Exchanged { read, written } = done?;
                 match read {
-                    Some(0) => server.parent.ended(),
-                    Some(_) => server.parent.heard(clock.now()),
+                    Some(0) => server.end.ended(),
+                    Some(_) => server.end.heard(clock.now()),
                     None => {}
                 }
                 server.packing.wrote(written, clock.now());
             }
             Some(done) = server.tasks.join_next_with_id() => server.finish(done)?,
-            () = sleep_until(deadline) => server.parent.tick(clock.now()),
+            () = sleep_until(deadline) => server.end.tick(clock.now()),
         }
     }
 }
 
 struct Server {
-    parent: Parent,
+    end: ServerEnd,
     sources: Arc<dyn Sources>,
     /// At most as many as the parent has active requests; dropping the set aborts them.
     tasks: JoinSet<Fetched>,
@@ -139,37 +139,37 @@ struct Fetched {
 }
 
 impl Server {
-    fn apply(&mut self, event: &ParentEvent) {
+    fn apply(&mut self, event: &ServerEvent) {
         match *event {
-            ParentEvent::Wanted { id, image, chunk, priority } => self.wanted(id, image, chunk, priority),
-            ParentEvent::Raised { id, priority } => {
+            ServerEvent::Wanted { id, image, chunk, priority } => self.wanted(id, image, chunk, priority),
+            ServerEvent::Raised { id, priority } => {
                 if let Some(running) = self.running.get(&id) {
                     running.priority.send_replace(priority);
                 }
             }
-            ParentEvent::Cancelled { id } => {
+            ServerEvent::Cancelled { id } => {
                 if let Some(running) = self.running.remove(&id) {
                     running.task.abort();
                 }
             }
-            ParentEvent::Ready | ParentEvent::Closed(_) => {}
+            ServerEvent::Ready | ServerEvent::Closed(_) => {}
         }
     }
 
     fn wanted(&mut self, id: RequestId, image: ImageId, chunk: ChunkHash, priority: Priority) {
-        let packing = if self.parent.child_unpacks() { self.packing.choose() } else { Packing::Leave };
+        let packing = if self.end.child_unpacks() { self.packing.choose() } else { Packing::Leave };
         // A link that compresses wants the chunk with its packed form, if there is one.
         if packing == Packing::Leave
-            && let Some(reply) = self.read_now(&image, &chunk)
+            && let Some(reply) = self.try_read(&image, &chunk)
         {
-            return self.parent.answer(id, reply);
+            return self.end.answer(id, reply);
         }
         let (raised, raises) = watch::channel(priority);
         let request = Request {
             sources: self.sources.clone(),
             image,
             chunk,
-            unpacks: if self.parent.child_unpacks() { Unpacks::Yes } else { Unpacks::No },
+            unpacks: if self.end.child_unpacks() { Unpacks::Yes } else { Unpacks::No },
             packing,
             raises,
         };
@@ -181,10 +181,10 @@ impl Server {
     }
 
     /// The chunk's bytes, if they are here.
-    fn read_now(&mut self, image: &ImageId, chunk: &ChunkHash) -> Option<Reply> {
+    fn try_read(&mut self, image: &ImageId, chunk: &ChunkHash) -> Option<Reply> {
         let source = self.sources.source(image).now_or_never()??;
         self.spare.resize(CHUNK_BYTES, 0);
-        if source.read_now(chunk, &SlotHint::default(), 0, &mut self.spare) == Now::Wait {
+        if source.try_read(chunk, &SlotHint::default(), 0, &mut self.spare) == TryIo::WouldBlock {
             return None;
         }
         Some(Reply::Have(Payload::Raw(std::mem::take(&mut self.spare).freeze())))
@@ -196,7 +196,7 @@ impl Server {
                 // A task that was done when it was cancelled must not answer a later request of its id.
                 if self.running.get(&fetched.id).is_some_and(|running| running.task.id() == task) {
                     self.running.remove(&fetched.id);
-                    self.parent.answer(fetched.id, fetched.reply);
+                    self.end.answer(fetched.id, fetched.reply);
                 }
                 if let Some(ratio) = fetched.ratio {
                     self.packing.tried(ratio);

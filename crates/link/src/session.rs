@@ -8,7 +8,7 @@ use block::NodeName;
 use bytes::{Buf, Bytes, BytesMut};
 
 use crate::limits::CONTROL_BYTES_MAX;
-use crate::stats::Tally;
+use crate::stats::ScopedStats;
 use crate::wire::{ByeReason, FEATURE_ZSTD, Frame, Hello, VERSION, WireError};
 
 /// How a link ended.
@@ -43,15 +43,15 @@ pub(crate) struct Session {
     peer: Option<Hello>,
     closed: Option<Closed>,
     heard_at: Duration,
-    pub(crate) tally: Tally,
+    pub(crate) stats: ScopedStats,
 }
 
 impl Session {
-    pub(crate) fn new(own: &NodeName, expected: NodeName, tally: Tally, now: Duration) -> Session {
+    pub(crate) fn new(own: &NodeName, expected: NodeName, stats: ScopedStats, now: Duration) -> Session {
         let mut control = BytesMut::new();
         Frame::Hello(Hello { version: VERSION, features: FEATURE_ZSTD, node: own.clone() })
             .encode(&mut control);
-        Session { inbox: BytesMut::new(), control, expected, peer: None, closed: None, heard_at: now, tally }
+        Session { inbox: BytesMut::new(), control, expected, peer: None, closed: None, heard_at: now, stats }
     }
 
     /// Where bytes from the stream go. Call [`Session::heard`] after adding some.
@@ -90,7 +90,7 @@ impl Session {
                     return None;
                 }
             };
-            self.tally.add(|s| &s.wire_bytes_received, before - self.inbox.len());
+            self.stats.add(|s| &s.wire_bytes_received, before - self.inbox.len());
             match frame {
                 Frame::Hello(hello) => return self.greet(hello),
                 Frame::Bye { reason } => {
@@ -148,7 +148,7 @@ impl Session {
     pub(crate) fn outgoing(&mut self, payload: Bytes) -> Option<Outgoing> {
         let head = self.control.split().freeze();
         let out = head.chain(payload);
-        self.tally.add(|s| &s.wire_bytes_sent, out.remaining());
+        self.stats.add(|s| &s.wire_bytes_sent, out.remaining());
         out.has_remaining().then_some(out)
     }
 

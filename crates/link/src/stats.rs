@@ -72,17 +72,17 @@ stats! {
 
 /// Where one link counts: its own counters and the node's.
 #[derive(Debug, Clone, Default)]
-pub struct Tally {
+pub struct ScopedStats {
     /// The counters of this link alone.
     pub link: Arc<Stats>,
     /// The counters of all links together.
     pub total: Arc<Stats>,
 }
 
-impl Tally {
+impl ScopedStats {
     /// Fresh counters for one link under the node's `total`.
-    pub fn under(total: &Arc<Stats>) -> Tally {
-        Tally { link: Arc::default(), total: total.clone() }
+    pub fn under(total: &Arc<Stats>) -> ScopedStats {
+        ScopedStats { link: Arc::default(), total: total.clone() }
     }
 
     pub(crate) fn add(&self, counter: fn(&Stats) -> &AtomicU64, n: usize) {
@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn what_a_link_counts_is_in_the_total_too() {
         let total = Arc::new(Stats::default());
-        let (a, b) = (Tally::under(&total), Tally::under(&total));
+        let (a, b) = (ScopedStats::under(&total), ScopedStats::under(&total));
         a.add(|s| &s.lies, 2);
         b.add(|s| &s.lies, 3);
         let value = |stats: &Stats| stats.each().find(|(name, _)| *name == "lies").map(|(_, n)| n);

@@ -10,7 +10,7 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::Instant;
 
-use crate::limits::{FAREWELL_MAX, READ_BYTES, READ_BYTES_MIN};
+use crate::limits::{BYE_MAX, READ_BYTES, READ_BYTES_MIN};
 use crate::session::Outgoing;
 
 /// What a link runs over: TCP with TLS, or a pipe in tests. Set `TCP_NODELAY`: the link batches by itself.
@@ -132,15 +132,15 @@ impl<S: Stream> Writing<S> {
     }
 
     /// Writes out what there is and `last`, and closes the stream, as far as that is possible within
-    /// [`FAREWELL_MAX`]. The link is over: whether the peer hears why changes nothing.
-    pub(crate) async fn farewell(mut self, last: Option<Outgoing>) {
+    /// [`BYE_MAX`]. The link is over: whether the peer hears why changes nothing.
+    pub(crate) async fn send_bye(mut self, last: Option<Outgoing>) {
         let goodbye = async {
             for mut out in self.out.take().into_iter().chain(last) {
                 self.half.write_all_buf(&mut out).await?;
             }
             self.half.shutdown().await
         };
-        within(FAREWELL_MAX, goodbye).await;
+        within(BYE_MAX, goodbye).await;
     }
 }
 

@@ -1,12 +1,12 @@
 //! The connection to one parent, kept up by a task of its own.
 //!
-//! The task is the only owner of the stream and of the [`Child`] on it. Requests reach it through a shared
-//! desk and are answered through a oneshot each; a oneshot that is dropped says that the link failed.
+//! The task is the only owner of the stream and of the [`ClientEnd`] on it. Requests reach it through a shared
+//! queue and are answered through a oneshot each; a oneshot that is dropped says that the link failed.
 //!
 //! Retries: the task dials when first asked, and again with growing waits as long as it lives, so that a
 //! better parent comes back into use by itself. Requests are never repeated here; that is the
 //! [`Fetcher`](crate::Fetcher)'s. Cancellation: dropping an [`Asked`] withdraws the request wherever it
-//! is. While the link is down the desk takes no requests.
+//! is. While the link is down the queue takes no requests.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -20,11 +20,11 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout_at};
 
-use crate::child::{Child, ChildEvent};
+use crate::client_end::{ClientEnd, ClientEvent};
 use crate::limits::{DIAL_MAX, DIAL_PATIENCE, QUEUED_MAX};
-use crate::policy::{Circuit, PathId, Standing, Verdict};
+use crate::policy::{LinkState, PathId, Standing, Verdict};
 use crate::session::Closed;
-use crate::stats::Tally;
+use crate::stats::ScopedStats;
 use crate::stream::{self, Clock, Exchanged, Stream};
 use crate::uplinks::{Dial, ParentAddr, Report, SharedPaths, UplinkStatus, Uplinks};
 use crate::wire::{LackReason, RequestId};
@@ -40,8 +40,8 @@ pub(crate) struct Uplink {
     parent: ParentAddr,
     path: PathId,
     paths: Arc<SharedPaths>,
-    tally: Tally,
-    desk: Arc<Desk>,
+    stats: ScopedStats,
+    queue: Arc<RequestQueue>,
     task: AbortHandle,
 }
 
@@ -53,11 +53,11 @@ impl Drop for Uplink {
 }
 
 impl Uplink {
-    pub(crate) fn spawn(uplinks: &Arc<Uplinks>, parent: ParentAddr, circuit: Circuit) -> Uplink {
+    pub(crate) fn spawn(uplinks: &Arc<Uplinks>, parent: ParentAddr, link: LinkState) -> Uplink {
         let paths = uplinks.paths().clone();
-        let path = paths.lock().add(circuit);
-        let tally = Tally::under(&uplinks.total);
-        let desk = Arc::new(Desk::new(tally.clone()));
+        let path = paths.lock().add(link);
+        let stats = ScopedStats::under(&uplinks.total);
+        let queue = Arc::new(RequestQueue::new(stats.clone()));
         let task = Task {
             // Weak, because the table that owns this uplink must be able to end while it lives.
             uplinks: Arc::downgrade(uplinks),
@@ -66,11 +66,11 @@ impl Uplink {
             parent: parent.clone(),
             path,
             paths: paths.clone(),
-            tally: tally.clone(),
-            desk: desk.clone(),
+            stats: stats.clone(),
+            queue: queue.clone(),
             lost: Reported::No,
         };
-        Uplink { parent, path, paths, tally, desk, task: tokio::spawn(task.run()).abort_handle() }
+        Uplink { parent, path, paths, stats, queue, task: tokio::spawn(task.run()).abort_handle() }
     }
 
     pub(crate) fn parent(&self) -> &ParentAddr {
@@ -85,37 +85,37 @@ impl Uplink {
         UplinkStatus {
             parent: self.parent.clone(),
             standing: self.paths.lock().standing(self.path),
-            stats: self.tally.link.clone(),
+            stats: self.stats.link.clone(),
         }
     }
 
     /// Dials now rather than at the first request.
     pub(crate) fn warm(&self) {
-        self.desk.state().needed = Needed::Yes;
-        self.desk.changed.notify_one();
+        self.queue.state().needed = Needed::Yes;
+        self.queue.changed.notify_one();
     }
 
     /// Asks for a chunk; `None` comes if the link is down, fails meanwhile or takes no more requests.
     pub(crate) fn ask(&self, image: ImageId, chunk: ChunkHash, priority: Priority) -> Asked {
         let (reply, answer) = oneshot::channel();
-        let mut state = self.desk.state();
+        let mut state = self.queue.state();
         let id = state.withdrawn.take(image, chunk).unwrap_or_else(|| {
             state.last_id = RequestId(state.last_id.0.wrapping_add(1));
             state.last_id
         });
-        if state.open == Open::Yes && state.wants.len() < QUEUED_MAX {
-            state.wants.push_back(Want { id, image, chunk, priority, reply });
+        if state.open == Open::Yes && state.pending.len() < QUEUED_MAX {
+            state.pending.push_back(PendingRequest { id, image, chunk, priority, reply });
             state.needed = Needed::Yes;
             drop(state);
-            self.desk.changed.notify_one();
+            self.queue.changed.notify_one();
         }
-        Asked { desk: self.desk.clone(), id, image, chunk, answer, answered: Answered::No }
+        Asked { queue: self.queue.clone(), id, image, chunk, answer, answered: Answered::No }
     }
 }
 
 /// A request that is on its way. Resolves to [`None`] if the link failed; dropping it withdraws the request.
 pub(crate) struct Asked {
-    desk: Arc<Desk>,
+    queue: Arc<RequestQueue>,
     id: RequestId,
     image: ImageId,
     chunk: ChunkHash,
@@ -136,8 +136,8 @@ impl Future for Asked {
         let answer = std::task::ready!(Pin::new(&mut self.answer).poll(context));
         self.answered = Answered::Yes;
         if let Ok(Ok(chunk)) = &answer {
-            self.desk.tally.add(|s| &s.chunks_received, 1);
-            self.desk.tally.add(|s| &s.raw_bytes_received, chunk.bytes().len());
+            self.queue.stats.add(|s| &s.chunks_received, 1);
+            self.queue.stats.add(|s| &s.raw_bytes_received, chunk.bytes().len());
         }
         Poll::Ready(answer.ok())
     }
@@ -151,13 +151,13 @@ impl Drop for Asked {
         // From here on an answer is not taken any more, and whoever sends it counts it.
         self.answer.close();
         if let Ok(Ok(_)) = self.answer.try_recv() {
-            self.desk.tally.add(|s| &s.chunks_in_vain, 1);
+            self.queue.stats.add(|s| &s.chunks_in_vain, 1);
         }
-        self.desk.withdraw(self.id, self.image, self.chunk);
+        self.queue.withdraw(self.id, self.image, self.chunk);
     }
 }
 
-struct Want {
+struct PendingRequest {
     id: RequestId,
     image: ImageId,
     chunk: ChunkHash,
@@ -166,18 +166,18 @@ struct Want {
 }
 
 /// Where requests are left for the task.
-struct Desk {
-    state: Mutex<DeskState>,
+struct RequestQueue {
+    state: Mutex<QueueState>,
     changed: Notify,
-    tally: Tally,
+    stats: ScopedStats,
 }
 
-struct DeskState {
+struct QueueState {
     open: Open,
     needed: Needed,
     last_id: RequestId,
     /// At most [`QUEUED_MAX`].
-    wants: VecDeque<Want>,
+    pending: VecDeque<PendingRequest>,
     /// Requests that the task took and nobody wants any more: no more than it took.
     withdrawn: Withdrawn,
 }
@@ -207,27 +207,27 @@ enum Needed {
     Yes,
 }
 
-impl Desk {
-    fn new(tally: Tally) -> Desk {
-        let state = DeskState {
+impl RequestQueue {
+    fn new(stats: ScopedStats) -> RequestQueue {
+        let state = QueueState {
             open: Open::Yes,
             needed: Needed::No,
             last_id: RequestId(0),
-            wants: VecDeque::new(),
+            pending: VecDeque::new(),
             withdrawn: Withdrawn::default(),
         };
-        Desk { state: Mutex::new(state), changed: Notify::new(), tally }
+        RequestQueue { state: Mutex::new(state), changed: Notify::new(), stats }
     }
 
     /// The state stays whole whatever a holder of the lock does: each change is one call.
-    fn state(&self) -> MutexGuard<'_, DeskState> {
+    fn state(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn withdraw(&self, id: RequestId, image: ImageId, chunk: ChunkHash) {
         let mut state = self.state();
-        if let Some(at) = state.wants.iter().position(|want| want.id == id) {
-            state.wants.remove(at);
+        if let Some(at) = state.pending.iter().position(|request| request.id == id) {
+            state.pending.remove(at);
         } else if state.open == Open::Yes {
             state.withdrawn.0.push((id, image, chunk));
             drop(state);
@@ -239,11 +239,11 @@ impl Desk {
         self.state().open = Open::Yes;
     }
 
-    /// No request may go there any more; those on the desk fail.
+    /// No request may go there any more; those in the queue fail.
     fn close(&self) {
         let mut state = self.state();
         state.open = Open::No;
-        state.wants.clear();
+        state.pending.clear();
         state.withdrawn.0.clear();
     }
 }
@@ -263,8 +263,8 @@ struct Task {
     parent: ParentAddr,
     path: PathId,
     paths: Arc<SharedPaths>,
-    tally: Tally,
-    desk: Arc<Desk>,
+    stats: ScopedStats,
+    queue: Arc<RequestQueue>,
     /// Whether the coordinator was told that the parent is lost.
     lost: Reported,
 }
@@ -272,8 +272,8 @@ struct Task {
 impl Task {
     /// Ends only by being aborted, or with the table that it belongs to.
     async fn run(mut self) {
-        while self.desk.state().needed == Needed::No {
-            self.desk.changed.notified().await;
+        while self.queue.state().needed == Needed::No {
+            self.queue.changed.notified().await;
         }
         loop {
             let dial_at = self.paths.lock().dial_at(self.path);
@@ -281,7 +281,7 @@ impl Task {
             let Some(uplinks) = self.uplinks.upgrade() else { return };
             let dial = uplinks.dial.clone();
             drop(uplinks);
-            self.tally.add(|s| &s.dials, 1);
+            self.stats.add(|s| &s.dials, 1);
             match self.dial(&*dial).await {
                 Ok(stream) => self.drive(stream).await,
                 Err(error) => self.fail(&error),
@@ -298,14 +298,14 @@ impl Task {
         }
         self.paths.lock().dials_late(self.path, self.clock.now());
         if self.paths.lock().standing(self.path) == Standing::Down {
-            self.desk.close();
+            self.queue.close();
         }
         timeout_at(self.clock.at(begin + DIAL_MAX), dialing).await?
     }
 
     fn fail(&mut self, why: &dyn std::fmt::Display) {
         self.paths.lock().failed(self.path, self.clock.now());
-        self.desk.close();
+        self.queue.close();
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         if self.lost == Reported::No {
             self.lost = Reported::Yes;
@@ -318,7 +318,7 @@ impl Task {
 
     fn blame(&mut self, image: ImageId, chunk: ChunkHash) {
         let until = self.paths.lock().lied(self.path, self.clock.now());
-        self.desk.close();
+        self.queue.close();
         tracing::warn!(parent = %self.parent.node, %chunk, "the parent sent a wrong chunk and is banned");
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         uplinks.ban(&self.parent.node, until);
@@ -327,7 +327,7 @@ impl Task {
 
     fn greeted(&mut self) {
         self.paths.lock().greeted(self.path, self.clock.now());
-        self.desk.open();
+        self.queue.open();
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         tracing::info!(parent = %self.parent.node, "the parent is up");
         if self.lost == Reported::Yes {
@@ -338,7 +338,7 @@ impl Task {
     }
 
     /// Tells the coordinator of a parent that lives and does not deliver, and when it does again.
-    fn judge(&mut self) {
+    fn update_health(&mut self) {
         let (lost, report) = match (self.paths.lock().verdict(self.path), &self.lost) {
             (Verdict::Beaten, Reported::No) => {
                 (Reported::Yes, Report::Lost { node: self.parent.node.clone() })
@@ -356,79 +356,79 @@ impl Task {
     /// Runs the protocol until the link ends. Every reply that is still open is dropped then, which tells
     /// those who wait.
     async fn drive(&mut self, stream: Box<dyn Stream>) {
-        let mut child =
-            Child::new(&self.node, self.parent.node.clone(), self.tally.clone(), self.clock.now());
+        let mut client =
+            ClientEnd::new(&self.node, self.parent.node.clone(), self.stats.clone(), self.clock.now());
         let mut replies = Replies::new();
         let (mut reading, mut writing) = stream::halves(stream);
         let mut lie = None;
         loop {
-            self.take_in(&mut child, &mut replies);
-            self.judge();
-            while let Some(event) = child.poll_event() {
+            self.take_in(&mut client, &mut replies);
+            self.update_health();
+            while let Some(event) = client.poll_event() {
                 match event {
-                    ChildEvent::Ready => self.greeted(),
-                    ChildEvent::Arrived { id, chunk } => self.reply(&mut replies, id, Ok(chunk)),
-                    ChildEvent::Lacking { id, reason } => self.reply(&mut replies, id, Err(reason)),
-                    ChildEvent::Liar { image, chunk } => lie = Some((image, chunk)),
-                    ChildEvent::Closed(closed) => {
+                    ClientEvent::Ready => self.greeted(),
+                    ClientEvent::Arrived { id, chunk } => self.reply(&mut replies, id, Ok(chunk)),
+                    ClientEvent::Lacking { id, reason } => self.reply(&mut replies, id, Err(reason)),
+                    ClientEvent::Liar { image, chunk } => lie = Some((image, chunk)),
+                    ClientEvent::Closed(closed) => {
                         match lie {
                             Some((image, chunk)) => self.blame(image, chunk),
                             None => self.fail(&closed),
                         }
-                        self.tally.add(|s| &s.losses, 1);
+                        self.stats.add(|s| &s.losses, 1);
                         // Those who wait ask another now; the last words can wait.
                         drop(replies);
                         if closed != Closed::Ended {
-                            writing.farewell(child.poll_transmit(self.clock.now())).await;
+                            writing.send_bye(client.poll_transmit(self.clock.now())).await;
                         }
                         return;
                     }
                 }
             }
             let now = self.clock.now();
-            writing.refill(|| child.poll_transmit(now));
-            let deadline = self.clock.at(child.deadline());
+            writing.refill(|| client.poll_transmit(now));
+            let deadline = self.clock.at(client.deadline());
             // The stream first: what has come counts as a sign of life even if we were late to look.
             tokio::select! {
                 biased;
-                done = stream::exchange(&mut reading, child.inbox(), &mut writing) => match done {
-                    Ok(Exchanged { read: Some(0), .. }) => child.ended(),
+                done = stream::exchange(&mut reading, client.inbox(), &mut writing) => match done {
+                    Ok(Exchanged { read: Some(0), .. }) => client.ended(),
                     Ok(Exchanged { read: Some(_), .. }) => {
                         let now = self.clock.now();
-                        child.heard(now);
+                        client.heard(now);
                         self.paths.lock().heard(self.path, now);
                     }
                     Ok(Exchanged { read: None, .. }) => {}
                     Err(error) => {
                         tracing::debug!(parent = %self.parent.node, %error, "the link broke");
-                        child.ended();
+                        client.ended();
                     }
                 },
-                () = self.desk.changed.notified() => {}
-                () = sleep_until(deadline) => child.tick(self.clock.now()),
+                () = self.queue.changed.notified() => {}
+                () = sleep_until(deadline) => client.tick(self.clock.now()),
             }
         }
     }
 
-    /// Takes what is on the desk.
-    fn take_in(&self, child: &mut Child, replies: &mut Replies) {
-        let (wants, withdrawn) = {
-            let mut state = self.desk.state();
-            (std::mem::take(&mut state.wants), std::mem::take(&mut state.withdrawn))
+    /// Takes what is in the queue.
+    fn take_in(&self, client: &mut ClientEnd, replies: &mut Replies) {
+        let (pending, withdrawn) = {
+            let mut state = self.queue.state();
+            (std::mem::take(&mut state.pending), std::mem::take(&mut state.withdrawn))
         };
-        for want in wants {
-            if let Some(reply) = replies.get_mut(&want.id) {
-                child.raise(want.id, want.priority);
-                *reply = want.reply;
+        for request in pending {
+            if let Some(reply) = replies.get_mut(&request.id) {
+                client.raise(request.id, request.priority);
+                *reply = request.reply;
                 continue;
             }
             // A refused request drops its reply, which tells whoever waits to ask another.
-            if child.want(want.id, want.image, want.chunk, want.priority).is_ok() {
-                replies.insert(want.id, want.reply);
+            if client.want(request.id, request.image, request.chunk, request.priority).is_ok() {
+                replies.insert(request.id, request.reply);
             }
         }
         for (id, ..) in withdrawn.0 {
-            child.cancel(id);
+            client.cancel(id);
             replies.remove(&id);
         }
     }
@@ -438,7 +438,7 @@ impl Task {
         if let Some(reply) = replies.remove(&id)
             && let Err(Ok(_)) = reply.send(answer)
         {
-            self.tally.add(|s| &s.chunks_in_vain, 1);
+            self.stats.add(|s| &s.chunks_in_vain, 1);
         }
     }
 }

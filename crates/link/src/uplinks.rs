@@ -15,7 +15,7 @@ use block::{BoxFuture, ChunkHash, ImageId, NodeName, Priority};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 
 use crate::limits::REPORTS_MAX;
-use crate::policy::{Circuit, Paths, Settings, Standing, in_flight_max};
+use crate::policy::{LinkState, Paths, Settings, Standing, in_flight_max};
 use crate::stats::Stats;
 use crate::stream::{Clock, Stream};
 use crate::uplink::Uplink;
@@ -167,11 +167,11 @@ impl Uplinks {
         table.uplinks.retain(|_, uplink| uplink.strong_count() > 0);
         let mut hasher = DefaultHasher::new();
         (&self.node, parent).hash(&mut hasher);
-        let circuit = match table.bans.get(&parent.node) {
-            Some(until) => Circuit::banned(hasher.finish(), *until),
-            None => Circuit::new(hasher.finish()),
+        let link = match table.bans.get(&parent.node) {
+            Some(until) => LinkState::banned(hasher.finish(), *until),
+            None => LinkState::new(hasher.finish()),
         };
-        let uplink = Arc::new(Uplink::spawn(self, parent.clone(), circuit));
+        let uplink = Arc::new(Uplink::spawn(self, parent.clone(), link));
         table.uplinks.insert(parent.clone(), Arc::downgrade(&uplink));
         uplink
     }

@@ -12,7 +12,7 @@ use link::limits::{
     SILENCE_MAX_BUSY, SILENCE_MAX_IDLE, SILENCE_MAX_PARENT,
 };
 use link::wire::{ByeReason, Frame, Hello, LackReason, Payload, RequestId, VERSION};
-use link::{Child, ChildEvent, Closed, Outgoing, Parent, ParentEvent, Reply, Tally, pack};
+use link::{ClientEnd, ClientEvent, Closed, Outgoing, Reply, ScopedStats, ServerEnd, ServerEvent, pack};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -37,12 +37,12 @@ fn raw(chunk: &Chunk) -> Reply {
     Reply::Have(Payload::Raw(chunk.bytes().clone()))
 }
 
-fn child() -> Child {
-    Child::new(&name("child"), name("parent"), Tally::default(), START)
+fn child() -> ClientEnd {
+    ClientEnd::new(&name("child"), name("parent"), ScopedStats::default(), START)
 }
 
-fn parent() -> Parent {
-    Parent::new(&name("parent"), name("child"), Tally::default(), START)
+fn parent() -> ServerEnd {
+    ServerEnd::new(&name("parent"), name("child"), ScopedStats::default(), START)
 }
 
 fn bytes(outgoing: Option<Outgoing>) -> Vec<u8> {
@@ -67,7 +67,11 @@ fn hello(node: &str) -> Frame {
 }
 
 /// Moves everything that is ready, until neither end has more to say.
-fn settle(child: &mut Child, parent: &mut Parent, now: Duration) -> (Vec<ChildEvent>, Vec<ParentEvent>) {
+fn settle(
+    child: &mut ClientEnd,
+    parent: &mut ServerEnd,
+    now: Duration,
+) -> (Vec<ClientEvent>, Vec<ServerEvent>) {
     let (mut at_child, mut at_parent) = (Vec::new(), Vec::new());
     loop {
         let down = bytes(parent.poll_transmit());
@@ -87,22 +91,22 @@ fn settle(child: &mut Child, parent: &mut Parent, now: Duration) -> (Vec<ChildEv
 }
 
 /// Both ends, greeted.
-fn link() -> (Child, Parent) {
+fn link() -> (ClientEnd, ServerEnd) {
     let (mut child, mut parent) = (child(), parent());
     let (at_child, at_parent) = settle(&mut child, &mut parent, START);
-    assert_eq!((at_child, at_parent), (vec![ChildEvent::Ready], vec![ParentEvent::Ready]));
+    assert_eq!((at_child, at_parent), (vec![ClientEvent::Ready], vec![ServerEvent::Ready]));
     (child, parent)
 }
 
-fn wanted(events: &[ParentEvent]) -> Vec<(RequestId, Priority)> {
-    let wanted = |event: &ParentEvent| match event {
-        ParentEvent::Wanted { id, priority, .. } => Some((*id, *priority)),
+fn wanted(events: &[ServerEvent]) -> Vec<(RequestId, Priority)> {
+    let wanted = |event: &ServerEvent| match event {
+        ServerEvent::Wanted { id, priority, .. } => Some((*id, *priority)),
         _ => None,
     };
     events.iter().filter_map(wanted).collect()
 }
 
-fn want(child: &mut Child, ids: std::ops::Range<u32>, priority: Priority) {
+fn want(child: &mut ClientEnd, ids: std::ops::Range<u32>, priority: Priority) {
     for id in ids {
         child.want(RequestId(id), image(), chunk(id).hash(), priority).unwrap();
     }
@@ -112,13 +116,13 @@ fn want(child: &mut Child, ids: std::ops::Range<u32>, priority: Priority) {
 struct Run {
     rng: StdRng,
     chunks: Vec<Chunk>,
-    child: Child,
-    parent: Parent,
+    child: ClientEnd,
+    parent: ServerEnd,
     up: VecDeque<u8>,
     down: VecDeque<u8>,
     /// What the child asked for and neither got nor withdrew.
     open: HashMap<RequestId, ChunkHash>,
-    lacked: HashSet<RequestId>,
+    not_found: HashSet<RequestId>,
     /// What the parent's caller holds.
     held: Vec<(RequestId, ChunkHash)>,
     now: Duration,
@@ -191,21 +195,21 @@ impl Run {
     fn take_events(&mut self) {
         while let Some(event) = self.parent.poll_event() {
             match event {
-                ParentEvent::Wanted { id, chunk, .. } => self.held.push((id, chunk)),
-                ParentEvent::Cancelled { id } => self.held.retain(|(held, _)| *held != id),
-                ParentEvent::Ready | ParentEvent::Raised { .. } => {}
-                ParentEvent::Closed(closed) => panic!("the parent closed: {closed}"),
+                ServerEvent::Wanted { id, chunk, .. } => self.held.push((id, chunk)),
+                ServerEvent::Cancelled { id } => self.held.retain(|(held, _)| *held != id),
+                ServerEvent::Ready | ServerEvent::Raised { .. } => {}
+                ServerEvent::Closed(closed) => panic!("the parent closed: {closed}"),
             }
             assert!(self.held.len() <= ACTIVE_MAX);
         }
         while let Some(event) = self.child.poll_event() {
             match event {
-                ChildEvent::Arrived { id, chunk } => assert_eq!(self.open.remove(&id), Some(chunk.hash())),
-                ChildEvent::Lacking { id, reason } => {
+                ClientEvent::Arrived { id, chunk } => assert_eq!(self.open.remove(&id), Some(chunk.hash())),
+                ClientEvent::Lacking { id, reason } => {
                     assert_eq!(reason, LackReason::Unreachable);
-                    assert!(self.open.remove(&id).is_some() && self.lacked.insert(id));
+                    assert!(self.open.remove(&id).is_some() && self.not_found.insert(id));
                 }
-                ChildEvent::Ready => {}
+                ClientEvent::Ready => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -224,7 +228,7 @@ fn everything_asked_is_answered_exactly_once_however_bytes_are_cut() {
             up: VecDeque::new(),
             down: VecDeque::new(),
             open: HashMap::new(),
-            lacked: HashSet::new(),
+            not_found: HashSet::new(),
             held: Vec::new(),
             now: START,
         };
@@ -290,7 +294,7 @@ fn background_requests_leave_slots_for_guests_at_both_ends() {
     }
     assert_eq!(sent, OUTSTANDING_MAX - OUTSTANDING_FOR_GUESTS);
     parent.feed(&encoded(&out), START);
-    let events: Vec<ParentEvent> = std::iter::from_fn(|| parent.poll_event()).collect();
+    let events: Vec<ServerEvent> = std::iter::from_fn(|| parent.poll_event()).collect();
     assert_eq!(wanted(&events).len(), ACTIVE_MAX - ACTIVE_FOR_GUESTS);
     want(&mut child, 1000..1100, Priority::Guest);
     let (_, events) = settle(&mut child, &mut parent, START);
@@ -321,7 +325,7 @@ fn a_cancelled_answer_is_not_sent() {
     let cancel = bytes(child.poll_transmit(START));
     assert_eq!(frames(&cancel), [Frame::Cancel { ids: vec![RequestId(0), RequestId(1)] }]);
     parent.feed(&cancel, START);
-    assert_eq!(parent.poll_event(), Some(ParentEvent::Cancelled { id: RequestId(1) }));
+    assert_eq!(parent.poll_event(), Some(ServerEvent::Cancelled { id: RequestId(1) }));
     parent.answer(RequestId(1), raw(&chunk(1)));
     let confirmed = [0, 1].map(|id| Frame::Lack { id: RequestId(id), reason: LackReason::Cancelled });
     assert_eq!(frames(&bytes(parent.poll_transmit())), confirmed);
@@ -352,7 +356,7 @@ fn a_packed_chunk_arrives_with_its_packed_form() {
     let packed = pack::pack(chunk(7).bytes()).1.unwrap();
     parent.answer(RequestId(7), Reply::Have(Payload::Zstd(packed.clone())));
     let (events, _) = settle(&mut child, &mut parent, START);
-    let [ChildEvent::Arrived { chunk: arrived, .. }] = &events[..] else { panic!("{events:?}") };
+    let [ClientEvent::Arrived { chunk: arrived, .. }] = &events[..] else { panic!("{events:?}") };
     assert_eq!(arrived, &chunk(7));
     assert_eq!(arrived.packed(), Some(&packed));
 }
@@ -370,13 +374,13 @@ fn a_wrong_chunk_is_told_and_ends_the_link() {
         settle(&mut child, &mut parent, START);
         parent.answer(RequestId(7), Reply::Have(payload));
         let (at_child, at_parent) = settle(&mut child, &mut parent, START);
-        let [ChildEvent::Liar { chunk: asked, .. }, ChildEvent::Closed(Closed::ByUs { reason, .. })] =
+        let [ClientEvent::Liar { chunk: asked, .. }, ClientEvent::Closed(Closed::ByUs { reason, .. })] =
             &at_child[..]
         else {
             panic!("{at_child:?}")
         };
         assert_eq!((*asked, *reason), (chunk(7).hash(), ByeReason::Lied));
-        assert_eq!(at_parent, [ParentEvent::Closed(Closed::ByPeer(ByeReason::Lied))]);
+        assert_eq!(at_parent, [ServerEvent::Closed(Closed::ByPeer(ByeReason::Lied))]);
     }
 }
 
@@ -438,18 +442,18 @@ fn a_child_closes_links_whose_parent_breaks_the_rules() {
         child.feed(&encoded(&[input]), START);
         let event = child.poll_event();
         assert!(
-            matches!(event, Some(ChildEvent::Closed(Closed::ByUs { reason: ByeReason::Protocol, .. }))),
+            matches!(event, Some(ClientEvent::Closed(Closed::ByUs { reason: ByeReason::Protocol, .. }))),
             "{what}: {event:?}"
         );
     }
     let mut called = child();
     called.feed(&encoded(&[hello("impostor")]), START);
     let closed = called.poll_event();
-    assert!(matches!(closed, Some(ChildEvent::Closed(Closed::ByUs { reason: ByeReason::Name, .. }))));
+    assert!(matches!(closed, Some(ClientEvent::Closed(Closed::ByUs { reason: ByeReason::Name, .. }))));
 }
 
 /// Lets time pass for a child until it closes or `end`; `alive` says whether the parent hears and answers.
-fn closed_at(child: &mut Child, mut alive: Option<&mut Parent>, end: Duration) -> Option<Duration> {
+fn closed_at(child: &mut ClientEnd, mut alive: Option<&mut ServerEnd>, end: Duration) -> Option<Duration> {
     loop {
         let now = child.deadline();
         if now > end {

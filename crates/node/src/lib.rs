@@ -37,7 +37,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use block::{BoxFuture, NodeName};
-use link::{Dial, ParentAddr, Stats, Stream, Tally, Uplinks};
+use link::{Dial, ParentAddr, ScopedStats, Stats, Stream, Uplinks};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -319,7 +319,9 @@ fn serve_children(
             };
             #[cfg(feature = "faults")]
             let stream = fault::Faulty { stream, fault };
-            if let Err(error) = link::serve(stream, &own, child.clone(), images, Tally::under(&links)).await {
+            if let Err(error) =
+                link::serve(stream, &own, child.clone(), images, ScopedStats::under(&links)).await
+            {
                 tracing::debug!(%child, %error, "a link ended");
             }
         })

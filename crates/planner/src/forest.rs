@@ -1,5 +1,5 @@
 //! The trees of one stripe of one plan, and the order in which places in them are given away. What is called
-//! a node here may as well be a whole cell.
+//! a node here may as well be a whole rack.
 //!
 //! Pure structure: names, leases and blame are not known here. A node is *rooted* if the root above it is
 //! an origin, else *adrift*. Adrift nodes count their depth from [`ADRIFT`], so that every order by depth
@@ -28,11 +28,11 @@ impl Key {
     /// Keys from here on are not of nodes.
     const NOT_NODES: u64 = 1 << 62;
 
-    /// What is outside a cell, seen from within.
+    /// What is outside a rack, seen from within.
     pub(crate) const OUTSIDE: Key = Key(Key::NOT_NODES);
 
-    /// The key of the cell with this number.
-    pub(crate) fn of_cell(number: u64) -> Key {
+    /// The key of the rack with this number.
+    pub(crate) fn of_rack(number: u64) -> Key {
         Key(Key::NOT_NODES + 1 + number)
     }
 
@@ -70,7 +70,7 @@ struct Spot {
 
 /// The trees of one stripe.
 #[derive(Debug, Default)]
-pub(crate) struct Forest {
+pub(crate) struct StripeForest {
     spots: BTreeMap<Key, Spot>,
     origins: BTreeSet<Key>,
     orphans: BTreeSet<Key>,
@@ -85,13 +85,13 @@ pub(crate) struct Forest {
     idle: BTreeSet<(u32, Key)>,
     free: usize,
     changed: BTreeSet<Key>,
-    /// The orphans at the last call of [`Forest::take_changed`].
+    /// The orphans at the last call of [`StripeForest::take_changed`].
     known_orphans: BTreeSet<Key>,
     /// Whether roots came or went since then.
     new_roots: bool,
 }
 
-impl Forest {
+impl StripeForest {
     /// Adds a node without parent and children that takes up to `slots` children.
     pub(crate) fn add(&mut self, key: Key, root: Root, slots: u32, scopes: Arc<[Scope]>) {
         let depth = if root == Root::Origin { 0 } else { ADRIFT };
@@ -447,10 +447,10 @@ impl Forest {
 }
 
 #[cfg(test)]
-impl Forest {
+impl StripeForest {
     /// Panics unless the invariants at the head of this file hold.
     pub(crate) fn check(&self) {
-        let mut fresh = Forest::default();
+        let mut fresh = StripeForest::default();
         for (&key, spot) in &self.spots {
             match spot.parent {
                 Some(parent) => {

@@ -1,11 +1,11 @@
 //! The hierarchy of one image: which of its nodes is whose child in each stripe.
 //!
-//! Nodes that share a rack are a *cell*; so are all that do not say where they stand. There is a [`Plan`] of
-//! each cell, and one of the cells among each other, which have the same rules. In the plan of a cell what is
-//! outside is a root, so that it has one child per stripe, the cell's *gateway*: a chunk comes into the cell
-//! once. And cells that hang below this one are guests in it: each takes the place of a child, so that no
-//! more goes out of a cell than comes in. An origin is a root of its own cell, and makes this a root among
-//! the cells.
+//! All nodes that do not say where they stand count as one rack. There is a [`Plan`] of each rack,
+//! and one of the racks among each other, which have the same rules. In the plan of a rack what is
+//! outside is a root, so that it has one child per stripe, the rack's *gateway*: a chunk comes into the rack
+//! once. And racks that hang below this one are guests in it: each takes the place of a child, so that no
+//! more goes out of a rack than comes in. An origin is a root of its own rack, and makes this a root among
+//! the racks.
 //!
 //! Invariants, after [`Hierarchy::settle`]:
 //! - A node has at most `fan_out` children, in all stripes together. An origin has one per stripe, and more
@@ -14,7 +14,7 @@
 //! - While there is an origin that is not quarantined, each relay hangs below one, except those whose
 //!   parent is still expected to report after a restart of Volt.
 //! - Who is quarantined has no children. Who is suspect, or about to leave, gets no new ones.
-//! - A death does not deepen the tree where a stand-in is to be had: a leaf of the same cell, or a child with
+//! - A death does not deepen the tree where a stand-in is to be had: a leaf of the same rack, or a child with
 //!   room, takes the place of the dead node with all its children, and every subtree stays in one piece.
 //!
 //! What a node is told (its [`Placement`]) is derived from the trees by [`Hierarchy::flush`]; see
@@ -23,23 +23,23 @@
 //! time to report is over.
 
 mod adopt;
-mod cells;
 #[cfg(test)]
 mod check;
 mod leave;
 mod peers;
 mod place;
 mod plan;
+mod racks;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use block::{ImageId, NodeName};
 
-use self::cells::Cell;
 use self::plan::{Kind, Plan};
+use self::racks::Rack;
 use crate::forest::Key;
 use crate::location::Scope;
-use crate::roster::Roster;
+use crate::membership::Membership;
 use crate::{Action, Millis, Placement, Role, Shape, Standing};
 
 /// Peers per stripe in a report that can be one of our own placements.
@@ -58,7 +58,7 @@ pub(crate) enum Stage {
 #[derive(Debug)]
 struct Seat {
     role: Role,
-    cell: Key,
+    rack: Key,
     /// What the node knows of its placement.
     told: Option<Placement>,
     /// Whether what the node reported stands, whatever the trees say.
@@ -77,21 +77,21 @@ pub(crate) struct Hierarchy {
     seats: BTreeMap<Key, Seat>,
     /// Whose seats are origins'.
     origins: BTreeSet<Key>,
-    /// The cells among each other.
+    /// The racks among each other.
     world: Plan,
-    cells: BTreeMap<Key, Cell>,
+    racks: BTreeMap<Key, Rack>,
     by_scope: BTreeMap<Scope, Key>,
-    cells_ever: u64,
+    racks_ever: u64,
     has_reports: bool,
-    /// Cells in which something may be without a place.
+    /// Racks in which something may be without a place.
     unsettled: BTreeSet<Key>,
-    /// Whether some cell may be without a place among the others.
+    /// Whether some rack may be without a place among the others.
     world_unsettled: bool,
-    /// Cells in which something moved.
+    /// Racks in which something moved.
     stirred: BTreeSet<Key>,
     /// By the name of the expected parent: who waits for it in which stripe.
     awaited: BTreeMap<NodeName, BTreeSet<(usize, Key)>>,
-    /// Cells that may have another origin above them, per stripe.
+    /// Racks that may have another origin above them, per stripe.
     retopped: BTreeSet<(usize, Key)>,
     /// Whose list of peers may have changed, and in which stripe.
     changed: BTreeSet<(Key, usize)>,
@@ -106,10 +106,10 @@ impl Hierarchy {
             shape,
             seats: BTreeMap::new(),
             origins: BTreeSet::new(),
-            world: Plan::new(cells::shape_of_world(shape)),
-            cells: BTreeMap::new(),
+            world: Plan::new(racks::shape_of_world(shape)),
+            racks: BTreeMap::new(),
             by_scope: BTreeMap::new(),
-            cells_ever: 0,
+            racks_ever: 0,
             has_reports: false,
             unsettled: BTreeSet::new(),
             world_unsettled: false,
@@ -129,7 +129,7 @@ impl Hierarchy {
     /// those that the node has already according to `current`.
     pub(crate) fn attach(
         &mut self,
-        roster: &Roster,
+        members: &Membership,
         key: Key,
         role: Role,
         current: Option<Placement>,
@@ -145,29 +145,29 @@ impl Hierarchy {
                 seat.confirm_by = None;
                 seat.held &= seat.told == current;
                 seat.told = current;
-                self.stay(roster, key);
+                self.stay(members, key);
                 return;
             }
-            Some(_) => self.detach(roster, key),
+            Some(_) => self.detach(members, key),
             None => {}
         }
         self.asked.insert(key);
-        let cell = self.cell_for(&roster.get(key).location.cell(), stage);
-        let seat = Seat { role, cell, told: current.clone(), held: false, confirm_by: None, leave_by: None };
+        let rack = self.rack_for(&members.get(key).location.rack(), stage);
+        let seat = Seat { role, rack, told: current.clone(), held: false, confirm_by: None, leave_by: None };
         self.seats.insert(key, seat);
         if role == Role::Origin {
             self.origins.insert(key);
             self.review_all();
         }
-        self.plant(roster, key);
+        self.plant(members, key);
         if let (Role::Relay, Some(current)) = (role, current) {
-            self.adopt(roster, key, &current, stage);
+            self.adopt(members, key, &current, stage);
         }
-        self.welcome(roster, key);
+        self.welcome(members, key);
     }
 
     /// Takes a node out; its children get other parents.
-    pub(crate) fn detach(&mut self, roster: &Roster, key: Key) {
+    pub(crate) fn detach(&mut self, members: &Membership, key: Key) {
         let Some(seat) = self.seats.remove(&key) else { return };
         if self.origins.remove(&key) {
             self.review_all();
@@ -175,19 +175,19 @@ impl Hierarchy {
         self.asked.remove(&key);
         self.awaited.values_mut().for_each(|waiting| waiting.retain(|entry| entry.1 != key));
         self.awaited.retain(|_, waiting| !waiting.is_empty());
-        self.plan_mut(seat.cell).remove(roster, key);
-        self.review_cell(roster, seat.cell);
+        self.plan_mut(seat.rack).remove(members, key);
+        self.review_rack(members, seat.rack);
     }
 
     /// A node registered again: it has to attach again until `confirm_by`, its peers must hear of its
     /// address, and it may stand elsewhere.
-    pub(crate) fn returned(&mut self, roster: &Roster, key: Key, confirm_by: Millis) {
+    pub(crate) fn returned(&mut self, members: &Membership, key: Key, confirm_by: Millis) {
         let Some(seat) = self.seats.get_mut(&key) else { return };
         seat.confirm_by = Some(confirm_by);
         let (role, told) = (seat.role, seat.told.clone());
-        if self.cells[&seat.cell].scope != roster.get(key).location.cell() {
-            self.detach(roster, key);
-            self.attach(roster, key, role, None, Stage::Planning);
+        if self.racks[&seat.rack].scope != members.get(key).location.rack() {
+            self.detach(members, key);
+            self.attach(members, key, role, None, Stage::Planning);
             if let Some(seat) = self.seats.get_mut(&key) {
                 (seat.told, seat.confirm_by) = (told, Some(confirm_by));
             }
@@ -216,16 +216,16 @@ impl Hierarchy {
     }
 
     /// The node shall no longer be the parent's child.
-    pub(crate) fn part(&mut self, child: Key, parent: Key) {
+    pub(crate) fn separate(&mut self, child: Key, parent: Key) {
         for stripe in 0..self.stripes() {
             if self.parent(stripe, child) != Some(parent) {
                 continue;
             }
-            let cell = self.seats[&child].cell;
-            if self.cells[&cell].plan.forest(stripe).parent(child) == Some(parent) {
-                self.plan_mut(cell).unhang(stripe, child);
-            } else if let Some(host) = self.cells[&cell].hosts[stripe] {
-                self.plan_mut(host).unhang(stripe, cell);
+            let rack = self.seats[&child].rack;
+            if self.racks[&rack].plan.forest(stripe).parent(child) == Some(parent) {
+                self.plan_mut(rack).unhang(stripe, child);
+            } else if let Some(host) = self.racks[&rack].hosts[stripe] {
+                self.plan_mut(host).unhang(stripe, rack);
             }
         }
         self.review(child);
@@ -233,18 +233,18 @@ impl Hierarchy {
 
     /// The node's list of peers may have changed for a reason that is not in the trees.
     pub(crate) fn review(&mut self, key: Key) {
-        let Some(cell) = self.seats.get(&key).map(|seat| seat.cell) else { return };
+        let Some(rack) = self.seats.get(&key).map(|seat| seat.rack) else { return };
         self.asked.insert(key);
         for stripe in 0..self.stripes() {
-            let forest = self.plan_mut(cell).forest_mut(stripe);
+            let forest = self.plan_mut(rack).forest_mut(stripe);
             if !forest.contains(key) {
                 continue;
             }
             forest.mark_around(key);
-            if self.gateway(stripe, cell) == Some(key)
-                && let Some(host) = self.cells[&cell].hosts[stripe]
+            if self.gateway(stripe, rack) == Some(key)
+                && let Some(host) = self.racks[&rack].hosts[stripe]
             {
-                self.plan_mut(host).forest_mut(stripe).mark_around(cell);
+                self.plan_mut(host).forest_mut(stripe).mark_around(rack);
             }
         }
     }
@@ -253,42 +253,42 @@ impl Hierarchy {
     fn review_all(&mut self) {
         self.asked.extend(self.seats.keys());
         for stripe in 0..self.stripes() {
-            self.retopped.extend(self.cells.keys().map(|&cell| (stripe, cell)));
+            self.retopped.extend(self.racks.keys().map(|&rack| (stripe, rack)));
         }
     }
 
     /// The node's standing changed.
-    pub(crate) fn reassess(&mut self, roster: &Roster, key: Key) {
+    pub(crate) fn reassess(&mut self, members: &Membership, key: Key) {
         let Some(seat) = self.seats.get(&key) else { return };
-        let (role, cell, standing) = (seat.role, seat.cell, self.standing(roster, key));
+        let (role, rack, standing) = (seat.role, seat.rack, self.standing(members, key));
         if role == Role::Origin {
             self.review_all();
         }
-        if !self.cells[&cell].plan.contains(key) {
-            self.plant(roster, key);
+        if !self.racks[&rack].plan.contains(key) {
+            self.plant(members, key);
         } else if role == Role::Origin && standing == Standing::Quarantined {
-            self.plan_mut(cell).remove(roster, key);
+            self.plan_mut(rack).remove(members, key);
             self.asked.insert(key);
         } else {
-            self.plan_mut(cell).set_standing(roster, key, standing);
+            self.plan_mut(rack).set_standing(members, key, standing);
         }
-        self.review_cell(roster, cell);
+        self.review_rack(members, rack);
     }
 
     /// Makes the trees a little shallower.
-    pub(crate) fn rise(&mut self, roster: &Roster) {
+    pub(crate) fn promote(&mut self, members: &Membership) {
         self.world_unsettled = true;
-        self.world.rise(roster);
-        for cell in self.cells.keys().copied().collect::<Vec<_>>() {
-            self.plan_mut(cell).rise(roster);
+        self.world.promote(members);
+        for rack in self.racks.keys().copied().collect::<Vec<_>>() {
+            self.plan_mut(rack).promote(members);
         }
     }
 
     /// The time to report is over: nobody waits any longer, and no report stands against the plan.
-    pub(crate) fn stop_waiting(&mut self, roster: &Roster) {
+    pub(crate) fn stop_waiting(&mut self, members: &Membership) {
         self.awaited.clear();
-        for cell in self.cells.keys().copied().collect::<Vec<_>>() {
-            self.plan_mut(cell).stop_waiting();
+        for rack in self.racks.keys().copied().collect::<Vec<_>>() {
+            self.plan_mut(rack).stop_waiting();
         }
         self.world_unsettled = true;
         self.world.stop_waiting();
@@ -296,7 +296,7 @@ impl Hierarchy {
             seat.held = false;
             self.asked.insert(key);
         }
-        self.leaving().into_iter().for_each(|key| self.reassess(roster, key));
+        self.leaving().into_iter().for_each(|key| self.reassess(members, key));
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -320,7 +320,7 @@ impl Hierarchy {
     }
 
     /// Plans everything anew if the shape is another one; who was high up comes first.
-    pub(crate) fn reshape(&mut self, roster: &Roster, shape: Shape) {
+    pub(crate) fn reshape(&mut self, members: &Membership, shape: Shape) {
         if shape == self.shape {
             return;
         }
@@ -330,17 +330,17 @@ impl Hierarchy {
         order.sort_unstable();
         for (_, key) in order {
             let seat = &former.seats[&key];
-            self.attach(roster, key, seat.role, None, Stage::Planning);
+            self.attach(members, key, seat.role, None, Stage::Planning);
             if let Some(fresh) = self.seats.get_mut(&key) {
                 (fresh.told, fresh.confirm_by) = (seat.told.clone(), seat.confirm_by);
             }
-            seat.leave_by.into_iter().for_each(|by| self.leave(roster, key, by, Stage::Planning));
-            self.settle(roster, Stage::Planning);
+            seat.leave_by.into_iter().for_each(|by| self.leave(members, key, by, Stage::Planning));
+            self.settle(members, Stage::Planning);
         }
     }
 
     /// Tells every node whose placement is not what it was told.
-    pub(crate) fn flush(&mut self, roster: &Roster, actions: &mut Vec<Action>) {
+    pub(crate) fn flush(&mut self, members: &Membership, actions: &mut Vec<Action>) {
         self.collect_changes();
         let mut due: BTreeMap<Key, Vec<usize>> = BTreeMap::new();
         for (key, stripe) in std::mem::take(&mut self.changed) {
@@ -352,7 +352,7 @@ impl Hierarchy {
         for (key, stripes) in due {
             let Some(seat) = self.seats.get(&key).filter(|seat| !seat.held) else { continue };
             let is_new = seat.told.as_ref().is_none_or(|told| told.stripes.len() != self.stripes());
-            let news = self.news(roster, key, seat, &stripes);
+            let news = self.news(members, key, seat, &stripes);
             if news.is_empty() && !is_new {
                 continue;
             }
@@ -362,7 +362,7 @@ impl Hierarchy {
             for (stripe, peers) in news {
                 placement.stripes[stripe] = peers;
             }
-            let node = roster.get(key).name.clone();
+            let node = members.get(key).name.clone();
             actions.push(Action::Place { node, image: self.image, placement: placement.clone() });
         }
     }
@@ -376,17 +376,17 @@ impl Hierarchy {
         self.shape.stripes() as usize
     }
 
-    /// Puts a seated node into its cell, without a parent. A quarantined origin is left out: it serves
+    /// Puts a seated node into its rack, without a parent. A quarantined origin is left out: it serves
     /// nobody and needs nobody.
-    fn plant(&mut self, roster: &Roster, key: Key) {
-        let (role, cell) = (self.seats[&key].role, self.seats[&key].cell);
-        let standing = self.standing(roster, key);
+    fn plant(&mut self, members: &Membership, key: Key) {
+        let (role, rack) = (self.seats[&key].role, self.seats[&key].rack);
+        let standing = self.standing(members, key);
         let kind = match role {
-            Role::Origin if standing == Standing::Quarantined => return self.review_cell(roster, cell),
+            Role::Origin if standing == Standing::Quarantined => return self.review_rack(members, rack),
             Role::Origin => Kind::Root,
             Role::Relay => Kind::Relay,
         };
-        self.plan_mut(cell).add(key, kind, standing, [Scope::everywhere()].into());
-        self.review_cell(roster, cell);
+        self.plan_mut(rack).add(key, kind, standing, [Scope::everywhere()].into());
+        self.review_rack(members, rack);
     }
 }

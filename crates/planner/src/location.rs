@@ -22,7 +22,7 @@ pub struct Location(String);
 )]
 pub struct ParseLocationError(String);
 
-/// A part of the world that nodes stand in: a cell, a zone, or everywhere.
+/// A part of the world that nodes stand in: a rack, a zone, or everywhere.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Scope(Arc<str>);
 
@@ -32,9 +32,9 @@ impl Location {
         &self.0
     }
 
-    /// The cell that a node at this location belongs to: its rack; or, where that is unknown, all of its
+    /// The rack that a node at this location belongs to; or, where that is unknown, all of its
     /// zone without a known rack, or all that say nothing.
-    pub(crate) fn cell(&self) -> Scope {
+    pub(crate) fn rack(&self) -> Scope {
         let mut labels = self.0.split('/');
         let (zone, rack) = (labels.next().unwrap_or_default(), labels.next().unwrap_or_default());
         Scope(format!("{zone}/{rack}").into())
@@ -47,8 +47,8 @@ impl Scope {
         Scope("".into())
     }
 
-    /// What a cell lies in, narrowest first: its zone if it is known, and everywhere.
-    pub(crate) fn around_cell(&self) -> Vec<Scope> {
+    /// What a rack lies in, narrowest first: its zone if it is known, and everywhere.
+    pub(crate) fn around_rack(&self) -> Vec<Scope> {
         let zone = self.0.split('/').next().filter(|zone| !zone.is_empty());
         zone.map(|zone| Scope(zone.into())).into_iter().chain([Scope::everywhere()]).collect()
     }
@@ -89,14 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cell_is_a_rack_or_what_is_known_instead() {
-        let cell = |text: &str| text.parse::<Location>().unwrap().cell();
-        assert_eq!(cell("z/r/h"), cell("z/r"));
-        assert_ne!(cell("z/r"), cell("z/q"));
-        assert_ne!(cell("z/r"), cell("y/r"));
-        assert_eq!(cell("z//h"), cell("z"));
-        assert_ne!(cell("z"), cell(""));
-        let zone = |text: &str| cell(text).around_cell();
+    fn a_rack_is_named_by_what_is_known() {
+        let rack = |text: &str| text.parse::<Location>().unwrap().rack();
+        assert_eq!(rack("z/r/h"), rack("z/r"));
+        assert_ne!(rack("z/r"), rack("z/q"));
+        assert_ne!(rack("z/r"), rack("y/r"));
+        assert_eq!(rack("z//h"), rack("z"));
+        assert_ne!(rack("z"), rack(""));
+        let zone = |text: &str| rack(text).around_rack();
         assert_eq!(zone("z/r"), [Scope("z".into()), Scope::everywhere()]);
         assert_eq!(zone("/r"), [Scope::everywhere()]);
     }

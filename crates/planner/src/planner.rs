@@ -1,4 +1,4 @@
-//! The planner itself: takes events, keeps the roster and the hierarchies in step, collects actions.
+//! The planner itself: takes events, keeps the membership and the hierarchies in step, collects actions.
 //!
 //! Consistency: between two events every hierarchy is settled, and what each node was told is what the
 //! plan says, or, for a lease after the first event, what the node itself reported. Crash: nothing here is
@@ -11,7 +11,7 @@ use block::{ImageId, NodeName};
 
 use crate::forest::Key;
 use crate::hierarchy::{Hierarchy, Stage};
-use crate::roster::{ACCUSERS_MIN, Roster};
+use crate::membership::{ACCUSERS_MIN, Membership};
 use crate::{Action, Event, Location, Millis, NodeView, Placement, Role, Settings, Shaping, Tree};
 
 /// Nodes that one planner takes. Ten times what a cluster is planned for; bounds its memory.
@@ -23,7 +23,7 @@ pub struct Planner {
     settings: Settings,
     now: Millis,
     learning: Learning,
-    roster: Roster,
+    members: Membership,
     hierarchies: BTreeMap<ImageId, Hierarchy>,
     /// Of the images that were tuned.
     shapings: BTreeMap<ImageId, Shaping>,
@@ -47,7 +47,7 @@ impl Planner {
             settings,
             now: Millis(0),
             learning: Learning::NotBegun,
-            roster: Roster::default(),
+            members: Membership::default(),
             hierarchies: BTreeMap::new(),
             shapings: BTreeMap::new(),
             touched: BTreeSet::new(),
@@ -63,17 +63,19 @@ impl Planner {
         match event {
             Event::NodeUp { node, address, location } => self.node_up(node, address, location),
             Event::Heartbeat { node } => self.heartbeat(&node),
-            Event::NodeDown { node } => self.roster.key(&node).into_iter().for_each(|key| self.bury(key)),
+            Event::NodeDown { node } => {
+                self.members.key(&node).into_iter().for_each(|key| self.remove_dead(key));
+            }
             Event::Attach { node, image, role, current } => self.attach(&node, image, role, current),
             Event::Detach { node, image } => {
-                self.roster.key(&node).into_iter().for_each(|key| self.detach(key, image));
+                self.members.key(&node).into_iter().for_each(|key| self.detach(key, image));
             }
             Event::Leave { node, image } => self.leave(node, image),
             Event::Lost { by, parent } => self.lost(&by, &parent),
             Event::Blame { by, liar, image, chunk: _ } => self.blame(&by, &liar, image),
             Event::Quarantine { node } => self.quarantine(&node),
             Event::Pardon { node } => {
-                self.roster.pardon(&node);
+                self.members.pardon(&node);
                 self.reassess(&node);
             }
             Event::Tune { image, shaping } => self.tune(image, shaping),
@@ -85,17 +87,17 @@ impl Planner {
 
     /// Whom `node` was last told to fetch `image` from.
     pub fn placement(&self, node: &NodeName, image: &ImageId) -> Option<&Placement> {
-        self.hierarchies.get(image)?.told(self.roster.key(node)?)
+        self.hierarchies.get(image)?.told(self.members.key(node)?)
     }
 
     /// The live nodes by name.
     pub fn nodes(&self) -> impl Iterator<Item = NodeView> {
-        self.roster.by_name().map(|key| self.roster.view(key))
+        self.members.by_name().map(|key| self.members.view(key))
     }
 
     /// One live node.
     pub fn node(&self, name: &NodeName) -> Option<NodeView> {
-        self.roster.key(name).map(|key| self.roster.view(key))
+        self.members.key(name).map(|key| self.members.view(key))
     }
 
     /// The images that some node has attached, by id.
@@ -105,7 +107,7 @@ impl Planner {
 
     /// The hierarchy of `image`; none if nobody has it attached.
     pub fn tree(&self, image: &ImageId) -> Option<Tree> {
-        self.hierarchies.get(image).map(|hierarchy| hierarchy.view(&self.roster))
+        self.hierarchies.get(image).map(|hierarchy| hierarchy.view(&self.members))
     }
 }
 
@@ -113,67 +115,68 @@ impl Planner {
 impl Planner {
     fn node_up(&mut self, name: NodeName, address: String, location: Location) {
         let lease_until = self.now + self.settings.lease;
-        let Some(key) = self.roster.key(&name) else {
-            if self.roster.len() == NODES_MAX {
+        let Some(key) = self.members.key(&name) else {
+            if self.members.len() == NODES_MAX {
                 self.actions.push(Action::Refuse { node: name });
             } else {
-                self.roster.add(name, address, location, lease_until);
+                self.members.add(name, address, location, lease_until);
             }
             return;
         };
-        let node = self.roster.get_mut(key);
+        let node = self.members.get_mut(key);
         node.lease_until = lease_until;
         node.address = address;
         node.location = location;
         for image in self.images_of(key) {
-            self.change(image, |hierarchy, roster| hierarchy.returned(roster, key, lease_until));
+            self.change(image, |hierarchy, members| hierarchy.returned(members, key, lease_until));
         }
     }
 
     fn heartbeat(&mut self, name: &NodeName) {
-        match self.roster.key(name) {
-            Some(key) => self.roster.get_mut(key).lease_until = self.now + self.settings.lease,
+        match self.members.key(name) {
+            Some(key) => self.members.get_mut(key).lease_until = self.now + self.settings.lease,
             None => self.actions.push(Action::Unknown { node: name.clone() }),
         }
     }
 
     fn attach(&mut self, name: &NodeName, image: ImageId, role: Role, current: Option<Placement>) {
-        let Some(key) = self.roster.key(name) else {
+        let Some(key) = self.members.key(name) else {
             self.actions.push(Action::Unknown { node: name.clone() });
             return;
         };
         let shaping = self.shaping(&image);
         let stage = self.stage();
         let reported = current.as_ref().map_or(0, |placement| placement.stripes.len());
-        self.roster.get_mut(key).images.insert(image);
+        self.members.get_mut(key).images.insert(image);
         self.hierarchies.entry(image).or_insert_with(|| Hierarchy::new(image, shaping.first(reported)));
-        self.change(image, |hierarchy, roster| {
+        self.change(image, |hierarchy, members| {
             if stage == Stage::Learning && !hierarchy.has_reports() {
-                hierarchy.reshape(roster, shaping.reported(hierarchy.shape(), reported));
+                hierarchy.reshape(members, shaping.reported(hierarchy.shape(), reported));
             }
             if stage == Stage::Planning || !hierarchy.has_reports() {
-                hierarchy.reshape(roster, shaping.grown(hierarchy.shape(), hierarchy.relays_with(key, role)));
+                hierarchy
+                    .reshape(members, shaping.grown(hierarchy.shape(), hierarchy.relays_with(key, role)));
             }
-            hierarchy.attach(roster, key, role, current, stage);
+            hierarchy.attach(members, key, role, current, stage);
         });
     }
 
     fn detach(&mut self, key: Key, image: ImageId) {
-        let above = self.unseat(key, image);
+        let above = self.remove_from_hierarchy(key, image);
         self.release(image, above);
     }
 
     fn leave(&mut self, node: NodeName, image: ImageId) {
-        let Some(key) = self.roster.key(&node) else {
+        let Some(key) = self.members.key(&node) else {
             self.actions.push(Action::Unknown { node });
             return;
         };
-        if !self.roster.get(key).images.contains(&image) {
+        if !self.members.get(key).images.contains(&image) {
             self.actions.push(Action::Released { node, image });
             return;
         }
         let (until, stage) = (self.now + self.settings.lease, self.stage());
-        self.change(image, |hierarchy, roster| hierarchy.leave(roster, key, until, stage));
+        self.change(image, |hierarchy, members| hierarchy.leave(members, key, until, stage));
         self.release(image, vec![key]);
     }
 
@@ -184,12 +187,12 @@ impl Planner {
             return;
         }
         let until = self.now + self.settings.lease;
-        self.roster.note_lost(by, parent_key, until);
+        self.members.note_lost(by, parent_key, until);
         for image in images {
-            self.change(image, |hierarchy, _| hierarchy.part(by, parent_key));
+            self.change(image, |hierarchy, _| hierarchy.separate(by, parent_key));
         }
-        if self.roster.is_deserted(parent_key, &self.children_of(parent_key))
-            && self.roster.suspect(parent_key, until)
+        if self.members.is_deserted(parent_key, &self.children_of(parent_key))
+            && self.members.suspect(parent_key, until)
         {
             self.actions.push(Action::Suspect { node: parent.clone() });
             self.reassess(parent);
@@ -200,13 +203,13 @@ impl Planner {
         let Some((by, liar_key)) = self.pair(by, liar) else { return };
         let is_listed = |hierarchy: &Hierarchy| hierarchy.lists(by, liar);
         // The accuser may have lost the liar first and been moved.
-        if !self.hierarchies.get(&image).is_some_and(is_listed) && !self.roster.avoids(by, liar_key) {
+        if !self.hierarchies.get(&image).is_some_and(is_listed) && !self.members.avoids(by, liar_key) {
             return;
         }
-        let accusers = self.roster.note_blame(by, liar_key);
+        let accusers = self.members.note_blame(by, liar_key);
         let only_child = self.children_of(liar_key) == BTreeSet::from([by]);
         for image in self.images_of(by) {
-            self.change(image, |hierarchy, _| hierarchy.part(by, liar_key));
+            self.change(image, |hierarchy, _| hierarchy.separate(by, liar_key));
         }
         let images = self.images_of(liar_key);
         let needed = images.iter().any(|image| self.hierarchies[image].depends_on(liar_key));
@@ -216,7 +219,7 @@ impl Planner {
     }
 
     fn quarantine(&mut self, name: &NodeName) {
-        if self.roster.quarantine(name) {
+        if self.members.quarantine(name) {
             self.actions.push(Action::Quarantine { node: name.clone() });
             self.reassess(name);
         }
@@ -228,21 +231,21 @@ impl Planner {
             None => self.shapings.remove(&image),
         };
         let shaping = self.shaping(&image);
-        self.change(image, |hierarchy, roster| {
-            hierarchy.reshape(roster, shaping.fitting(hierarchy.shape(), hierarchy.relays()));
+        self.change(image, |hierarchy, members| {
+            hierarchy.reshape(members, shaping.fitting(hierarchy.shape(), hierarchy.relays()));
         });
     }
 
     fn tick(&mut self) {
         let now = self.now;
-        self.roster.lapsed(now).into_iter().for_each(|key| self.bury(key));
+        self.members.lapsed(now).into_iter().for_each(|key| self.remove_dead(key));
         let late = |(&image, hierarchy): (&ImageId, &Hierarchy)| {
             hierarchy.unconfirmed(now).into_iter().map(move |key| (key, image)).collect::<Vec<_>>()
         };
         let unconfirmed: Vec<_> = self.hierarchies.iter().flat_map(late).collect();
         unconfirmed.into_iter().for_each(|(key, image)| self.detach(key, image));
-        for key in self.roster.expire(now) {
-            let name = self.roster.get(key).name.clone();
+        for key in self.members.expire(now) {
+            let name = self.members.get(key).name.clone();
             self.reassess(&name);
         }
         for image in self.images().collect::<Vec<_>>() {
@@ -253,9 +256,9 @@ impl Planner {
         if self.stage() == Stage::Planning {
             for image in self.images().collect::<Vec<_>>() {
                 let shaping = self.shaping(&image);
-                self.change(image, |hierarchy, roster| {
-                    hierarchy.reshape(roster, shaping.fitting(hierarchy.shape(), hierarchy.relays()));
-                    hierarchy.rise(roster);
+                self.change(image, |hierarchy, members| {
+                    hierarchy.reshape(members, shaping.fitting(hierarchy.shape(), hierarchy.relays()));
+                    hierarchy.promote(members);
                 });
             }
         }
@@ -282,21 +285,21 @@ impl Planner {
         if self.learning == Learning::Done { Stage::Planning } else { Stage::Learning }
     }
 
-    fn bury(&mut self, key: Key) {
-        self.actions.push(Action::Dead { node: self.roster.get(key).name.clone() });
+    fn remove_dead(&mut self, key: Key) {
+        self.actions.push(Action::Dead { node: self.members.get(key).name.clone() });
         for image in self.images_of(key) {
             self.detach(key, image);
         }
-        self.roster.remove(key);
+        self.members.remove(key);
     }
 
     /// Takes a node out of a hierarchy. Returns who were its parents.
-    fn unseat(&mut self, key: Key, image: ImageId) -> Vec<Key> {
-        if !self.roster.get_mut(key).images.remove(&image) {
+    fn remove_from_hierarchy(&mut self, key: Key, image: ImageId) -> Vec<Key> {
+        if !self.members.get_mut(key).images.remove(&image) {
             return Vec::new();
         }
         let parents = self.hierarchies[&image].parents(key);
-        self.change(image, |hierarchy, roster| hierarchy.detach(roster, key));
+        self.change(image, |hierarchy, members| hierarchy.detach(members, key));
         parents.into_iter().collect()
     }
 
@@ -305,26 +308,26 @@ impl Planner {
         while let Some(key) = candidates.pop() {
             let Some(hierarchy) = self.hierarchies.get(&image) else { return };
             for leaver in hierarchy.may_leave_with(key, self.now, self.stage()) {
-                self.actions.push(Action::Released { node: self.roster.get(leaver).name.clone(), image });
-                candidates.extend(self.unseat(leaver, image));
+                self.actions.push(Action::Released { node: self.members.get(leaver).name.clone(), image });
+                candidates.extend(self.remove_from_hierarchy(leaver, image));
             }
         }
     }
 
     /// Applies a change of the node's standing, and of whom it avoids.
     fn reassess(&mut self, name: &NodeName) {
-        let Some(key) = self.roster.key(name) else { return };
+        let Some(key) = self.members.key(name) else { return };
         for image in self.images_of(key) {
-            self.change(image, |hierarchy, roster| {
-                hierarchy.reassess(roster, key);
+            self.change(image, |hierarchy, members| {
+                hierarchy.reassess(members, key);
                 hierarchy.review(key);
             });
         }
     }
 
-    fn change(&mut self, image: ImageId, change: impl FnOnce(&mut Hierarchy, &Roster)) {
+    fn change(&mut self, image: ImageId, change: impl FnOnce(&mut Hierarchy, &Membership)) {
         if let Some(hierarchy) = self.hierarchies.get_mut(&image) {
-            change(hierarchy, &self.roster);
+            change(hierarchy, &self.members);
             self.touched.insert(image);
         }
     }
@@ -334,8 +337,8 @@ impl Planner {
         let stage = self.stage();
         for image in std::mem::take(&mut self.touched) {
             let Some(hierarchy) = self.hierarchies.get_mut(&image) else { continue };
-            hierarchy.settle(&self.roster, stage);
-            hierarchy.flush(&self.roster, &mut self.actions);
+            hierarchy.settle(&self.members, stage);
+            hierarchy.flush(&self.members, &mut self.actions);
             if hierarchy.is_empty() {
                 self.hierarchies.remove(&image);
             }
@@ -347,7 +350,7 @@ impl Planner {
     }
 
     fn images_of(&self, key: Key) -> Vec<ImageId> {
-        self.roster.get(key).images.iter().copied().collect()
+        self.members.get(key).images.iter().copied().collect()
     }
 
     fn children_of(&self, key: Key) -> BTreeSet<Key> {
@@ -356,7 +359,7 @@ impl Planner {
 
     /// Two different live nodes.
     fn pair(&self, one: &NodeName, other: &NodeName) -> Option<(Key, Key)> {
-        let pair = (self.roster.key(one)?, self.roster.key(other)?);
+        let pair = (self.members.key(one)?, self.members.key(other)?);
         (pair.0 != pair.1).then_some(pair)
     }
 }
@@ -367,9 +370,9 @@ impl Planner {
     pub(crate) fn check(&self) {
         for (image, hierarchy) in &self.hierarchies {
             assert!(!hierarchy.is_empty(), "{image} is kept for nobody");
-            hierarchy.check(&self.roster, self.stage());
+            hierarchy.check(&self.members, self.stage());
         }
-        for key in self.roster.by_name() {
+        for key in self.members.by_name() {
             for image in self.images_of(key) {
                 assert!(self.hierarchies[&image].told(key).is_some(), "a node has a seat per image");
             }

@@ -48,7 +48,7 @@ pub enum Accel {
 
 /// What the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum AccelWish {
+pub enum AccelMode {
     /// KVM if it is usable.
     #[default]
     Auto,
@@ -80,25 +80,25 @@ impl fmt::Display for AccelChoice {
     }
 }
 
-impl FromStr for AccelWish {
+impl FromStr for AccelMode {
     type Err = String;
-    fn from_str(text: &str) -> Result<AccelWish, String> {
+    fn from_str(text: &str) -> Result<AccelMode, String> {
         match text {
-            "auto" => Ok(AccelWish::Auto),
-            "kvm" => Ok(AccelWish::Only(Accel::Kvm)),
-            "tcg" => Ok(AccelWish::Only(Accel::Tcg)),
+            "auto" => Ok(AccelMode::Auto),
+            "kvm" => Ok(AccelMode::Only(Accel::Kvm)),
+            "tcg" => Ok(AccelMode::Only(Accel::Tcg)),
             _ => Err(format!("'{text}' is no way to run guests: use auto, kvm or tcg")),
         }
     }
 }
 
-impl AccelWish {
+impl AccelMode {
     /// Decides how guests are run. The probe is made once in the life of this process.
     pub async fn decide(self) -> Result<AccelChoice, VmError> {
         static PROBED: OnceCell<AccelChoice> = OnceCell::const_new();
         match self {
-            AccelWish::Only(accel) => Ok(AccelChoice { accel, reason: "as asked for".to_owned() }),
-            AccelWish::Auto => PROBED.get_or_try_init(probe).await.cloned(),
+            AccelMode::Only(accel) => Ok(AccelChoice { accel, reason: "as asked for".to_owned() }),
+            AccelMode::Auto => PROBED.get_or_try_init(probe).await.cloned(),
         }
     }
 }
@@ -185,10 +185,10 @@ mod tests {
 
     #[test]
     fn a_wish_is_auto_kvm_or_tcg() {
-        assert_eq!("auto".parse(), Ok(AccelWish::Auto));
-        assert_eq!("kvm".parse(), Ok(AccelWish::Only(Accel::Kvm)));
-        assert_eq!("tcg".parse(), Ok(AccelWish::Only(Accel::Tcg)));
-        assert!("hvf".parse::<AccelWish>().unwrap_err().contains("hvf"));
+        assert_eq!("auto".parse(), Ok(AccelMode::Auto));
+        assert_eq!("kvm".parse(), Ok(AccelMode::Only(Accel::Kvm)));
+        assert_eq!("tcg".parse(), Ok(AccelMode::Only(Accel::Tcg)));
+        assert!("hvf".parse::<AccelMode>().unwrap_err().contains("hvf"));
     }
 
     /// Without this, a boot sector that can never report would look like a machine without KVM.

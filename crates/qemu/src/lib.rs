@@ -39,7 +39,7 @@ mod supervise;
 #[cfg(test)]
 mod tests;
 
-pub use accel::{Accel, AccelChoice, AccelWish};
+pub use accel::{Accel, AccelChoice, AccelMode};
 pub use agent::Frozen as FrozenGuest;
 pub use machine::Platform;
 pub use migrate::Progress as MemoryProgress;

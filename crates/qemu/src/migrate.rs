@@ -42,7 +42,7 @@ use tokio::time::Instant;
 
 use super::machine::{self, Platform};
 use super::qmp::Qmp;
-use super::spec::{Begin, told_socket};
+use super::spec::{Begin, qemu_socket_path};
 use super::standstill::Recovery;
 use super::state::RunState;
 use super::{Qemu, VmError, VmSpec};
@@ -152,7 +152,7 @@ impl Qemu {
         socket: &Path,
         bytes_per_second_max: Option<u64>,
     ) -> Result<Migration<'_>, VmError> {
-        let uri = format!("unix:{}", told_socket(socket)?);
+        let uri = format!("unix:{}", qemu_socket_path(socket)?);
         // Without one there may be no control socket for this either.
         self.spec().ok_or_else(machine::unknown)?;
         let turn = self.run_turn().await;
@@ -200,7 +200,7 @@ impl Qemu {
     /// [`start_incoming`](Self::start_incoming), once.
     pub async fn incoming_listen(&self) -> Result<Incoming<'_>, VmError> {
         let socket = self.memory_socket();
-        let uri = format!("unix:{}", told_socket(&socket)?);
+        let uri = format!("unix:{}", qemu_socket_path(&socket)?);
         let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
         // The disk is opened for writing when the guest is resumed, and no sooner.
         let on = ["events", "return-path", "late-block-activate"];

@@ -43,7 +43,7 @@ const QUOTED_BYTES: usize = 2000;
 
 /// What is remembered of a start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
+struct StartRecord {
     name: VmName,
     accel: Accel,
     /// When QEMU was started, in milliseconds since 1970.
@@ -54,12 +54,12 @@ struct Record {
     spec: Option<VmSpec>,
 }
 
-impl Record {
+impl StartRecord {
     /// What a running VM says itself. `None` if its process has ended meanwhile.
-    fn of_unknown_start(files: &VmFiles, process: &Process) -> Option<Record> {
+    fn of_unknown_start(files: &VmFiles, process: &Process) -> Option<StartRecord> {
         let name = process.argument_after("-name")?.strip_prefix("guest=")?.parse().ok()?;
         let started = fs::metadata(files.pidfile()).and_then(|pidfile| pidfile.modified()).ok()?;
-        Some(Record { name, accel: Accel::Tcg, started_unix_ms: unix_ms(started), spec: None })
+        Some(StartRecord { name, accel: Accel::Tcg, started_unix_ms: unix_ms(started), spec: None })
     }
 }
 
@@ -68,7 +68,7 @@ impl Record {
 pub struct Qemu {
     files: VmFiles,
     process: Process,
-    record: Record,
+    record: StartRecord,
     turns: Turns,
     standing: Arc<Standing>,
 }
@@ -113,7 +113,7 @@ impl Qemu {
             return Err(VmError::Running { pid: process.pid() });
         }
         make_room(&files)?;
-        let record = Record {
+        let record = StartRecord {
             name: spec.name.clone(),
             accel: spec.accel,
             started_unix_ms: unix_ms(SystemTime::now()),
@@ -128,7 +128,7 @@ impl Qemu {
         }
     }
 
-    fn of(files: VmFiles, process: Process, record: Record) -> Qemu {
+    fn of(files: VmFiles, process: Process, record: StartRecord) -> Qemu {
         Qemu { files, process, record, turns: Turns::default(), standing: Arc::default() }
     }
 
@@ -143,7 +143,7 @@ impl Qemu {
             Err(error) => {
                 let file = files.record();
                 tracing::error!(file = %file.display(), %error, "how a guest was started is not known; it runs on");
-                Record::of_unknown_start(&files, &process)?
+                StartRecord::of_unknown_start(&files, &process)?
             }
         };
         Some(Qemu::of(files, process, record))

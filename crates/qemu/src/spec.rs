@@ -169,9 +169,9 @@ pub(crate) fn arguments(
     line.add("-name", format!("guest={}", spec.name));
     line.flag("-no-user-config").flag("-nodefaults").flag("-daemonize");
     line.add("-display", "none");
-    line.add("-pidfile", told(&files.pidfile())?);
+    line.add("-pidfile", qemu_path(&files.pidfile())?);
     // Without this, what QEMU says later would go nowhere once it is in the background.
-    line.add("-D", told(&files.log())?);
+    line.add("-D", qemu_path(&files.log())?);
     line.add("-machine", format!("{},usb=off,vmport=off", machine.as_str()));
     match spec.accel {
         Accel::Kvm => line.add("-accel", "kvm").add("-cpu", "host"),
@@ -186,15 +186,15 @@ pub(crate) fn arguments(
     line.add_json("-object", &json!({ "qom-type": "rng-builtin", "id": "rng" }));
     line.add_json("-device", &json!({ "driver": "virtio-rng-pci", "rng": "rng" }));
     if let Some(boot) = &spec.boot {
-        line.add("-kernel", told(&boot.kernel)?).add("-append", &boot.append);
+        line.add("-kernel", qemu_path(&boot.kernel)?).add("-append", &boot.append);
         if let Some(initrd) = &boot.initrd {
-            line.add("-initrd", told(initrd)?);
+            line.add("-initrd", qemu_path(initrd)?);
         }
     }
     if begin == Begin::Incoming {
         // Where the memory comes from is said later; `-S` leaves the guest still when all of it is here.
         line.add("-incoming", "defer").flag("-S");
-        told_socket(&files.memory_socket())?;
+        qemu_socket_path(&files.memory_socket())?;
     }
     Ok(line.arguments)
 }
@@ -202,7 +202,7 @@ pub(crate) fn arguments(
 /// The control sockets, the console and the guest agent's channel.
 fn add_channels(line: &mut CommandLine, files: &VmFiles) -> Result<(), VmError> {
     let socket = |id: &str, path: &Path| -> Result<String, VmError> {
-        let path = told_socket(path)?;
+        let path = qemu_socket_path(path)?;
         Ok(format!("socket,id={id},server=on,wait=off,path={}", escaped(path)))
     };
     // One client at a time is served at each: so one for commands, and one for whoever stays and listens.
@@ -213,7 +213,7 @@ fn add_channels(line: &mut CommandLine, files: &VmFiles) -> Result<(), VmError> 
     }
     let log = files.console_log();
     let console = socket("console", &files.console_socket())?;
-    line.add("-chardev", format!("{console},logfile={}", escaped(told(&log)?)));
+    line.add("-chardev", format!("{console},logfile={}", escaped(qemu_path(&log)?)));
     line.add("-serial", "chardev:console");
     line.add("-chardev", socket("agent", &files.agent_socket())?);
     line.add_json("-device", &json!({ "driver": "virtio-serial-pci" }));
@@ -226,7 +226,7 @@ fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
     let disk = json!({
         "driver": "nbd",
         "node-name": "disk",
-        "server": { "type": "unix", "path": told_socket(&spec.disk.socket)? },
+        "server": { "type": "unix", "path": qemu_socket_path(&spec.disk.socket)? },
         "export": spec.disk.export,
         "reconnect-delay": NBD_RECONNECT_SECONDS,
         "discard": "unmap",
@@ -248,7 +248,7 @@ fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
     if let Some(seed) = &spec.seed {
         let disk = json!({
             "driver": "raw", "node-name": "seed", "read-only": true,
-            "file": { "driver": "file", "filename": told(seed)?, "read-only": true },
+            "file": { "driver": "file", "filename": qemu_path(seed)?, "read-only": true },
         });
         line.add_json("-blockdev", &disk);
         line.add_json("-device", &json!({ "driver": "virtio-blk-pci", "drive": "seed", "id": "seed0" }));
@@ -275,7 +275,7 @@ fn hardware_address(name: &VmName) -> String {
 }
 
 /// The path as text that means the same to QEMU, which runs in another directory.
-fn told(path: &Path) -> Result<&str, VmError> {
+fn qemu_path(path: &Path) -> Result<&str, VmError> {
     match path.to_str() {
         Some(text) if path.is_absolute() => Ok(text),
         _ => Err(VmError::Unfit(format!("the path {path:?} is not absolute or not UTF-8"))),
@@ -283,8 +283,8 @@ fn told(path: &Path) -> Result<&str, VmError> {
 }
 
 /// The same for a socket's path, which the system allows little length.
-pub(crate) fn told_socket(path: &Path) -> Result<&str, VmError> {
-    let text = told(path)?;
+pub(crate) fn qemu_socket_path(path: &Path) -> Result<&str, VmError> {
+    let text = qemu_path(path)?;
     if text.len() > SOCKET_PATH_BYTES_MAX {
         return Err(VmError::Unfit(format!(
             "the socket path {text} has {} bytes and may have {SOCKET_PATH_BYTES_MAX}: use a directory with a \

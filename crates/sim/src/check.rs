@@ -88,10 +88,10 @@ impl Checks {
 
     /// `seconds` is how long the node may have earned hedges.
     pub(crate) fn hedged(&mut self, node: &Node, hedges: u64, seconds: f64) {
-        // Each life of a node begins with a full budget.
-        let lives = f64::from(node.life + 1);
-        let earned = node.guest_hunts as f64 * HEDGES_PERCENT / 100.0 + seconds * HEDGES_PER_SECOND;
-        if hedges as f64 > lives * HEDGES_BURST + earned + 1.0 {
+        // Each incarnation of a node begins with a full budget.
+        let incarnations = f64::from(node.incarnation + 1);
+        let earned = node.guest_requests as f64 * HEDGES_PERCENT / 100.0 + seconds * HEDGES_PER_SECOND;
+        if hedges as f64 > incarnations * HEDGES_BURST + earned + 1.0 {
             self.violated(format!("{} made {hedges} hedges and had earned {earned:.0}", node.name));
         }
     }

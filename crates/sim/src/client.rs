@@ -101,7 +101,7 @@ impl World {
     }
 
     pub(crate) fn guest_reads(&mut self, ix: NodeIx, at: usize) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let guest = &mut self.nodes[ix.at()].guests[at];
         guest.asked_at = now;
         let chunk = guest.reads[guest.at].chunk;
@@ -112,8 +112,8 @@ impl World {
 
     /// The guest has what it asked for, and thinks about the next.
     pub(crate) fn guest_got(&mut self, ix: NodeIx, at: usize) {
-        let now = self.agenda.now();
-        let life = self.life(ix);
+        let now = self.queue.now();
+        let incarnation = self.incarnation(ix);
         let guest = &mut self.nodes[ix.at()].guests[at];
         let stall = now - guest.asked_at;
         guest.stalled += stall;
@@ -122,7 +122,7 @@ impl World {
         match guest.reads.get(guest.at) {
             Some(read) => {
                 let wait = LOCAL_READ + read.think;
-                self.agenda.after(wait, Event::Node(life, NodeEvent::GuestReads(at)));
+                self.queue.after(wait, Event::Node(incarnation, NodeEvent::GuestReads(at)));
             }
             None => guest.done_at = Some(now + LOCAL_READ),
         }

@@ -4,7 +4,7 @@ use link::policy::PathId;
 use planner::Placement;
 
 use crate::content::ChunkIx;
-use crate::coordinator::Word;
+use crate::coordinator::ToVolt;
 
 /// A node, and the host that it runs on. They count from 0; the origin is the first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,8 +21,10 @@ pub(crate) struct FlowId(pub(crate) u32);
 /// Which end of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Side {
-    Child,
-    Parent,
+    /// The child's.
+    Client,
+    /// The parent's.
+    Server,
 }
 
 /// One end of a link.
@@ -32,9 +34,9 @@ pub(crate) struct End {
     pub(crate) side: Side,
 }
 
-/// One life of a node, from a start to a death: what was meant for an earlier life is void.
+/// One incarnation of a node, from a start to a death: what was meant for an earlier one is void.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Life {
+pub(crate) struct Incarnation {
     pub(crate) node: NodeIx,
     pub(crate) count: u32,
 }
@@ -58,7 +60,7 @@ impl FlowId {
 
     /// The end that hears what comes along this flow. A link's flows are opened together, upward first.
     pub(crate) fn hearer(self) -> End {
-        let side = if self.0.is_multiple_of(2) { Side::Parent } else { Side::Child };
+        let side = if self.0.is_multiple_of(2) { Side::Server } else { Side::Client };
         End { link: LinkId(self.0 / 2), side }
     }
 
@@ -71,15 +73,15 @@ impl FlowId {
 impl End {
     pub(crate) fn other(self) -> End {
         let side = match self.side {
-            Side::Child => Side::Parent,
-            Side::Parent => Side::Child,
+            Side::Client => Side::Server,
+            Side::Server => Side::Client,
         };
         End { side, ..self }
     }
 
     /// The flow that this end writes to.
     pub(crate) fn flow(self) -> FlowId {
-        FlowId(self.link.0 * 2 + u32::from(self.side == Side::Parent))
+        FlowId(self.link.0 * 2 + u32::from(self.side == Side::Server))
     }
 }
 
@@ -94,10 +96,10 @@ pub(crate) enum Event {
     Ends(End),
     /// An end's machine wants to know the time.
     Timer(End),
-    /// Something happens to one node in that life.
-    Node(Life, NodeEvent),
-    /// A word reaches Volt, meant for that run of it.
-    VoltHears(Life, u32, Word),
+    /// Something happens to one node in that incarnation.
+    Node(Incarnation, NodeEvent),
+    /// A message reaches Volt, meant for that run of it.
+    VoltHears(Incarnation, u32, ToVolt),
     /// Volt looks at its clock.
     VoltTicks(u32),
     /// A fault of the plan begins or ends.
@@ -115,7 +117,7 @@ pub(crate) enum NodeEvent {
     DialsLate(PathId),
     /// A dial is given up.
     DialFails(PathId),
-    /// A fetch is due for a decision, if it is still at this turn.
+    /// A fetch is due for a decision, unless one was made since: the number is that of the last one.
     Decides(ChunkIx, u64),
     /// A guest issues its next read.
     GuestReads(usize),

@@ -8,9 +8,9 @@ use std::time::Duration;
 use rand::Rng;
 use rand::seq::IndexedRandom;
 
-use crate::coordinator::Word;
+use crate::coordinator::ToVolt;
 use crate::event::{End, Event, NodeIx, Side};
-use crate::node::{Honesty, Power, Wire, Wish};
+use crate::node::{Honesty, Intent, Power, Wire};
 use crate::world::World;
 
 /// Something that goes wrong, or is put right.
@@ -61,7 +61,7 @@ impl World {
         self.faults_end = self.faults.iter().map(|(at, _)| *at).max().unwrap_or_default().max(end);
         self.faults.sort_by_key(|(at, _)| *at);
         for (ix, (at, _)) in self.faults.iter().enumerate() {
-            self.agenda.at(*at, Event::Fault(ix));
+            self.queue.at(*at, Event::Fault(ix));
         }
     }
 
@@ -97,22 +97,22 @@ impl World {
 
     /// A fault of the plan begins or ends.
     pub(crate) fn fault(&mut self, at: usize) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         match self.faults[at].1 {
             Fault::Dies(node, power) => self.kill(node, power),
             Fault::Leaves(node) => {
-                self.tell_volt(node, Word::Detach);
+                self.tell_volt(node, ToVolt::Detach);
                 self.kill(node, Power::Off);
             }
             Fault::Retires(node) => {
                 if self.nodes[node.at()].is_on() {
-                    self.nodes[node.at()].wish = Wish::Leave;
-                    self.tell_volt(node, Word::Leave);
+                    self.nodes[node.at()].intent = Intent::Leave;
+                    self.tell_volt(node, ToVolt::Leave);
                 }
             }
             Fault::Starts(node) => {
-                if self.nodes[node.at()].wish == Wish::Leave {
-                    self.nodes[node.at()].wish = Wish::Stay;
+                if self.nodes[node.at()].intent == Intent::Leave {
+                    self.nodes[node.at()].intent = Intent::Stay;
                     self.attaches_again(node);
                 }
                 if !self.nodes[node.at()].is_on() {
@@ -167,8 +167,8 @@ impl World {
     /// Both ends of all of a node's links see them end.
     fn reset(&mut self, ix: NodeIx) {
         for end in self.ends_of(ix) {
-            self.agenda.after(Duration::ZERO, Event::Ends(end));
-            self.agenda.after(self.net.latency(), Event::Ends(end.other()));
+            self.queue.after(Duration::ZERO, Event::Ends(end));
+            self.queue.after(self.net.latency(), Event::Ends(end.other()));
         }
     }
 
@@ -176,10 +176,10 @@ impl World {
     fn ends_of(&self, ix: NodeIx) -> Vec<End> {
         let node = &self.nodes[ix.at()];
         let up = node.uplinks.values().filter_map(|uplink| match uplink.wire {
-            Wire::Open(link) => Some(End { link, side: Side::Child }),
+            Wire::Open(link) => Some(End { link, side: Side::Client }),
             _ => None,
         });
-        let down = node.downlinks.iter().map(|&link| End { link, side: Side::Parent });
+        let down = node.downlinks.iter().map(|&link| End { link, side: Side::Server });
         up.chain(down).collect()
     }
 }

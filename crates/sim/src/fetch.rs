@@ -1,12 +1,12 @@
-//! Fetches of one node: who waits joins one flight, and the flight's [`Hunt`] leads it from parent to parent.
+//! Fetches of one node: who waits joins one flight, and the flight's [`RequestPolicy`] leads it from parent to parent.
 //!
 //! This is what `store` and `link::Fetcher` do in the daemon, over the same decisions: a more urgent waiter
-//! begins the hunt anew with its urgency, the last waiter to leave withdraws the request, and a change of
+//! begins anew with its urgency, the last waiter to leave withdraws the request, and a change of
 //! plan takes effect on what is under way.
 
 use block::{Chunk, Priority};
 use link::Reply;
-use link::policy::{Decision, Hunt, PathId};
+use link::policy::{Decision, PathId, RequestPolicy};
 use link::wire::{LackReason, Payload, RequestId};
 
 use crate::content::ChunkIx;
@@ -37,17 +37,17 @@ impl World {
             }
             return Got::Later;
         }
-        node.guest_hunts += u64::from(priority == Priority::Guest);
+        node.guest_requests += u64::from(priority == Priority::Guest);
         let stage = node.admit(chunk, priority);
-        node.turn += 1;
+        node.seq += 1;
         let flight = Flight {
             priority,
             waiters: vec![(waiter, priority)],
-            hunt: Hunt::new(priority),
+            policy: RequestPolicy::new(priority),
             stage,
             asks: Vec::new(),
             withdrawn: Vec::new(),
-            turn: node.turn,
+            seq: node.seq,
         };
         node.flights.insert(chunk, flight);
         self.seek(ix, chunk);
@@ -74,19 +74,20 @@ impl World {
         }
     }
 
-    /// Hunts anew, with another urgency. A parent that is asked again keeps the request, raised: the chunk may
+    /// Begins anew, with another urgency. A parent that is asked again keeps the request, raised: the chunk may
     /// be on its way.
     fn restart(&mut self, ix: NodeIx, chunk: ChunkIx, priority: Priority) {
         let node = &mut self.nodes[ix.at()];
         let Some(mut flight) = node.flights.remove(&chunk) else { return };
-        flight.hunt.end(&mut node.paths);
+        flight.policy.end(&mut node.paths);
         self.release(ix, chunk, flight.priority, flight.stage);
         let node = &mut self.nodes[ix.at()];
-        node.guest_hunts += u64::from(priority == Priority::Guest);
+        node.guest_requests += u64::from(priority == Priority::Guest);
         let stage = node.admit(chunk, priority);
-        node.turn += 1;
+        node.seq += 1;
         flight.withdrawn = std::mem::take(&mut flight.asks);
-        let flight = Flight { priority, hunt: Hunt::new(priority), stage, turn: node.turn, ..flight };
+        let flight =
+            Flight { priority, policy: RequestPolicy::new(priority), stage, seq: node.seq, ..flight };
         node.flights.insert(chunk, flight);
         self.seek(ix, chunk);
         let flight = self.nodes[ix.at()].flights.get_mut(&chunk);
@@ -100,7 +101,7 @@ impl World {
     fn end_flight(&mut self, ix: NodeIx, chunk: ChunkIx) -> Option<Flight> {
         let node = &mut self.nodes[ix.at()];
         let mut flight = node.flights.remove(&chunk)?;
-        std::mem::replace(&mut flight.hunt, Hunt::new(flight.priority)).end(&mut node.paths);
+        std::mem::replace(&mut flight.policy, RequestPolicy::new(flight.priority)).end(&mut node.paths);
         for (path, request) in std::mem::take(&mut flight.asks) {
             self.withdraw(ix, path, request);
         }
@@ -114,9 +115,9 @@ impl World {
         }
     }
 
-    /// Does what the hunt for a chunk decides, until it decides to wait.
+    /// Does what the policy of a fetch decides, until it decides to wait.
     pub(crate) fn seek(&mut self, ix: NodeIx, chunk: ChunkIx) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let hash = self.content.hash(chunk);
         loop {
             let node = &mut self.nodes[ix.at()];
@@ -128,7 +129,7 @@ impl World {
                 0 => &[],
                 stripes => &node.routes[stripe_of(hash.prefix(), stripes)],
             };
-            match flight.hunt.decide(&mut node.paths, ranked, now) {
+            match flight.policy.decide(&mut node.paths, ranked, now) {
                 Decision::Ask { path } | Decision::Hedge { path } => self.ask(ix, chunk, path),
                 Decision::Withdraw { path } => {
                     if let Some(at) = flight.asks.iter().position(|(asked, _)| *asked == path) {
@@ -137,11 +138,11 @@ impl World {
                     }
                 }
                 Decision::Wait { until } => {
-                    node.turn += 1;
-                    flight.turn = node.turn;
-                    let turn = flight.turn;
-                    let life = self.life(ix);
-                    return self.agenda.at(until, Event::Node(life, NodeEvent::Decides(chunk, turn)));
+                    node.seq += 1;
+                    flight.seq = node.seq;
+                    let seq = flight.seq;
+                    let incarnation = self.incarnation(ix);
+                    return self.queue.at(until, Event::Node(incarnation, NodeEvent::Decides(chunk, seq)));
                 }
                 Decision::GiveUp => return self.give_up(ix, chunk),
             }
@@ -149,21 +150,21 @@ impl World {
     }
 
     /// A decision is due.
-    pub(crate) fn decides(&mut self, ix: NodeIx, chunk: ChunkIx, turn: u64) {
-        if self.nodes[ix.at()].flights.get(&chunk).is_some_and(|flight| flight.turn == turn) {
+    pub(crate) fn decides(&mut self, ix: NodeIx, chunk: ChunkIx, seq: u64) {
+        if self.nodes[ix.at()].flights.get(&chunk).is_some_and(|flight| flight.seq == seq) {
             self.seek(ix, chunk);
         }
     }
 
     /// A parent that was asked for a chunk will not answer, or did so without it.
     pub(crate) fn failed(&mut self, ix: NodeIx, chunk: ChunkIx, path: PathId, reason: Option<LackReason>) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let node = &mut self.nodes[ix.at()];
         let Some(flight) = node.flights.get_mut(&chunk) else { return };
         flight.asks.retain(|(asked, _)| *asked != path);
         match reason {
-            Some(reason) => flight.hunt.lacked(&mut node.paths, path, reason, now),
-            None => flight.hunt.lost(&mut node.paths, path),
+            Some(reason) => flight.policy.not_found(&mut node.paths, path, reason, now),
+            None => flight.policy.lost(&mut node.paths, path),
         }
         self.seek(ix, chunk);
     }
@@ -187,7 +188,7 @@ impl World {
 
     /// A verified chunk came over a link: it is kept, and whoever waits is told.
     pub(crate) fn arrived(&mut self, ix: NodeIx, path: PathId, chunk: &Chunk) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let Some(place) = self.content.find(&chunk.hash()) else {
             return self.checks.violated(format!("{:?} is no chunk of the image", chunk.hash()));
         };
@@ -201,8 +202,8 @@ impl World {
             return self.checks.violated(format!("{} got chunk {} that it did not want", node.name, place.0));
         };
         node.resident.insert(place);
-        let mut hunt = std::mem::replace(&mut flight.hunt, Hunt::new(flight.priority));
-        hunt.answered(&mut node.paths, path, now);
+        let mut policy = std::mem::replace(&mut flight.policy, RequestPolicy::new(flight.priority));
+        policy.answered(&mut node.paths, path, now);
         for (asked, request) in flight.asks {
             if asked != path {
                 self.withdraw(ix, asked, request);

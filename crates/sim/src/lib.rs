@@ -12,12 +12,12 @@
 //!
 //! Not here: files, so that crashes of a cache or an overlay are `store`'s own tests; several images; eviction.
 
-mod agenda;
 mod check;
 mod client;
 mod content;
 mod coordinator;
 mod event;
+mod event_queue;
 mod fault;
 mod fetch;
 pub mod figures;

@@ -19,8 +19,8 @@ use block::limits::CHUNK_BYTES;
 use bytes::Buf;
 use link::Outgoing;
 
-use crate::agenda::Agenda;
 use crate::event::{Event, FlowId, NodeIx};
+use crate::event_queue::EventQueue;
 
 /// Bytes of one flow on the way: the bandwidth-delay product of 25 Gbit/s and 160 µs, and eight chunks.
 pub(crate) const WINDOW_BYTES: usize = 8 * CHUNK_BYTES;
@@ -212,7 +212,7 @@ impl Net {
     }
 
     /// Puts a message on a flow.
-    pub(crate) fn write(&mut self, agenda: &mut Agenda<Event>, id: FlowId, bytes: Outgoing) {
+    pub(crate) fn write(&mut self, queue: &mut EventQueue<Event>, id: FlowId, bytes: Outgoing) {
         let payload_bytes = bytes.remaining();
         let wire_bytes = payload_bytes + payload_bytes * OVERHEAD_PER_MILLE / 1000;
         let flow = &mut self.flows[id.at()];
@@ -221,18 +221,18 @@ impl Net {
         }
         let made_at = {
             let host = &mut self.hosts[flow.from.at()];
-            let now = agenda.now();
+            let now = queue.now();
             host.work(&mut flow.sender_free, now, now, share(SEND_CPU, payload_bytes))
         };
         let message = Message { bytes, wire_bytes, made_at };
         if flow.waiting.is_empty() && payload_bytes <= SPARSE_BYTES {
-            return self.launch(agenda, id, message);
+            return self.launch(queue, id, message);
         }
         flow.waiting_bytes += wire_bytes;
         flow.waiting.push_back(message);
         let from = flow.from;
-        self.line_up(id, agenda.now());
-        self.send(agenda, from);
+        self.line_up(id, queue.now());
+        self.send(queue, from);
     }
 
     /// Gives a flow its place in the ring, if it has something to send and may.
@@ -260,7 +260,7 @@ impl Net {
     }
 
     /// Lets the host send its next message, unless it is sending.
-    fn send(&mut self, agenda: &mut Agenda<Event>, ix: NodeIx) {
+    fn send(&mut self, queue: &mut EventQueue<Event>, ix: NodeIx) {
         let host = &mut self.hosts[ix.at()];
         if host.sending {
             return;
@@ -271,26 +271,26 @@ impl Net {
             let Some(message) = flow.waiting.pop_front() else { continue };
             flow.waiting_bytes -= message.wire_bytes;
             host.sending = true;
-            self.launch(agenda, id, message);
-            agenda.at(self.hosts[ix.at()].out.free, Event::SentOut(ix));
-            self.line_up(id, agenda.now());
+            self.launch(queue, id, message);
+            queue.at(self.hosts[ix.at()].out.free, Event::SentOut(ix));
+            self.line_up(id, queue.now());
             self.roomy.push(id);
             return;
         }
     }
 
     /// The host's link out is free again.
-    pub(crate) fn sent_out(&mut self, agenda: &mut Agenda<Event>, ix: NodeIx) {
+    pub(crate) fn sent_out(&mut self, queue: &mut EventQueue<Event>, ix: NodeIx) {
         self.hosts[ix.at()].sending = false;
-        self.send(agenda, ix);
+        self.send(queue, ix);
     }
 
     /// Sends a message along its pipes.
-    fn launch(&mut self, agenda: &mut Agenda<Event>, id: FlowId, message: Message) {
+    fn launch(&mut self, queue: &mut EventQueue<Event>, id: FlowId, message: Message) {
         let flow = &mut self.flows[id.at()];
         let (from, to) = (flow.from.at(), flow.to.at());
         let bytes = message.wire_bytes;
-        let (begin, end) = self.hosts[from].out.pass(agenda.now(), bytes);
+        let (begin, end) = self.hosts[from].out.pass(queue.now(), bytes);
         let first = begin + self.latency;
         let mut last = end.max(message.made_at) + self.latency;
         let (a, b) = (self.hosts[from].rack, self.hosts[to].rack);
@@ -305,26 +305,26 @@ impl Net {
         let host = &mut self.hosts[to];
         last = last.max(host.into.pass(first, bytes).1).max(flow.last_arrival);
         let cost = share(RECEIVE_CPU, bytes);
-        flow.last_arrival = host.work(&mut flow.receiver_free, agenda.now(), last, cost);
+        flow.last_arrival = host.work(&mut flow.receiver_free, queue.now(), last, cost);
         flow.flying_bytes += bytes;
         flow.flying.push_back(message);
-        agenda.at(flow.last_arrival, Event::Arrives(id));
+        queue.at(flow.last_arrival, Event::Arrives(id));
     }
 
     /// Takes what has arrived. [`None`] if the flow is closed, or cut: then it arrives later.
-    pub(crate) fn arrive(&mut self, agenda: &mut Agenda<Event>, id: FlowId) -> Option<Outgoing> {
+    pub(crate) fn arrive(&mut self, queue: &mut EventQueue<Event>, id: FlowId) -> Option<Outgoing> {
         let flow = &self.flows[id.at()];
         let blocked_until = self.blocked_until(flow.from, flow.to);
-        if blocked_until > agenda.now() {
-            agenda.at(blocked_until, Event::Arrives(id));
+        if blocked_until > queue.now() {
+            queue.at(blocked_until, Event::Arrives(id));
             return None;
         }
         let flow = &mut self.flows[id.at()];
         let message = flow.flying.pop_front()?;
         flow.flying_bytes -= message.wire_bytes;
         let from = flow.from;
-        self.line_up(id, agenda.now());
-        self.send(agenda, from);
+        self.line_up(id, queue.now());
+        self.send(queue, from);
         Some(message.bytes)
     }
 

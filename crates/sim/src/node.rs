@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use block::{NodeName, Priority};
 use link::Stats;
-use link::policy::{Hunt, PathId, Paths, in_flight_max};
+use link::policy::{PathId, Paths, RequestPolicy, in_flight_max};
 use link::wire::RequestId;
 use planner::{Location, Placement, Role};
 
@@ -31,14 +31,14 @@ pub(crate) enum Waiter {
 pub(crate) struct Flight {
     pub(crate) priority: Priority,
     pub(crate) waiters: Vec<(Waiter, Priority)>,
-    pub(crate) hunt: Hunt,
+    pub(crate) policy: RequestPolicy,
     pub(crate) stage: Stage,
     /// Whom it was asked of, and as what.
     pub(crate) asks: Vec<(PathId, RequestId)>,
-    /// Requests of an earlier hunt that parents still have, while a new one begins.
+    /// Requests of an earlier policy that parents still have, while a new one begins.
     pub(crate) withdrawn: Vec<(PathId, RequestId)>,
     /// Counts decisions, so that a timer of an earlier one is void.
-    pub(crate) turn: u64,
+    pub(crate) seq: u64,
 }
 
 /// Whether a fetch has one of its node's places in flight.
@@ -94,7 +94,7 @@ pub(crate) enum Power {
 
 /// Whether a node wants to go in the order that hurts no child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum Intent {
     Stay,
     Leave,
 }
@@ -114,16 +114,16 @@ pub(crate) struct Node {
     pub(crate) location: Location,
     pub(crate) role: Role,
     pub(crate) power: Power,
-    pub(crate) life: u32,
+    pub(crate) incarnation: u32,
     pub(crate) frozen_until: Duration,
     pub(crate) honesty: Honesty,
-    pub(crate) wish: Wish,
+    pub(crate) intent: Intent,
     pub(crate) resident: ChunkSet,
     pub(crate) flights: BTreeMap<ChunkIx, Flight>,
     /// By urgency: fetches in flight, and those that wait for a place.
     pub(crate) in_flight: BTreeMap<Priority, usize>,
     pub(crate) in_line: BTreeMap<Priority, VecDeque<ChunkIx>>,
-    pub(crate) turn: u64,
+    pub(crate) seq: u64,
     pub(crate) stats: Arc<Stats>,
     pub(crate) paths: Paths,
     pub(crate) uplinks: BTreeMap<PathId, Uplink>,
@@ -136,9 +136,9 @@ pub(crate) struct Node {
     pub(crate) streamer: Option<Streamer>,
     pub(crate) guests: Vec<Guest>,
     /// Fetches that began because a guest waits.
-    pub(crate) guest_hunts: u64,
+    pub(crate) guest_requests: u64,
     pub(crate) session: Session,
-    /// When the last word to and from Volt arrives: they keep their order.
+    /// When the last message to and from Volt arrives: they keep their order.
     pub(crate) heard_by_volt_at: Duration,
     pub(crate) heard_volt_at: Duration,
     /// When it began to stream, and when it had the whole boot set.
@@ -154,15 +154,15 @@ impl Node {
             location,
             role,
             power: Power::Off,
-            life: 0,
+            incarnation: 0,
             frozen_until: Duration::ZERO,
             honesty: Honesty::Honest,
-            wish: Wish::Stay,
+            intent: Intent::Stay,
             resident: if role == Role::Origin { ChunkSet::full(chunks) } else { ChunkSet::empty(chunks) },
             flights: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             in_line: BTreeMap::new(),
-            turn: 0,
+            seq: 0,
             paths: Paths::new(link::policy::Settings::default(), stats.clone()),
             stats,
             uplinks: BTreeMap::new(),
@@ -172,7 +172,7 @@ impl Node {
             bans: BTreeMap::new(),
             streamer: None,
             guests: Vec::new(),
-            guest_hunts: 0,
+            guest_requests: 0,
             session: Session::Off,
             heard_by_volt_at: Duration::ZERO,
             heard_volt_at: Duration::ZERO,
@@ -184,7 +184,7 @@ impl Node {
     /// What does not outlive the process is gone.
     pub(crate) fn die(&mut self, power: Power) {
         self.power = power;
-        self.life += 1;
+        self.incarnation += 1;
         self.flights = BTreeMap::new();
         self.in_flight = BTreeMap::new();
         self.in_line = BTreeMap::new();
@@ -198,7 +198,7 @@ impl Node {
         self.guests = Vec::new();
         self.session = Session::Off;
         self.honesty = Honesty::Honest;
-        self.wish = Wish::Stay;
+        self.intent = Intent::Stay;
         if self.role == Role::Relay {
             self.resident = ChunkSet::empty(self.resident.len());
             self.began_at = None;

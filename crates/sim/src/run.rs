@@ -99,7 +99,7 @@ pub fn run(scenario: &Scenario) -> Result<Outcome, Failure> {
     let content = Rc::new(Content::new(scenario.chunks, scenario.seed));
     let mut world = World::new(scenario.clone(), content);
     let result = drive(&mut world);
-    result.map_err(|what| Failure { seed: scenario.seed, at: world.agenda.now(), what })
+    result.map_err(|what| Failure { seed: scenario.seed, at: world.queue.now(), what })
 }
 
 fn drive(world: &mut World) -> Result<Outcome, String> {
@@ -120,7 +120,7 @@ fn drive(world: &mut World) -> Result<Outcome, String> {
         if world.events >= events_max {
             return Err(format!("{events_max} events and no end"));
         }
-        let now = world.agenda.now();
+        let now = world.queue.now();
         if world.events.is_multiple_of(look_every) || now > deadline {
             let unfinished = world.unfinished();
             if unfinished.is_none() && now >= faults_over {
@@ -136,7 +136,7 @@ fn drive(world: &mut World) -> Result<Outcome, String> {
             }
         }
     }
-    let outcome = world.outcome(world.agenda.now() - faults_over);
+    let outcome = world.outcome(world.queue.now() - faults_over);
     world.check_counters(&outcome)?;
     match scenario.scale {
         Scale::Checked => settle(world)?,
@@ -148,13 +148,13 @@ fn drive(world: &mut World) -> Result<Outcome, String> {
 /// Lets the hierarchy come to rest and looks at it. A loss can be noticed late, on a link that was idle; who is
 /// suspected for it gets no new children for a lease, so that an origin may have them until then.
 fn settle(world: &mut World) -> Result<(), String> {
-    let rest = world.agenda.now() + world.scenario.lease * LEASES_TO_SETTLE;
+    let rest = world.queue.now() + world.scenario.lease * LEASES_TO_SETTLE;
     let latest = rest + world.scenario.lease * LEASES_TO_SETTLE;
     let is_suspect = |world: &World| {
         let nodes = world.volt.planner.iter().flat_map(Planner::nodes);
         nodes.into_iter().any(|node| node.standing == Standing::Suspect)
     };
-    while (world.agenda.now() < rest || (world.agenda.now() < latest && is_suspect(world))) && world.step() {
+    while (world.queue.now() < rest || (world.queue.now() < latest && is_suspect(world))) && world.step() {
         if let Some(what) = world.checks.violation.take() {
             return Err(what);
         }
@@ -245,7 +245,7 @@ impl World {
 
     /// What must be so of the counters.
     fn check_counters(&mut self, outcome: &Outcome) -> Result<(), String> {
-        let seconds = self.agenda.now().as_secs_f64();
+        let seconds = self.queue.now().as_secs_f64();
         for node in &self.nodes {
             self.checks.hedged(node, node.stats.hedges.load(Ordering::Relaxed), seconds);
         }

@@ -80,7 +80,7 @@ pub struct Scenario {
     pub(crate) latency: Duration,
     pub(crate) lease: Duration,
     pub(crate) volt_delay_max: Duration,
-    /// What Volt's processor takes for one word of a node.
+    /// What Volt's processor takes for one message of a node.
     pub(crate) volt_cpu: Duration,
     /// Nodes begin to stream, and guests to boot, no earlier.
     pub(crate) stream_at: Duration,
@@ -174,8 +174,8 @@ impl World {
         let node = &mut self.nodes[ix.at()];
         node.power = Power::On;
         let role = node.role;
-        let life = self.life(ix);
-        self.agenda.after(wait, Event::Node(life, NodeEvent::Calls));
+        let incarnation = self.incarnation(ix);
+        self.queue.after(wait, Event::Node(incarnation, NodeEvent::Calls));
         if role == Role::Origin {
             return;
         }
@@ -183,8 +183,8 @@ impl World {
             let reads = self.reads();
             let first = reads[0].think;
             self.nodes[ix.at()].guests.push(Guest::new(reads));
-            let at = (self.agenda.now() + wait).max(self.scenario.stream_at) + first;
-            self.agenda.at(at, Event::Node(life, NodeEvent::GuestReads(guest)));
+            let at = (self.queue.now() + wait).max(self.scenario.stream_at) + first;
+            self.queue.at(at, Event::Node(incarnation, NodeEvent::GuestReads(guest)));
         }
     }
 

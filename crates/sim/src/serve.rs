@@ -1,7 +1,7 @@
 //! The parent's end of a link: what a child wants is fetched as anybody's chunk is, and answered.
 
 use link::wire::RequestId;
-use link::{ParentEvent, Reply};
+use link::{Reply, ServerEvent};
 
 use crate::event::{End, LinkId, Side};
 use crate::fetch::Got;
@@ -9,11 +9,11 @@ use crate::node::Waiter;
 use crate::world::World;
 
 impl World {
-    /// Does what an event of a link's parent end asks for.
-    pub(crate) fn parent_event(&mut self, link: LinkId, event: &ParentEvent) {
+    /// Does what an event of a link's server end asks for.
+    pub(crate) fn server_event(&mut self, link: LinkId, event: &ServerEvent) {
         let node = self.links[link.at()].parent_node;
         match *event {
-            ParentEvent::Wanted { id, chunk, priority, .. } => {
+            ServerEvent::Wanted { id, chunk, priority, .. } => {
                 let Some(chunk) = self.content.find(&chunk) else {
                     return self.checks.violated("a child wants what is no chunk of the image".to_owned());
                 };
@@ -22,17 +22,17 @@ impl World {
                     self.serve_chunk(node, link, id, chunk);
                 }
             }
-            ParentEvent::Raised { id, priority } => {
+            ServerEvent::Raised { id, priority } => {
                 if let Some(&chunk) = self.links[link.at()].serving.get(&id) {
                     self.raise(node, chunk, Waiter::Child(link, id), priority);
                 }
             }
-            ParentEvent::Cancelled { id } => {
+            ServerEvent::Cancelled { id } => {
                 if let Some(chunk) = self.links[link.at()].serving.remove(&id) {
                     self.leave(node, chunk, Waiter::Child(link, id));
                 }
             }
-            ParentEvent::Ready | ParentEvent::Closed(_) => {}
+            ServerEvent::Ready | ServerEvent::Closed(_) => {}
         }
     }
 
@@ -40,9 +40,9 @@ impl World {
     pub(crate) fn answer(&mut self, link: LinkId, id: RequestId, reply: Reply) {
         let entry = &mut self.links[link.at()];
         entry.serving.remove(&id);
-        if let Some(parent) = entry.parent.as_mut() {
-            parent.answer(id, reply);
-            self.dirty.push_back(End { link, side: Side::Parent });
+        if let Some(server) = entry.server.as_mut() {
+            server.answer(id, reply);
+            self.dirty.push_back(End { link, side: Side::Server });
         }
     }
 }

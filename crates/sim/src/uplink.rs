@@ -1,18 +1,18 @@
 //! A node's connections to its parents: dialed when needed, kept while a plan names them, dialed again.
 //!
-//! What `link::Uplinks` does in the daemon, over the same [`Child`] and [`Circuit`]. Connections take two
+//! What `link::Uplinks` does in the daemon, over the same [`ClientEnd`] and [`LinkState`]. Connections take two
 //! round trips (TCP, TLS 1.3); a host that is on refuses calls to a process that is not; one that is off
 //! says nothing.
 
 use block::Priority;
 use link::limits::{DIAL_MAX, DIAL_PATIENCE};
-use link::policy::{Circuit, PathId, Standing};
+use link::policy::{LinkState, PathId, Standing};
 use link::wire::RequestId;
-use link::{Child, ChildEvent, Parent, Refused, Tally};
+use link::{ClientEnd, ClientEvent, Refused, ScopedStats, ServerEnd};
 use planner::Placement;
 
 use crate::content::ChunkIx;
-use crate::coordinator::Word;
+use crate::coordinator::ToVolt;
 use crate::event::{End, Event, LinkId, NodeEvent, NodeIx, Side};
 use crate::node::{Node, Power, Uplink, Wire};
 use crate::world::{Link, World};
@@ -51,7 +51,7 @@ impl World {
             let node = &mut self.nodes[ix.at()];
             node.paths.remove(path);
             if let Some(Uplink { wire: Wire::Open(link), .. }) = node.uplinks.remove(&path) {
-                self.hang_up(End { link, side: Side::Child });
+                self.hang_up(End { link, side: Side::Client });
             }
         }
     }
@@ -65,7 +65,7 @@ impl World {
                 0 => &[],
                 n => &node.routes[crate::fetch::stripe_of(self.content.hash(chunk).prefix(), n)],
             };
-            let left = flight.hunt.replanned(&mut node.paths, ranked);
+            let left = flight.policy.replanned(&mut node.paths, ranked);
             let asks = std::mem::take(&mut flight.asks).into_iter();
             let (withdrawn, kept): (Vec<_>, Vec<_>) = asks.partition(|(path, _)| left.contains(path));
             flight.asks = kept;
@@ -78,18 +78,18 @@ impl World {
 
     /// The uplink to a parent, made if there is none.
     fn uplink(&mut self, ix: NodeIx, parent: NodeIx) -> PathId {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let node = &mut self.nodes[ix.at()];
         if let Some((&path, _)) = node.uplinks.iter().find(|(_, uplink)| uplink.parent == parent) {
             return path;
         }
         let salt = (u64::from(ix.0) << 32 | u64::from(parent.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         node.bans.retain(|_, until| *until > now);
-        let circuit = match node.bans.get(&parent) {
-            Some(until) => Circuit::banned(salt, *until),
-            None => Circuit::new(salt),
+        let link_state = match node.bans.get(&parent) {
+            Some(until) => LinkState::banned(salt, *until),
+            None => LinkState::new(salt),
         };
-        let path = node.paths.add(circuit);
+        let path = node.paths.add(link_state);
         let uplink =
             Uplink { parent, wire: Wire::Idle, last_id: 0, requests: Default::default(), lost: false };
         node.uplinks.insert(path, uplink);
@@ -103,15 +103,15 @@ impl World {
         if uplink.wire == Wire::Idle {
             uplink.wire = Wire::Down;
             let at = node.paths.dial_at(path);
-            let life = self.life(ix);
-            self.agenda.at(at, Event::Node(life, NodeEvent::Dials(path)));
+            let incarnation = self.incarnation(ix);
+            self.queue.at(at, Event::Node(incarnation, NodeEvent::Dials(path)));
         }
     }
 
     /// Calls the parent.
     pub(crate) fn dials(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
-        let life = self.life(ix);
+        let now = self.queue.now();
+        let incarnation = self.incarnation(ix);
         let Some(uplink) = self.nodes[ix.at()].uplinks.get_mut(&path) else { return };
         if uplink.wire != Wire::Down {
             return;
@@ -125,18 +125,20 @@ impl World {
         };
         let reachable_at =
             self.net.blocked_until(ix, parent).max(self.nodes[parent.at()].frozen_until).max(now);
-        self.agenda.after(DIAL_PATIENCE, Event::Node(life, NodeEvent::DialsLate(path)));
+        self.queue.after(DIAL_PATIENCE, Event::Node(incarnation, NodeEvent::DialsLate(path)));
         match legs {
             Some(legs) if reachable_at < now + DIAL_MAX => {
-                self.agenda
-                    .at(reachable_at + self.net.latency() * legs, Event::Node(life, NodeEvent::Dialed(path)));
+                self.queue.at(
+                    reachable_at + self.net.latency() * legs,
+                    Event::Node(incarnation, NodeEvent::Dialed(path)),
+                );
             }
-            _ => self.agenda.after(DIAL_MAX, Event::Node(life, NodeEvent::DialFails(path))),
+            _ => self.queue.after(DIAL_MAX, Event::Node(incarnation, NodeEvent::DialFails(path))),
         }
     }
 
     pub(crate) fn dials_late(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let node = &mut self.nodes[ix.at()];
         let Some(uplink) = node.uplinks.get(&path) else { return };
         if matches!(uplink.wire, Wire::Dialing { since } if now >= since + DIAL_PATIENCE) {
@@ -149,7 +151,7 @@ impl World {
 
     /// The parent answers the call, or its host does.
     pub(crate) fn dialed(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let Some(uplink) = self.nodes[ix.at()].uplinks.get(&path) else { return };
         let parent = uplink.parent;
         if !matches!(uplink.wire, Wire::Dialing { .. }) {
@@ -160,10 +162,10 @@ impl World {
             Power::Off | Power::Lost => return self.uplink_failed(ix, path),
         }
         let (own, other) = (self.nodes[ix.at()].name.clone(), self.nodes[parent.at()].name.clone());
-        let tally = |node: &Node| Tally::under(&node.stats);
-        let child = Child::new(&own, other.clone(), tally(&self.nodes[ix.at()]), now);
-        let server = Parent::new(&other, own, tally(&self.nodes[parent.at()]), now);
-        let link = self.open_link(ix, path, parent, child, server);
+        let stats = |node: &Node| ScopedStats::under(&node.stats);
+        let client = ClientEnd::new(&own, other.clone(), stats(&self.nodes[ix.at()]), now);
+        let server = ServerEnd::new(&other, own, stats(&self.nodes[parent.at()]), now);
+        let link = self.open_link(ix, path, parent, client, server);
         let uplink = self.nodes[ix.at()].uplinks.get_mut(&path).expect("it was found above");
         uplink.wire = Wire::Open(link);
         let waiting: Vec<_> =
@@ -178,17 +180,17 @@ impl World {
 
     /// The dial failed, or the link was lost: what was asked there is asked elsewhere.
     pub(crate) fn uplink_failed(&mut self, ix: NodeIx, path: PathId) {
-        let now = self.agenda.now();
-        let life = self.life(ix);
+        let now = self.queue.now();
+        let incarnation = self.incarnation(ix);
         let node = &mut self.nodes[ix.at()];
         let Some(uplink) = node.uplinks.get_mut(&path) else { return };
         uplink.wire = Wire::Down;
         node.paths.failed(path, now);
-        let word =
-            (!std::mem::replace(&mut uplink.lost, true)).then_some(Word::Lost { parent: uplink.parent });
-        self.agenda.at(node.paths.dial_at(path), Event::Node(life, NodeEvent::Dials(path)));
-        if let Some(word) = word {
-            self.tell_volt(ix, word);
+        let message =
+            (!std::mem::replace(&mut uplink.lost, true)).then_some(ToVolt::Lost { parent: uplink.parent });
+        self.queue.at(node.paths.dial_at(path), Event::Node(incarnation, NodeEvent::Dials(path)));
+        if let Some(message) = message {
+            self.tell_volt(ix, message);
         }
         self.fail_requests(ix, path);
     }
@@ -208,14 +210,14 @@ impl World {
         let priority = flight.priority;
         let standing = node.paths.standing(path);
         let uplink = node.uplinks.get_mut(&path).filter(|_| standing == Standing::Usable);
-        let Some(uplink) = uplink else { return flight.hunt.lost(&mut node.paths, path) };
+        let Some(uplink) = uplink else { return flight.policy.lost(&mut node.paths, path) };
         if let Some(at) = flight.withdrawn.iter().position(|(asked, _)| *asked == path) {
             let (_, id) = flight.withdrawn.swap_remove(at);
             uplink.requests.insert(id, (chunk, priority));
             flight.asks.push((path, id));
             if let Wire::Open(link) = uplink.wire {
                 self.links[link.at()].raise(id, priority);
-                self.dirty.push_back(End { link, side: Side::Child });
+                self.dirty.push_back(End { link, side: Side::Client });
             }
             return;
         }
@@ -230,7 +232,7 @@ impl World {
             node.uplinks.get_mut(&path).map(|uplink| uplink.requests.remove(&id));
             if let Some(flight) = node.flights.get_mut(&chunk) {
                 flight.asks.retain(|(asked, _)| *asked != path);
-                flight.hunt.lost(&mut node.paths, path);
+                flight.policy.lost(&mut node.paths, path);
             }
         }
     }
@@ -243,9 +245,9 @@ impl World {
         priority: Priority,
     ) -> Result<(), Refused> {
         let (image, hash) = (self.content.image, self.content.hash(chunk));
-        self.dirty.push_back(End { link, side: Side::Child });
-        let child = self.links[link.at()].child.as_mut().ok_or(Refused)?;
-        child.want(id, image, hash, priority)
+        self.dirty.push_back(End { link, side: Side::Client });
+        let client = self.links[link.at()].client.as_mut().ok_or(Refused)?;
+        client.want(id, image, hash, priority)
     }
 
     /// Takes a request back.
@@ -254,13 +256,13 @@ impl World {
         uplink.requests.remove(&request);
         if let Wire::Open(link) = uplink.wire {
             self.links[link.at()].cancel(request);
-            self.dirty.push_back(End { link, side: Side::Child });
+            self.dirty.push_back(End { link, side: Side::Client });
         }
     }
 
-    /// Does what an event of a link's child end asks for.
-    pub(crate) fn child_event(&mut self, link: LinkId, event: ChildEvent) {
-        let now = self.agenda.now();
+    /// Does what an event of a link's client end asks for.
+    pub(crate) fn client_event(&mut self, link: LinkId, event: ClientEvent) {
+        let now = self.queue.now();
         let &Link { child_node: ix, path, parent_node: parent, .. } = &self.links[link.at()];
         let node = &mut self.nodes[ix.at()];
         let Some(uplink) = node.uplinks.get_mut(&path).filter(|uplink| uplink.wire == Wire::Open(link))
@@ -268,35 +270,35 @@ impl World {
             return;
         };
         match event {
-            ChildEvent::Ready => {
+            ClientEvent::Ready => {
                 uplink.lost = false;
                 node.paths.greeted(path, now);
                 self.parent_is_up(ix);
             }
-            ChildEvent::Arrived { id, chunk } => {
+            ClientEvent::Arrived { id, chunk } => {
                 uplink.requests.remove(&id);
                 self.arrived(ix, path, &chunk);
             }
-            ChildEvent::Lacking { id, reason } => {
+            ClientEvent::Lacking { id, reason } => {
                 if let Some((chunk, _)) = uplink.requests.remove(&id) {
                     self.failed(ix, chunk, path, Some(reason));
                 }
             }
-            ChildEvent::Liar { chunk, .. } => {
+            ClientEvent::Liar { chunk, .. } => {
                 let until = node.paths.lied(path, now);
                 node.bans.insert(parent, until);
                 self.checks.lied(&self.nodes[parent.at()]);
                 self.links[link.at()].lied = true;
-                self.tell_volt(ix, Word::Blame { liar: parent, chunk });
+                self.tell_volt(ix, ToVolt::Blame { liar: parent, chunk });
             }
-            ChildEvent::Closed(_) if self.links[link.at()].lied => {
+            ClientEvent::Closed(_) if self.links[link.at()].lied => {
                 uplink.wire = Wire::Down;
                 let at = node.paths.dial_at(path);
-                let life = self.life(ix);
-                self.agenda.at(at, Event::Node(life, NodeEvent::Dials(path)));
+                let incarnation = self.incarnation(ix);
+                self.queue.at(at, Event::Node(incarnation, NodeEvent::Dials(path)));
                 self.fail_requests(ix, path);
             }
-            ChildEvent::Closed(_) => self.uplink_failed(ix, path),
+            ClientEvent::Closed(_) => self.uplink_failed(ix, path),
         }
     }
 
@@ -311,14 +313,14 @@ impl World {
 
 impl Link {
     fn raise(&mut self, request: RequestId, priority: Priority) {
-        if let Some(child) = self.child.as_mut() {
-            child.raise(request, priority);
+        if let Some(client) = self.client.as_mut() {
+            client.raise(request, priority);
         }
     }
 
     fn cancel(&mut self, request: RequestId) {
-        if let Some(child) = self.child.as_mut() {
-            child.cancel(request);
+        if let Some(client) = self.client.as_mut() {
+            client.cancel(request);
         }
     }
 }

@@ -10,15 +10,15 @@ use std::time::Duration;
 use block::NodeName;
 use link::policy::PathId;
 use link::wire::RequestId;
-use link::{Child, Parent};
+use link::{ClientEnd, ServerEnd};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-use crate::agenda::Agenda;
 use crate::check::Checks;
 use crate::content::{ChunkIx, Content};
 use crate::coordinator::Coordinator;
-use crate::event::{End, Event, Life, LinkId, NodeEvent, NodeIx, Side};
+use crate::event::{End, Event, Incarnation, LinkId, NodeEvent, NodeIx, Side};
+use crate::event_queue::EventQueue;
 use crate::fault::Fault;
 use crate::net::Net;
 use crate::node::Node;
@@ -31,8 +31,8 @@ pub(crate) struct Link {
     pub(crate) parent_node: NodeIx,
     /// The child's name for its parent.
     pub(crate) path: PathId,
-    pub(crate) child: Option<Child>,
-    pub(crate) parent: Option<Parent>,
+    pub(crate) client: Option<ClientEnd>,
+    pub(crate) server: Option<ServerEnd>,
     /// When the ends' timers go off next.
     timers: [Option<Duration>; 2],
     /// The parent sent a wrong chunk.
@@ -43,7 +43,7 @@ pub(crate) struct Link {
 
 /// Everything. See the module's documentation.
 pub(crate) struct World {
-    pub(crate) agenda: Agenda<Event>,
+    pub(crate) queue: EventQueue<Event>,
     pub(crate) net: Net,
     pub(crate) content: Rc<Content>,
     pub(crate) nodes: Vec<Node>,
@@ -65,7 +65,7 @@ impl World {
     /// A world in which nothing has happened.
     pub(crate) fn new(scenario: Scenario, content: Rc<Content>) -> World {
         let mut world = World {
-            agenda: Agenda::new(),
+            queue: EventQueue::new(),
             net: Net::new(scenario.latency, scenario.rack_links()),
             nodes: Vec::new(),
             names: BTreeMap::new(),
@@ -84,13 +84,13 @@ impl World {
         world
     }
 
-    pub(crate) fn life(&self, node: NodeIx) -> Life {
-        Life { node, count: self.nodes[node.at()].life }
+    pub(crate) fn incarnation(&self, node: NodeIx) -> Incarnation {
+        Incarnation { node, count: self.nodes[node.at()].incarnation }
     }
 
     /// Lets the next event happen. Says whether there was one.
     pub(crate) fn step(&mut self) -> bool {
-        let Some(event) = self.agenda.next() else { return false };
+        let Some(event) = self.queue.next() else { return false };
         self.events += 1;
         self.apply(event);
         loop {
@@ -104,10 +104,10 @@ impl World {
     }
 
     fn apply(&mut self, event: Event) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         // What is meant for a frozen node happens when it thaws.
         let subject = match &event {
-            Event::Node(life, _) => Some(life.node),
+            Event::Node(incarnation, _) => Some(incarnation.node),
             Event::Arrives(flow) => Some(self.owner(flow.hearer())),
             Event::Timer(end) => Some(self.owner(*end)),
             _ => None,
@@ -115,23 +115,23 @@ impl World {
         if let Some(until) = subject.map(|node| self.nodes[node.at()].frozen_until)
             && until > now
         {
-            return self.agenda.at(until, event);
+            return self.queue.at(until, event);
         }
         match event {
-            Event::SentOut(node) => self.net.sent_out(&mut self.agenda, node),
+            Event::SentOut(node) => self.net.sent_out(&mut self.queue, node),
             Event::Arrives(flow) => {
-                if let Some(bytes) = self.net.arrive(&mut self.agenda, flow) {
+                if let Some(bytes) = self.net.arrive(&mut self.queue, flow) {
                     self.hear(flow.hearer(), bytes);
                 }
             }
             Event::Ends(end) => self.stream_ended(end),
             Event::Timer(end) => self.timer(end),
             Event::Fault(at) => self.fault(at),
-            Event::VoltHears(life, run, word) => self.volt_hears(life, run, word),
+            Event::VoltHears(incarnation, run, message) => self.volt_hears(incarnation, run, message),
             Event::VoltTicks(run) => self.volt_ticks(run),
-            Event::Node(life, event) => {
-                if self.life(life.node) == life {
-                    self.apply_to_node(life.node, event);
+            Event::Node(incarnation, event) => {
+                if self.incarnation(incarnation.node) == incarnation {
+                    self.apply_to_node(incarnation.node, event);
                 }
             }
         }
@@ -143,7 +143,7 @@ impl World {
             NodeEvent::Dialed(path) => self.dialed(node, path),
             NodeEvent::DialsLate(path) => self.dials_late(node, path),
             NodeEvent::DialFails(path) => self.uplink_failed(node, path),
-            NodeEvent::Decides(chunk, turn) => self.decides(node, chunk, turn),
+            NodeEvent::Decides(chunk, seq) => self.decides(node, chunk, seq),
             NodeEvent::GuestReads(guest) => self.guest_reads(node, guest),
             NodeEvent::Streams => self.streams(node),
             NodeEvent::Calls => self.calls_volt(node),
@@ -158,8 +158,8 @@ impl World {
     fn owner(&self, end: End) -> NodeIx {
         let link = &self.links[end.link.at()];
         match end.side {
-            Side::Child => link.child_node,
-            Side::Parent => link.parent_node,
+            Side::Client => link.child_node,
+            Side::Server => link.parent_node,
         }
     }
 
@@ -168,16 +168,16 @@ impl World {
         child_node: NodeIx,
         path: PathId,
         parent_node: NodeIx,
-        child: Child,
-        parent: Parent,
+        client: ClientEnd,
+        server: ServerEnd,
     ) -> LinkId {
         let link = LinkId(u32::try_from(self.links.len()).expect("a run opens fewer links than that"));
         self.links.push(Link {
             child_node,
             parent_node,
             path,
-            child: Some(child),
-            parent: Some(parent),
+            client: Some(client),
+            server: Some(server),
             timers: [None; 2],
             lied: false,
             serving: BTreeMap::new(),
@@ -185,7 +185,7 @@ impl World {
         self.net.open(child_node, parent_node);
         self.net.open(parent_node, child_node);
         self.nodes[parent_node.at()].downlinks.push(link);
-        for side in [Side::Child, Side::Parent] {
+        for side in [Side::Client, Side::Server] {
             self.dirty.push_back(End { link, side });
         }
         link
@@ -197,11 +197,11 @@ impl World {
     /// Bytes reach an end.
     fn hear(&mut self, end: End, bytes: link::Outgoing) {
         use bytes::{Buf, BufMut};
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let link = &mut self.links[end.link.at()];
         let inbox = match end.side {
-            Side::Child => link.child.as_mut().map(Child::inbox),
-            Side::Parent => link.parent.as_mut().map(Parent::inbox),
+            Side::Client => link.client.as_mut().map(ClientEnd::inbox),
+            Side::Server => link.server.as_mut().map(ServerEnd::inbox),
         };
         let Some(inbox) = inbox else { return };
         if inbox.is_empty() {
@@ -210,16 +210,16 @@ impl World {
         }
         inbox.put(bytes);
         match end.side {
-            Side::Child => {
-                if let Some(child) = link.child.as_mut() {
-                    child.heard(now);
+            Side::Client => {
+                if let Some(client) = link.client.as_mut() {
+                    client.heard(now);
                 }
                 let (node, path) = (link.child_node, link.path);
                 self.nodes[node.at()].paths.heard(path, now);
             }
-            Side::Parent => {
-                if let Some(parent) = link.parent.as_mut() {
-                    parent.heard(now);
+            Side::Server => {
+                if let Some(server) = link.server.as_mut() {
+                    server.heard(now);
                 }
             }
         }
@@ -228,71 +228,73 @@ impl World {
 
     /// Takes the events of an end and sends what it has to say.
     fn attend(&mut self, end: End) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         match end.side {
-            Side::Child => {
-                while let Some(event) = self.links[end.link.at()].child.as_mut().and_then(Child::poll_event) {
-                    self.child_event(end.link, event);
+            Side::Client => {
+                while let Some(event) =
+                    self.links[end.link.at()].client.as_mut().and_then(ClientEnd::poll_event)
+                {
+                    self.client_event(end.link, event);
                 }
             }
-            Side::Parent => self.attend_parent(end),
+            Side::Server => self.attend_server(end),
         }
         let flow = end.flow();
         while self.net.has_room(flow) {
             let link = &mut self.links[end.link.at()];
             let out = match end.side {
-                Side::Child => link.child.as_mut().and_then(|child| child.poll_transmit(now)),
-                Side::Parent => link.parent.as_mut().and_then(Parent::poll_transmit),
+                Side::Client => link.client.as_mut().and_then(|client| client.poll_transmit(now)),
+                Side::Server => link.server.as_mut().and_then(ServerEnd::poll_transmit),
             };
             let Some(out) = out else { break };
-            self.net.write(&mut self.agenda, flow, out);
-            if end.side == Side::Parent {
+            self.net.write(&mut self.queue, flow, out);
+            if end.side == Side::Server {
                 // Sending an answer frees its place for another request.
-                self.attend_parent(end);
+                self.attend_server(end);
             }
         }
         self.checks.queued(self.net.waiting_bytes(flow));
         let link = &self.links[end.link.at()];
         let is_over = match end.side {
-            Side::Child => link.child.as_ref().is_some_and(|child| child.closed().is_some()),
-            Side::Parent => link.parent.as_ref().is_some_and(|parent| parent.closed().is_some()),
+            Side::Client => link.client.as_ref().is_some_and(|client| client.closed().is_some()),
+            Side::Server => link.server.as_ref().is_some_and(|server| server.closed().is_some()),
         };
         if is_over { self.hang_up(end) } else { self.set_timer(end) }
     }
 
-    fn attend_parent(&mut self, end: End) {
-        while let Some(event) = self.links[end.link.at()].parent.as_mut().and_then(Parent::poll_event) {
-            self.parent_event(end.link, &event);
+    fn attend_server(&mut self, end: End) {
+        while let Some(event) = self.links[end.link.at()].server.as_mut().and_then(ServerEnd::poll_event) {
+            self.server_event(end.link, &event);
         }
     }
 
     fn set_timer(&mut self, end: End) {
         let link = &mut self.links[end.link.at()];
         let deadline = match end.side {
-            Side::Child => link.child.as_ref().map(Child::deadline),
-            Side::Parent => link.parent.as_ref().map(Parent::deadline),
+            Side::Client => link.client.as_ref().map(ClientEnd::deadline),
+            Side::Server => link.server.as_ref().map(ServerEnd::deadline),
         };
         let Some(deadline) = deadline else { return };
         let timer = &mut link.timers[end.side as usize];
         if timer.is_none_or(|set| deadline < set) {
             *timer = Some(deadline);
-            self.agenda.at(deadline, Event::Timer(end));
+            self.queue.at(deadline, Event::Timer(end));
         }
     }
 
     fn timer(&mut self, end: End) {
-        let now = self.agenda.now();
+        let now = self.queue.now();
         let link = &mut self.links[end.link.at()];
         if link.timers[end.side as usize].is_none_or(|set| set > now) {
             return;
         }
         link.timers[end.side as usize] = None;
         match end.side {
-            Side::Child => {
-                link.child.as_mut().filter(|child| child.deadline() <= now).map(|child| child.tick(now))
+            Side::Client => {
+                link.client.as_mut().filter(|client| client.deadline() <= now).map(|client| client.tick(now))
             }
-            Side::Parent => {
-                link.parent.as_mut().filter(|parent| parent.deadline() <= now).map(|parent| parent.tick(now))
+            Side::Server => {
+                link.server.as_mut().filter(|server| server.deadline() <= now).map(|server| server.tick(now))
             }
         };
         self.attend(end);
@@ -302,8 +304,8 @@ impl World {
     fn stream_ended(&mut self, end: End) {
         let link = &mut self.links[end.link.at()];
         match end.side {
-            Side::Child => link.child.as_mut().map(Child::ended),
-            Side::Parent => link.parent.as_mut().map(Parent::ended),
+            Side::Client => link.client.as_mut().map(ClientEnd::ended),
+            Side::Server => link.server.as_mut().map(ServerEnd::ended),
         };
         self.attend(end);
     }
@@ -311,17 +313,17 @@ impl World {
     /// An end goes; the other one notices after what was said, unless this host is gone.
     pub(crate) fn hang_up(&mut self, end: End) {
         self.drop_end(end);
-        let at = self.net.end_of(end.flow(), self.agenda.now());
-        self.agenda.at(at, Event::Ends(end.other()));
+        let at = self.net.end_of(end.flow(), self.queue.now());
+        self.queue.at(at, Event::Ends(end.other()));
     }
 
     /// An end is gone without a word.
     pub(crate) fn drop_end(&mut self, end: End) {
         let link = &mut self.links[end.link.at()];
         match end.side {
-            Side::Child => link.child = None,
-            Side::Parent => {
-                link.parent = None;
+            Side::Client => link.client = None,
+            Side::Server => {
+                link.server = None;
                 let (node, child) = (link.parent_node, end.link);
                 let serving = std::mem::take(&mut link.serving);
                 self.nodes[node.at()].downlinks.retain(|other| *other != child);

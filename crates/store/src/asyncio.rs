@@ -7,7 +7,7 @@
 use std::io;
 use std::sync::Arc;
 
-use block::Now;
+use block::TryIo;
 
 use crate::Media;
 
@@ -23,7 +23,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 
 /// Fills `buf` from `offset`: on the spot if the bytes are in memory, else on the blocking pool.
 pub(crate) async fn read(media: &Arc<dyn Media>, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-    if media.read_at_now(offset, buf)? == Now::Done {
+    if media.try_read_at(offset, buf)? == TryIo::Done {
         return Ok(());
     }
     let media = Arc::clone(media);

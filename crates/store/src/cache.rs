@@ -3,26 +3,26 @@
 //! Each chunk is stored once, whatever images it belongs to, and found by its hash. Each shard of the
 //! index has its own lock; a read that has a good [`SlotHint`](block::SlotHint) takes none at all.
 //!
-//! Consistency: a whole chunk that leaves the cache was verified on the way out. [`ChunkSource::read_now`]
+//! Consistency: a whole chunk that leaves the cache was verified on the way out. [`ChunkSource::try_read`]
 //! serves parts of chunks that were verified since they came into memory, and checks before and after
 //! that the slot holds the wanted chunk. What the page cache holds is trusted as this process's own memory is: who
 //! writes to the file of a medium in use can change what guests read.
 //! Retries: a chunk that is not what the directory says, or cannot be read, is dropped and fetched again;
 //! the reader notices nothing. A medium that fails too often is no longer used. Errors from upstream go
 //! to those who wait and are not remembered.
-//! Cancellation: a fetch that nobody waits for any more is withdrawn; see [`flight`].
+//! Cancellation: a fetch that nobody waits for any more is withdrawn; see [`singleflight`].
 //! Crash: nothing is synced and nothing journaled, since each chunk proves itself; see [`medium`].
 //! Media come and go meanwhile; see [`members`].
 //! Bounds: the slots of the media; [`writer`] bounds what is on its way to them. Flights are as many as
 //! the callers have fetches waiting.
 
-mod flight;
+mod fetch_task;
 mod health;
-mod journey;
 mod medium;
 mod members;
 mod set;
 mod shard;
+mod singleflight;
 mod slot;
 mod source;
 mod sums;
@@ -35,15 +35,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use block::limits::CHUNK_BYTES;
-use block::{Chunk, ChunkHash, ChunkSource, Now, Priority};
+use block::{Chunk, ChunkHash, ChunkSource, Priority, TryIo};
 
-use self::flight::{Flight, Waiter};
-use self::journey::Journey;
+use self::fetch_task::FetchTask;
 use self::medium::Medium;
 use self::members::{Candidate, Members};
 use self::set::{MediumSet, SlotId};
 use self::shard::{Index, Reserved, Shard};
-use self::slot::{Seen, Stage};
+use self::singleflight::{SingleFlight, Waiter};
+use self::slot::{SlotVersion, Stage};
 use self::source::{Cached, Reader};
 use self::sums::Sums;
 use self::writer::{Store, Writer};
@@ -150,8 +150,8 @@ pub struct CacheGroup {
 }
 
 /// Where a wanted chunk is.
-enum Whereabouts {
-    Stored(Arc<Medium>, SlotId, Seen),
+enum Lookup {
+    Stored(Arc<Medium>, SlotId, SlotVersion),
     /// In memory, on its way to its slot.
     Arrived(Chunk),
     Coming(Waiter),
@@ -261,19 +261,19 @@ impl CacheGroup {
         (hash.prefix().rotate_left(16) % shards) as usize
     }
 
-    fn note_hit(&self, shard: &Shard, medium: &Medium, id: SlotId, seen: Seen) {
-        medium.slot(id).count_use(seen, shard.epoch());
+    fn note_hit(&self, shard: &Shard, medium: &Medium, id: SlotId, version: SlotVersion) {
+        medium.slot(id).count_use(version, shard.epoch());
         add(&shard.hits, 1);
     }
 
     /// The slot that holds the chunk. A chunk on a medium that is not used any more is dropped as it comes by.
-    fn find(&self, index: &mut Index, hash: &ChunkHash) -> Option<(SlotId, Seen)> {
+    fn find(&self, index: &mut Index, hash: &ChunkHash) -> Option<(SlotId, SlotVersion)> {
         let id = index.find(hash)?;
         if !index.media().medium(id).is_usable() {
             index.drop_chunk(id);
             return None;
         }
-        Some((id, index.media().slot(id).see()))
+        Some((id, index.media().slot(id).version()))
     }
 
     /// Finds the chunk or joins its fetch, which begins here if there is none.
@@ -282,30 +282,30 @@ impl CacheGroup {
         hash: ChunkHash,
         priority: Priority,
         upstream: &Arc<dyn ChunkSource>,
-    ) -> Whereabouts {
+    ) -> Lookup {
         let shard = self.shard(&hash);
         let mut index = shard.lock();
-        if let Some((id, seen)) = self.find(&mut index, &hash) {
+        if let Some((id, version)) = self.find(&mut index, &hash) {
             let medium = Arc::clone(index.media().medium(id));
-            return Whereabouts::Stored(medium, id, seen);
+            return Lookup::Stored(medium, id, version);
         }
         if let Some(flight) = index.flights.get(&hash) {
             if let Some(chunk) = flight.arrived() {
                 add(&shard.hits, 1);
-                return Whereabouts::Arrived(chunk);
+                return Lookup::Arrived(chunk);
             }
             add(&self.counters.coalesced, 1);
-            return Whereabouts::Coming(flight.join(priority));
+            return Lookup::Coming(flight.join(priority));
         }
         add(&self.counters.misses, 1);
-        let flight = Arc::new(Flight::new(identity(upstream)));
+        let flight = Arc::new(SingleFlight::new(identity(upstream)));
         let waiter = flight.join(priority);
         index.flights.insert(hash, Arc::clone(&flight));
         // A runtime that is ending drops the task at once, which takes it out of the index again.
         drop(index);
-        let journey = Journey::new(Arc::clone(self), hash, flight);
-        tokio::spawn(journey.run(Arc::clone(upstream)));
-        Whereabouts::Coming(waiter)
+        let task = FetchTask::new(Arc::clone(self), hash, flight);
+        tokio::spawn(task.run(Arc::clone(upstream)));
+        Lookup::Coming(waiter)
     }
 
     /// Reads and verifies a stored chunk. `None` if it is not there any more, or never was what it was
@@ -315,10 +315,10 @@ impl CacheGroup {
         hash: ChunkHash,
         medium: &Arc<Medium>,
         id: SlotId,
-        mut seen: Seen,
+        mut version: SlotVersion,
     ) -> Option<Chunk> {
         let (shard, slot) = (self.shard(&hash), medium.slot(id));
-        let was_ready = seen.stage() == Stage::Ready;
+        let was_ready = version.stage() == Stage::Ready;
         match medium.read(id).await {
             Err(error) => medium.note_error(&error),
             Ok(bytes) => match Chunk::verify(hash, bytes.into()) {
@@ -326,19 +326,19 @@ impl CacheGroup {
                     if !was_ready {
                         let sums = Sums::of(chunk.bytes());
                         let _nobody_fills_it = shard.lock();
-                        seen = slot.mark_ready(seen, &sums);
+                        version = slot.mark_ready(version, &sums);
                     }
-                    self.note_hit(shard, medium, id, seen);
+                    self.note_hit(shard, medium, id, version);
                     return Some(chunk);
                 }
                 // What was there at the start may be wrong in an honest way; see the format's page on crashes.
-                Err(_) if was_ready && slot.is_still(seen) => medium.note_wrong_chunk(),
+                Err(_) if was_ready && slot.is_still(version) => medium.note_wrong_chunk(),
                 Err(_) => {}
             },
         }
         let mut index = shard.lock();
         // A slot is emptied before its number can mean another's.
-        if slot.is_still(seen) {
+        if slot.is_still(version) {
             index.drop_chunk(id);
             add(&self.counters.dropped, 1);
         }
@@ -382,23 +382,23 @@ impl CacheGroup {
     }
 
     /// Copies from the slot, if it holds the chunk, verified, and its bytes are in memory and still the same.
-    fn copy_now(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_copy(&self, shard: &Shard, id: SlotId, hash: &ChunkHash, offset: usize, buf: &mut [u8]) -> TryIo {
         let media = self.media.load();
-        let Some((medium, slot)) = media.get(id) else { return Now::Wait };
-        let Some(seen) = slot.see_chunk(hash) else { return Now::Wait };
-        if seen.stage() != Stage::Ready || !medium.is_usable() {
-            return Now::Wait;
+        let Some((medium, slot)) = media.get(id) else { return TryIo::WouldBlock };
+        let Some(version) = slot.version_of(hash) else { return TryIo::WouldBlock };
+        if version.stage() != Stage::Ready || !medium.is_usable() {
+            return TryIo::WouldBlock;
         }
-        match medium.copy_now(id, offset, buf) {
-            Ok(Now::Done) if slot.is_still(seen) && medium.is_usable() => {
-                self.note_hit(shard, medium, id, seen);
-                Now::Done
+        match medium.try_copy(id, offset, buf) {
+            Ok(TryIo::Done) if slot.is_still(version) && medium.is_usable() => {
+                self.note_hit(shard, medium, id, version);
+                TryIo::Done
             }
             // A chunk of which a part is wrong is found to be so by whoever reads it as a whole now.
-            Ok(_) => Now::Wait,
+            Ok(_) => TryIo::WouldBlock,
             Err(error) => {
                 medium.note_error(&error);
-                Now::Wait
+                TryIo::WouldBlock
             }
         }
     }

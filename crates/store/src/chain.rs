@@ -19,7 +19,7 @@ use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, TryIo};
 use futures_util::FutureExt;
 use tokio::sync::Mutex;
 
@@ -165,14 +165,14 @@ impl Disk for Chain {
         Access::ReadWrite
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
-        self.top.read().unwrap_or_else(PoisonError::into_inner).read_now(offset, buf)
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
+        self.top.read().unwrap_or_else(PoisonError::into_inner).try_read(offset, buf)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
         let mut top = self.top();
         loop {
-            match top.write_now(offset, data) {
+            match top.try_write(offset, data) {
                 Ok(now) => return Ok(now),
                 Err(error) => top = self.next_after(&top, error)?,
             }

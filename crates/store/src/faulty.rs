@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::Now;
+use block::TryIo;
 
 use crate::Media;
 use crate::media::SparseBytes;
@@ -51,7 +51,7 @@ struct Shared {
     operations_left: Option<u64>,
     room_bytes: Option<u64>,
     syncs: Syncs,
-    reads_now: ReadsNow,
+    try_reads: TryReads,
     /// Units that are not in memory, so that they cannot be read without waiting.
     forgotten: BTreeSet<u64>,
     sync_count: u64,
@@ -64,7 +64,7 @@ enum Syncs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ReadsNow {
+enum TryReads {
     Often,
     Never,
 }
@@ -96,7 +96,7 @@ impl FaultyMedia {
             operations_left: None,
             room_bytes: None,
             syncs: Syncs::Work,
-            reads_now: ReadsNow::Often,
+            try_reads: TryReads::Often,
             forgotten: BTreeSet::new(),
             sync_count: 0,
         };
@@ -162,7 +162,7 @@ impl FaultyMedia {
 
     /// From now on no read is served on the spot.
     pub fn make_reads_wait(&self) {
-        self.lock().reads_now = ReadsNow::Never;
+        self.lock().try_reads = TryReads::Never;
     }
 
     /// Flips one bit of the byte at `offset`, durably.
@@ -239,14 +239,14 @@ impl Media for FaultyMedia {
         shared.now.read(offset, buf)
     }
 
-    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<TryIo> {
         let mut shared = self.operate()?;
         let units = shared.units(offset, buf.len() as u64);
         let is_in_memory = shared.forgotten.range(units).next().is_none();
-        if shared.reads_now == ReadsNow::Never || !is_in_memory || shared.random.below(4) == 0 {
-            return Ok(Now::Wait);
+        if shared.try_reads == TryReads::Never || !is_in_memory || shared.random.below(4) == 0 {
+            return Ok(TryIo::WouldBlock);
         }
-        shared.now.read(offset, buf).map(|()| Now::Done)
+        shared.now.read(offset, buf).map(|()| TryIo::Done)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

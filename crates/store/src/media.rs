@@ -9,7 +9,7 @@ mod memory;
 
 use std::io;
 
-use block::{ExtentKind, Now};
+use block::{ExtentKind, TryIo};
 
 pub(crate) use file::InUse;
 pub use file::{FileMedia, start_sync};
@@ -27,7 +27,7 @@ pub trait Media: Send + Sync + 'static {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
     /// Fills `buf` from `offset` if that needs no waiting for a device; otherwise `buf` holds anything.
-    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now>;
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<TryIo>;
 
     /// Writes `data` at `offset`. A file grows where it is too short; a device does not.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;

@@ -4,27 +4,27 @@
 //! own. All others are the base's, and zero beyond the base's end. A zeroed or discarded block is an own
 //! block with a hole in the data file.
 //!
-//! Consistency: every change holds a [claim](claims) on the blocks it touches; the map's bit is set after
+//! Consistency: every change [locks](range_lock) the blocks it touches; the map's bit is set after
 //! the block's bytes are in the data file. A block is only ever written as a whole, with the rest of a
 //! partly covered one read from where it was before, so a read sees each block old or new.
 //! Durability: [`flush`]. Nothing else syncs.
-//! Cancellation: what runs on the blocking pool owns its buffers and its claim, so a dropped future has
+//! Cancellation: what runs on the blocking pool owns its buffers and its lock, so a dropped future has
 //! either not begun a step or the step runs to its end before anybody else may change these blocks.
 //! Crash: the map never names a block whose bytes are not durable, and [`log`] finds its own torn tail. A killed
-//! process loses nothing that it answered, flushed or not: its guests go on; see [`live`].
+//! process loses nothing that it answered, flushed or not: its guests go on; see [`unsynced_map`].
 //! Layers: an overlay may be the base of others. It is [frozen](Overlay::freeze) first; from then on what it reads
-//! as never changes. What it lacks can still be [pulled](Overlay::pull) from its base, or what it holds be
-//! [absorbed](Overlay::absorb) by that, so that one of the two can be [left out](Overlay::set_base).
+//! as never changes. What it lacks can still be [streamed](Overlay::stream_from_base) from its base, or what it holds be
+//! [committed](Overlay::commit_from) to that, so that one of the two can be [left out](Overlay::set_base).
 //! Retries: none. [`DiskError::NoSpace`] leaves everything as it was, and the guest may try again.
 
-mod claims;
-mod cut;
+mod alignment;
 mod files;
 mod flush;
-mod live;
 mod log;
 mod map;
-mod pull;
+mod merge;
+mod range_lock;
+mod unsynced_map;
 
 use std::io;
 use std::ops::Range;
@@ -34,18 +34,18 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use block::limits::BLOCK_BYTES;
-use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Geometry, TryIo};
 use futures_util::FutureExt;
 
-use self::claims::{Claim, Claims};
-use self::cut::{Cut, Edge, touched};
+use self::alignment::{AlignedSplit, Edge, touched};
 use self::flush::Flusher;
-use self::live::LiveMap;
 use self::log::{LogError, MapLog};
 use self::map::{BlockMap, Place};
+use self::range_lock::{RangeGuard, RangeLock};
+use self::unsynced_map::UnsyncedMap;
 use crate::{Media, asyncio};
 
-pub use self::live::BootId;
+pub use self::unsynced_map::BootId;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -123,7 +123,7 @@ pub struct OverlayMedia {
 pub struct NewOverlay {
     log: MapLog,
     data: Arc<dyn Media>,
-    live: LiveMap,
+    unsynced: UnsyncedMap,
     base: Arc<dyn Disk>,
     map: PathBuf,
 }
@@ -143,9 +143,9 @@ impl NewOverlay {
         };
         let OverlayMedia { data, map, live, boot } = media;
         data.set_len(size_bytes.next_multiple_of(BLOCK)).map_err(io(files::DATA))?;
-        let live = LiveMap::create(live, boot).map_err(io(files::LIVE))?;
+        let unsynced = UnsyncedMap::create(live, boot).map_err(io(files::LIVE))?;
         let log = MapLog::create(map, size_bytes).map_err(io(files::MAP))?;
-        Ok(NewOverlay { log, data, live, base, map: dir.join(files::MAP) })
+        Ok(NewOverlay { log, data, unsynced, base, map: dir.join(files::MAP) })
     }
 
     /// Makes its files durable. Their names in the directory, and the directory's own, are the caller's to sync. Blocks
@@ -153,7 +153,7 @@ impl NewOverlay {
     pub fn sync(mut self) -> Result<Overlay, OverlayError> {
         self.log.sync().map_err(|source| OverlayError::Io { path: self.map, source })?;
         let blocks = Overlay::empty_map(self.log.size_bytes());
-        Ok(Overlay::new(self.data, self.log, self.live, blocks, self.base))
+        Ok(Overlay::new(self.data, self.log, self.unsynced, blocks, self.base))
     }
 }
 
@@ -167,9 +167,9 @@ pub struct Overlay {
     base: RwLock<Arc<dyn Disk>>,
     data: Arc<dyn Media>,
     map: Arc<BlockMap>,
-    live: Arc<LiveMap>,
+    unsynced: Arc<UnsyncedMap>,
     frozen: AtomicBool,
-    claims: Arc<Claims>,
+    range_lock: Arc<RangeLock>,
     flusher: Arc<Flusher>,
 }
 
@@ -231,9 +231,9 @@ impl Overlay {
             let file = dir.join(files::LIVE);
             tracing::warn!(file = %file.display(), "damaged: if the machine ran on, what was not flushed is lost");
         };
-        let live =
-            LiveMap::open(live, boot, lost, |word| blocks.restore_live(word)).map_err(io(files::LIVE))?;
-        let live = live.map_err(|word| {
+        let unsynced = UnsyncedMap::open(live, boot, lost, |word| blocks.restore_unsynced(word))
+            .map_err(io(files::LIVE))?;
+        let unsynced = unsynced.map_err(|word| {
             damaged(files::LIVE, format!("it allocates blocks beyond the disk (word {})", word.index))
         })?;
         let whole_len = size_bytes.next_multiple_of(BLOCK);
@@ -246,28 +246,34 @@ impl Overlay {
             }
             data.set_len(whole_len).map_err(io(files::DATA))?;
         }
-        Ok(Overlay::new(data, log, live, blocks, base))
+        Ok(Overlay::new(data, log, unsynced, blocks, base))
     }
 
     fn empty_map(size_bytes: u64) -> BlockMap {
         BlockMap::new(size_bytes.div_ceil(BLOCK))
     }
 
-    fn new(data: Arc<dyn Media>, log: MapLog, live: LiveMap, map: BlockMap, base: Arc<dyn Disk>) -> Overlay {
+    fn new(
+        data: Arc<dyn Media>,
+        log: MapLog,
+        unsynced: UnsyncedMap,
+        map: BlockMap,
+        base: Arc<dyn Disk>,
+    ) -> Overlay {
         let geometry =
             Geometry::new(log.size_bytes()).expect("a log of another size is neither made nor opened");
         let map = Arc::new(map);
         let flusher = Arc::new(Flusher::new(Arc::clone(&data), Arc::clone(&map), log));
-        let (base, live, frozen) = (RwLock::new(base), Arc::new(live), AtomicBool::new(false));
-        Overlay { geometry, base, data, map, live, frozen, claims: Arc::default(), flusher }
+        let (base, unsynced, frozen) = (RwLock::new(base), Arc::new(unsynced), AtomicBool::new(false));
+        Overlay { geometry, base, data, map, unsynced, frozen, range_lock: Arc::default(), flusher }
     }
 
     /// Holds up all changes once those that run are done, until the answer is dropped. What comes later is refused
     /// with [`DiskError::ReadOnly`] if the overlay is to be [kept](Freezing::keep) as it is.
     pub async fn freeze(&self) -> Freezing<'_> {
         let began = Instant::now();
-        let claim = self.claims.claim(0..u64::MAX).await;
-        Freezing { overlay: self, _claim: claim, began }
+        let guard = self.range_lock.lock(0..u64::MAX).await;
+        Freezing { overlay: self, _guard: guard, began }
     }
 
     /// Whether it takes no change any more.
@@ -290,7 +296,7 @@ impl Overlay {
         Arc::clone(&self.base.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Whether a change may begin: asked with a claim in hand, which orders it with freezing.
+    /// Whether a change may begin: asked with the lock in hand, which orders it with freezing.
     fn must_take_changes(&self) -> Result<(), DiskError> {
         if self.is_frozen() { Err(DiskError::ReadOnly) } else { Ok(()) }
     }
@@ -327,15 +333,15 @@ impl Overlay {
         (place, len.min(end - offset))
     }
 
-    fn read_run_now(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read_run(&self, place: Place, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         match place {
-            Place::Own => Ok(self.data.read_at_now(offset, buf)?),
+            Place::Own => Ok(self.data.try_read_at(offset, buf)?),
             Place::Base => {
                 // Held while the base is read: that does not wait, and costs less than counting a reference.
                 let base = self.base.read().unwrap_or_else(PoisonError::into_inner);
                 let (below, beyond) = buf.split_at_mut(bytes_on(&**base, offset, buf.len()));
                 beyond.fill(0);
-                if below.is_empty() { Ok(Now::Done) } else { base.read_now(offset, below) }
+                if below.is_empty() { Ok(TryIo::Done) } else { base.try_read(offset, below) }
             }
         }
     }
@@ -347,7 +353,7 @@ impl Overlay {
                 let base = self.base();
                 let (below, beyond) = buf.split_at_mut(bytes_on(&*base, offset, buf.len()));
                 beyond.fill(0);
-                if below.is_empty() || base.read_now(offset, below)? == Now::Done {
+                if below.is_empty() || base.try_read(offset, below)? == TryIo::Done {
                     return Ok(());
                 }
                 base.read(offset, below).await
@@ -378,10 +384,10 @@ impl Overlay {
         Ok(block)
     }
 
-    /// Writes whole blocks from block `first`. Needs the claim on them. Never waits for another task.
-    fn put(&self, _claim: &Claim, first: u64, data: &[u8]) -> Result<(), DiskError> {
+    /// Writes whole blocks from block `first`. Needs the lock on them. Never waits for another task.
+    fn put(&self, _guard: &RangeGuard, first: u64, data: &[u8]) -> Result<(), DiskError> {
         self.data.write_at(first * BLOCK, data)?;
-        self.map.allocate(&self.live, first..first + (data.len() as u64).div_ceil(BLOCK))?;
+        self.map.allocate(&self.unsynced, first..first + (data.len() as u64).div_ceil(BLOCK))?;
         self.flusher.mark_dirty();
         Ok(())
     }
@@ -391,22 +397,22 @@ impl Overlay {
         if data.is_empty() {
             return Ok(());
         }
-        let claim = self.claims.claim(touched(offset, data.len() as u64)).await;
+        let guard = self.range_lock.lock(touched(offset, data.len() as u64)).await;
         self.must_take_changes()?;
-        let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
-        for edge in cut.edges.iter().flatten() {
+        let split = AlignedSplit::new(offset, data.len() as u64, self.geometry.size_bytes());
+        for edge in split.edges.iter().flatten() {
             let mut block = self.edge_block(edge).await?;
             let bytes = &data[edge.at..edge.at + edge.within.len()];
             block[edge.within.clone()].copy_from_slice(bytes);
-            self.put(&claim, edge.block, &block[..])?;
+            self.put(&guard, edge.block, &block[..])?;
         }
-        let whole = whole_of(data, &cut, offset);
-        let mut first = cut.whole.start;
+        let whole = whole_of(data, &split, offset);
+        let mut first = split.whole.start;
         for (index, piece) in whole.chunks(WRITE_PIECE_BYTES).enumerate() {
             if index > 0 {
                 tokio::task::yield_now().await;
             }
-            self.put(&claim, first, piece)?;
+            self.put(&guard, first, piece)?;
             first += (WRITE_PIECE_BYTES / BLOCK_BYTES) as u64;
         }
         Ok(())
@@ -414,23 +420,29 @@ impl Overlay {
 
     /// Punches holes for whole blocks and makes them the overlay's own, as far as the base reaches:
     /// beyond it, a block that nobody wrote is zero anyway.
-    async fn punch(&self, claim: Claim, whole: Range<u64>) -> Result<(), DiskError> {
+    async fn punch(&self, guard: RangeGuard, whole: Range<u64>) -> Result<(), DiskError> {
         let base_blocks = self.base().size_bytes().div_ceil(BLOCK);
-        self.punch_own(Arc::new(claim), whole, base_blocks).await
+        self.punch_own(Arc::new(guard), whole, base_blocks).await
     }
 
     /// Punches holes for whole blocks and makes those before block `own_end` the overlay's own.
-    async fn punch_own(&self, claim: Arc<Claim>, whole: Range<u64>, own_end: u64) -> Result<(), DiskError> {
+    async fn punch_own(
+        &self,
+        guard: Arc<RangeGuard>,
+        whole: Range<u64>,
+        own_end: u64,
+    ) -> Result<(), DiskError> {
         if whole.is_empty() {
             return Ok(());
         }
-        let (data, map, live) = (Arc::clone(&self.data), Arc::clone(&self.map), Arc::clone(&self.live));
+        let (data, map, unsynced) =
+            (Arc::clone(&self.data), Arc::clone(&self.map), Arc::clone(&self.unsynced));
         let flusher = Arc::clone(&self.flusher);
         asyncio::blocking(move || {
             data.punch_hole(whole.start * BLOCK, (whole.end - whole.start) * BLOCK)?;
-            map.allocate(&live, whole.start..whole.end.min(own_end))?;
+            map.allocate(&unsynced, whole.start..whole.end.min(own_end))?;
             flusher.mark_dirty();
-            drop(claim);
+            drop(guard);
             Ok(())
         })
         .await
@@ -442,15 +454,15 @@ impl Overlay {
         if len == 0 {
             return Ok(());
         }
-        let claim = self.claims.claim(touched(offset, len)).await;
+        let guard = self.range_lock.lock(touched(offset, len)).await;
         self.must_take_changes()?;
-        let cut = Cut::new(offset, len, self.geometry.size_bytes());
-        for edge in cut.edges.iter().flatten() {
+        let split = AlignedSplit::new(offset, len, self.geometry.size_bytes());
+        for edge in split.edges.iter().flatten() {
             let mut block = self.edge_block(edge).await?;
             block[edge.within.clone()].fill(0);
-            self.put(&claim, edge.block, &block[..])?;
+            self.put(&guard, edge.block, &block[..])?;
         }
-        self.punch(claim, cut.whole).await
+        self.punch(guard, split.whole).await
     }
 
     async fn discard_all(&self, offset: u64, len: u64) -> Result<(), DiskError> {
@@ -458,10 +470,10 @@ impl Overlay {
         if len == 0 {
             return Ok(());
         }
-        let whole = Cut::new(offset, len, self.geometry.size_bytes()).whole;
-        let claim = self.claims.claim(whole.clone()).await;
+        let whole = AlignedSplit::new(offset, len, self.geometry.size_bytes()).whole;
+        let guard = self.range_lock.lock(whole.clone()).await;
         self.must_take_changes()?;
-        self.punch(claim, whole).await
+        self.punch(guard, whole).await
     }
 
     async fn list_extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>, DiskError> {
@@ -509,7 +521,7 @@ impl Overlay {
 /// Dropping it lets changes go on; those that waited are refused if the overlay is frozen then.
 pub struct Freezing<'a> {
     overlay: &'a Overlay,
-    _claim: Claim,
+    _guard: RangeGuard,
     began: Instant,
 }
 
@@ -531,12 +543,12 @@ fn bytes_on(disk: &dyn Disk, offset: u64, len: usize) -> usize {
 }
 
 /// The part of a write that covers whole blocks.
-fn whole_of<'a>(data: &'a [u8], cut: &Cut, offset: u64) -> &'a [u8] {
-    if cut.whole.is_empty() {
+fn whole_of<'a>(data: &'a [u8], split: &AlignedSplit, offset: u64) -> &'a [u8] {
+    if split.whole.is_empty() {
         return &[];
     }
-    let from = cut.whole_at(offset);
-    let len = ((cut.whole.end - cut.whole.start) * BLOCK) as usize;
+    let from = split.whole_at(offset);
+    let len = ((split.whole.end - split.whole.start) * BLOCK) as usize;
     &data[from..data.len().min(from + len)]
 }
 
@@ -549,52 +561,52 @@ impl Disk for Overlay {
         if self.is_frozen() { Access::ReadOnly } else { Access::ReadWrite }
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         self.check(offset, buf.len() as u64)?;
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
             let (place, len) = self.run(at, (buf.len() - done) as u64);
-            if self.read_run_now(place, at, &mut buf[done..done + len as usize])? == Now::Wait {
-                return Ok(Now::Wait);
+            if self.try_read_run(place, at, &mut buf[done..done + len as usize])? == TryIo::WouldBlock {
+                return Ok(TryIo::WouldBlock);
             }
             done += len as usize;
         }
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
         self.check(offset, data.len() as u64)?;
         if data.is_empty() {
-            return Ok(Now::Done);
+            return Ok(TryIo::Done);
         }
         if data.len() > WRITE_PIECE_BYTES {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
-        let Some(claim) = self.claims.try_claim(touched(offset, data.len() as u64)) else {
-            return Ok(Now::Wait);
+        let Some(guard) = self.range_lock.try_lock(touched(offset, data.len() as u64)) else {
+            return Ok(TryIo::WouldBlock);
         };
         self.must_take_changes()?;
-        let cut = Cut::new(offset, data.len() as u64, self.geometry.size_bytes());
+        let split = AlignedSplit::new(offset, data.len() as u64, self.geometry.size_bytes());
         // Both edges are read before anything is written: waiting must leave everything as it was.
         let mut blocks = [[0; BLOCK_BYTES]; 2];
-        for (edge, block) in cut.edges.iter().zip(&mut blocks) {
+        for (edge, block) in split.edges.iter().zip(&mut blocks) {
             let Some(edge) = edge else { continue };
-            if self.read_run_now(self.place(edge.block), edge.block * BLOCK, block)? == Now::Wait {
-                return Ok(Now::Wait);
+            if self.try_read_run(self.place(edge.block), edge.block * BLOCK, block)? == TryIo::WouldBlock {
+                return Ok(TryIo::WouldBlock);
             }
             block[edge.within.clone()].copy_from_slice(&data[edge.at..edge.at + edge.within.len()]);
         }
-        for (edge, block) in cut.edges.iter().zip(&blocks) {
+        for (edge, block) in split.edges.iter().zip(&blocks) {
             if let Some(edge) = edge {
-                self.put(&claim, edge.block, block)?;
+                self.put(&guard, edge.block, block)?;
             }
         }
-        let whole = whole_of(data, &cut, offset);
+        let whole = whole_of(data, &split, offset);
         if !whole.is_empty() {
-            self.put(&claim, cut.whole.start, whole)?;
+            self.put(&guard, split.whole.start, whole)?;
         }
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

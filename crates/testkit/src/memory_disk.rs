@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, ExtentKind, TryIo};
 use tokio::sync::Semaphore;
 
 /// Where its extents may end.
@@ -122,23 +122,23 @@ impl Disk for MemoryDisk {
         self.access
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         if self.pace == Pace::Later || self.is_gated(offset) {
             // What a disk leaves in the buffer when it has to wait must not reach the client.
             buf.fill(0xdb);
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
         self.note(Asked::Read { offset, len: buf.len() });
         self.with_range(offset, buf.len() as u64, |bytes| buf.copy_from_slice(bytes))?;
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
         if self.pace == Pace::Later {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
         self.change(offset, data.len() as u64, |bytes| bytes.copy_from_slice(data))?;
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

@@ -5,6 +5,6 @@ mod cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    link::keep_freed_buffers();
+    link::malloc::configure();
     cli::main()
 }

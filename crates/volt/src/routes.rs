@@ -219,7 +219,7 @@ async fn register_node(
     Path(node): Path<NodeName>,
     Json(request): Json<RegisterNode>,
 ) -> Answer<Registered> {
-    itself(&peer, &node)?;
+    require_self(&peer, &node)?;
     let location = request.location;
     volt.catalog.update_node(&node, |record| {
         record.address.clone_from(&request.address);
@@ -271,8 +271,8 @@ async fn heartbeat(
     peer: Peer,
     Path(node): Path<NodeName>,
 ) -> Result<StatusCode, ApiError> {
-    itself(&peer, &node)?;
-    known(&volt.apply(Event::Heartbeat { node: node.clone() }), &node)?;
+    require_self(&peer, &node)?;
+    require_registered(&volt.apply(Event::Heartbeat { node: node.clone() }), &node)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -280,7 +280,7 @@ async fn heartbeat(
 #[utoipa::path(get, path = "/v1/nodes/{node}/pushes", params(("node" = String, Path,)),
     responses((status = 200, body = Push, content_type = "application/x-ndjson")))]
 async fn pushes(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<Response, ApiError> {
-    itself(&peer, &node)?;
+    require_self(&peer, &node)?;
     let pushes = stream::unfold(volt.cluster.open_stream(&node), |mut stream| async move {
         let push = stream.receiver.recv().await?;
         Some((push, stream))
@@ -297,7 +297,7 @@ async fn attach(
     Path(node): Path<NodeName>,
     Json(request): Json<AttachImage>,
 ) -> Answer<Attachment> {
-    itself(&peer, &node)?;
+    require_self(&peer, &node)?;
     let (id, image) = match (request.image.parse::<ImageId>(), volt.catalog.image(&request.image)) {
         (_, Ok(image)) => (image.id, Some(image)),
         (Ok(id), Err(CatalogError::NoImage(_))) => (id, None),
@@ -314,7 +314,7 @@ async fn attach(
         ));
     }
     let event = Event::Attach { node: node.clone(), image: id, role: request.role, current: request.current };
-    known(&volt.apply(event), &node)?;
+    require_registered(&volt.apply(event), &node)?;
     let placement = volt.cluster.placement(&node, &id).unwrap_or_default();
     tracing::info!(%node, image = request.image, role = ?request.role, "attached");
     // An image without a name has no profile either.
@@ -331,7 +331,7 @@ async fn detach(
     Path(node): Path<NodeName>,
     Json(request): Json<DetachImage>,
 ) -> Result<StatusCode, ApiError> {
-    itself(&peer, &node)?;
+    require_self(&peer, &node)?;
     volt.apply(Event::Detach { node, image: request.image });
     Ok(StatusCode::NO_CONTENT)
 }
@@ -346,8 +346,8 @@ async fn leave(
     Path(node): Path<NodeName>,
     Json(request): Json<DetachImage>,
 ) -> Result<StatusCode, ApiError> {
-    itself(&peer, &node)?;
-    known(&volt.apply(Event::Leave { node: node.clone(), image: request.image }), &node)?;
+    require_self(&peer, &node)?;
+    require_registered(&volt.apply(Event::Leave { node: node.clone(), image: request.image }), &node)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -360,7 +360,7 @@ async fn report(
     Path(node): Path<NodeName>,
     Json(report): Json<NodeReport>,
 ) -> Result<StatusCode, ApiError> {
-    itself(&peer, &node)?;
+    require_self(&peer, &node)?;
     match report {
         NodeReport::Lied { parent, image, chunk } => {
             tracing::error!(by = %node, %parent, %image, %chunk, "a node sent wrong bytes");
@@ -384,14 +384,14 @@ pub(super) fn any_member(peer: &Peer) -> Result<(), ApiError> {
     }
 }
 
-pub(super) fn itself(peer: &Peer, node: &NodeName) -> Result<(), ApiError> {
+pub(super) fn require_self(peer: &Peer, node: &NodeName) -> Result<(), ApiError> {
     match peer {
         Peer::Remote(Principal::Node(name)) if name == node => Ok(()),
         other => Err(ApiError::forbidden("not_itself", format!("{other} cannot speak for node {node}"))),
     }
 }
 
-fn known(notices: &[Notice], node: &NodeName) -> Result<(), ApiError> {
+fn require_registered(notices: &[Notice], node: &NodeName) -> Result<(), ApiError> {
     if notices.iter().any(|notice| matches!(notice, Notice::Unknown(who) if who == node)) {
         return Err(ApiError::conflict(
             "register_again",

@@ -13,10 +13,10 @@ use std::time::Instant;
 
 use block::limits::CHUNK_BYTES;
 use block::{
-    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint, TryIo,
 };
 use bytes::Bytes;
-use link::{Dial, FetchSettings, Fetcher, ParentAddr, Sources, Stats, Stream, Tally, Uplinks};
+use link::{Dial, FetchSettings, Fetcher, ParentAddr, ScopedStats, Sources, Stats, Stream, Uplinks};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
@@ -155,10 +155,10 @@ impl ChunkSource for Memory {
         Box::pin(std::future::ready(found.ok_or(FetchError::NotHere(chunk))))
     }
 
-    fn read_now(&self, chunk: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
-        let Some(chunk) = self.0.get(chunk) else { return Now::Wait };
+    fn try_read(&self, chunk: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
+        let Some(chunk) = self.0.get(chunk) else { return TryIo::WouldBlock };
         buf.copy_from_slice(&chunk.bytes()[offset..offset + buf.len()]);
-        Now::Done
+        TryIo::Done
     }
 }
 
@@ -190,7 +190,7 @@ async fn over_link(ends: Arc<Ends>) -> io::Result<()> {
         let stream = parent.accept(&listener).await?;
         let sources = Arc::new(parent.chunks.clone());
         // The child ends the link by going away, which is no failure of the transfer.
-        let _ = link::serve(stream, &name("parent"), name("child"), sources, Tally::default()).await;
+        let _ = link::serve(stream, &name("parent"), name("child"), sources, ScopedStats::default()).await;
         Ok(())
     });
     let dial = Arc::new(Dialer(Arc::clone(&ends)));

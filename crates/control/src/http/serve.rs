@@ -99,7 +99,7 @@ pub fn bind_unix(path: &Path) -> io::Result<UnixServer> {
 impl UnixServer {
     /// Serves `router` to [`Peer::Local`] until `shutdown`.
     pub async fn serve(self, router: Router, shutdown: CancellationToken) {
-        let router = finished(router);
+        let router = with_limits(router);
         let accept = |cx: &mut Context<'_>| self.listener.poll_accept(cx).map_ok(|(stream, _)| stream);
         each_connection(accept, &shutdown, |stream| {
             serve_http(stream, router.clone(), Some(Peer::Local), shutdown.clone())
@@ -131,13 +131,13 @@ pub struct TlsServer {
 impl TlsServer {
     /// Serves `api` to members; its handlers find [`Peer::Remote`].
     pub fn new(acceptor: Acceptor, api: Router) -> Self {
-        Self { acceptor, api: finished(api), join: None, link: None, moves: None, removals: None }
+        Self { acceptor, api: with_limits(api), join: None, link: None, moves: None, removals: None }
     }
 
     /// Serves `join` to connections without a certificate that ask for nothing else. The acceptor must
     /// accept such ones. Its handlers have no [`Peer`].
     pub fn with_join(self, join: Router) -> Self {
-        Self { join: Some(finished(join)), ..self }
+        Self { join: Some(with_limits(join)), ..self }
     }
 
     /// Hands link connections to `link`.
@@ -242,7 +242,7 @@ impl TlsServer {
 }
 
 /// A router whose every answer has our form and whose bodies are bounded.
-fn finished(router: Router) -> Router {
+fn with_limits(router: Router) -> Router {
     router
         .fallback(async |uri: Uri| ApiError::not_found("no_such_path", format!("there is no {}", uri.path())))
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {

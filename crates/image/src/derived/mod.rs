@@ -22,7 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::limits::CHUNK_BYTES;
 use block::{
-    BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, FetchError, ImageId, Now, Priority, SlotHint,
+    BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, FetchError, ImageId, Priority, SlotHint,
+    TryIo,
 };
 use bytes::BytesMut;
 use serde::Serialize;
@@ -159,8 +160,8 @@ impl ChunkSource for DerivedImage {
     }
 
     /// What the base has at hand under this name is the chunk, whoever else has it.
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
-        self.base.read_now(chunk, hint, offset, buf)
+    fn try_read(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
+        self.base.try_read(chunk, hint, offset, buf)
     }
 }
 

@@ -9,7 +9,7 @@ use std::task::{Context, Waker};
 
 use block::{
     Access, BoxFuture, Chunk, ChunkHash, ChunkIndex, ChunkSource, Disk, DiskError, ExtentKind, FetchError,
-    Now, Priority, SlotHint,
+    Priority, SlotHint, TryIo,
 };
 use image::{ImageVolume, Imported, OriginImage};
 use proptest::prelude::*;
@@ -57,12 +57,12 @@ impl ChunkSource for Keeping {
         })
     }
 
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_read(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
         let kept = self.kept.lock().unwrap();
-        let Some(found) = kept.get(chunk) else { return Now::Wait };
+        let Some(found) = kept.get(chunk) else { return TryIo::WouldBlock };
         hint.set(hint.get() + 1);
         buf.copy_from_slice(&found.bytes()[offset..offset + buf.len()]);
-        Now::Done
+        TryIo::Done
     }
 }
 
@@ -81,11 +81,11 @@ async fn a_read_waits_once_and_is_done_at_once_afterwards() {
     let volume = source.volume();
     let (offset, len) = (CHUNK - 100, 2 * CHUNK as usize);
     let mut buf = vec![0; len];
-    assert_eq!(volume.read_now(offset, &mut buf).unwrap(), Now::Wait);
+    assert_eq!(volume.try_read(offset, &mut buf).unwrap(), TryIo::WouldBlock);
     volume.read(offset, &mut buf).await.unwrap();
     assert_eq!(source.fetches(), 1 + 3, "a page and three chunks");
     let mut again = vec![0; len];
-    assert_eq!(volume.read_now(offset, &mut again).unwrap(), Now::Done);
+    assert_eq!(volume.try_read(offset, &mut again).unwrap(), TryIo::Done);
     volume.read(offset, &mut buf).await.unwrap();
     assert_eq!(source.fetches(), 1 + 3, "nothing is fetched twice");
     assert!(again == expected[offset as usize..][..len] && buf == again);
@@ -101,7 +101,7 @@ async fn holes_cost_no_fetch() {
     assert!(buf.iter().all(|&b| b == 0));
     assert_eq!(source.fetches(), 1, "the page alone");
     buf.fill(1);
-    assert_eq!(volume.read_now(25 * MIB, &mut buf).unwrap(), Now::Done);
+    assert_eq!(volume.try_read(25 * MIB, &mut buf).unwrap(), TryIo::Done);
     assert!(buf.iter().all(|&b| b == 0));
 
     fs::File::create(bench.file("zero.raw")).unwrap().set_len(SIZE_BYTES).unwrap();
@@ -191,7 +191,7 @@ async fn what_does_not_fit_or_would_write_is_refused() {
     let size = volume.size_bytes();
     let mut buf = [0; 2];
     assert!(matches!(volume.read(size - 1, &mut buf).await, Err(DiskError::OutOfRange { .. })));
-    assert!(matches!(volume.read_now(u64::MAX, &mut buf), Err(DiskError::OutOfRange { .. })));
+    assert!(matches!(volume.try_read(u64::MAX, &mut buf), Err(DiskError::OutOfRange { .. })));
     assert!(matches!(volume.extents(size, 1).await, Err(DiskError::OutOfRange { .. })));
     assert_eq!(volume.access(), Access::ReadOnly);
     assert!(matches!(volume.write(0, &buf).await, Err(DiskError::ReadOnly)));
@@ -243,7 +243,7 @@ fn any_read_gives_the_bytes_of_the_file() {
         let mut buf = vec![0; len];
         runtime.block_on(volume.read(offset, &mut buf)).unwrap();
         prop_assert!(buf == expected[offset as usize..][..len]);
-        prop_assert_eq!(volume.read_now(offset, &mut buf).unwrap(), Now::Done);
+        prop_assert_eq!(volume.try_read(offset, &mut buf).unwrap(), TryIo::Done);
         prop_assert!(buf == expected[offset as usize..][..len]);
     });
 }

@@ -1,4 +1,4 @@
-//! The way to a logical unit, from the first dial through every loss to the logout.
+//! The connection to a logical unit, from the first dial through every loss to the logout.
 
 use std::io;
 use std::time::Duration;

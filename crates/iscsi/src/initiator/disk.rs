@@ -10,16 +10,16 @@ use tokio::time::Instant;
 use super::Retry;
 use super::connection::longer;
 use super::limits::{ATTENTIONS_MAX, BACKOFF_FIRST};
-use super::scsi::{self, Unmapping, Verdict, judge};
+use super::scsi::{self, Unmapping, Verdict, classify};
 use super::session::{Command, Hold, Job, Reply};
 use super::unit::{Clearing, Unit};
 
 /// The answer to a command that was handed over.
 type Waiting = oneshot::Receiver<Result<Reply, DiskError>>;
 
-/// The way to a logical unit, for any number of callers.
+/// A client of a logical unit, for any number of callers.
 #[derive(Debug)]
-pub(super) struct Way {
+pub(super) struct UnitClient {
     unit: Unit,
     /// `None` once it is closed.
     jobs: Option<mpsc::Sender<Job>>,
@@ -37,9 +37,9 @@ enum Known {
     No(String),
 }
 
-impl Way {
-    pub(super) fn new(unit: Unit, jobs: mpsc::Sender<Job>, retry: Retry) -> Way {
-        Way { unit, jobs: Some(jobs), retry, changes: Arc::default(), resized: OnceLock::new() }
+impl UnitClient {
+    pub(super) fn new(unit: Unit, jobs: mpsc::Sender<Job>, retry: Retry) -> UnitClient {
+        UnitClient { unit, jobs: Some(jobs), retry, changes: Arc::default(), resized: OnceLock::new() }
     }
 
     pub(super) fn unit(&self) -> &Unit {
@@ -103,7 +103,7 @@ impl Way {
     }
 
     fn transfer_pieces(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-        Way::pieces(start, end, self.unit.transfer_bytes_max.into())
+        UnitClient::pieces(start, end, self.unit.transfer_bytes_max.into())
     }
 
     async fn hand_over(&self, command: Command, hold: Option<Hold>) -> Result<Waiting, DiskError> {
@@ -127,7 +127,7 @@ impl Way {
         let (mut attentions, mut pause) = (0, BACKOFF_FIRST);
         loop {
             let reply = waiting.await.map_err(|_| ended())??;
-            let later = match judge(&reply) {
+            let later = match classify(&reply) {
                 Verdict::Good => return Ok(Known::Done(reply)),
                 Verdict::Unknown(why) => return Ok(Known::No(why)),
                 Verdict::Failed(error) => return Err(error),
@@ -311,7 +311,7 @@ impl Way {
         command: impl Fn(u64, u32) -> Command,
     ) -> Result<Cleared, DiskError> {
         let longest = u64::from(clearing.blocks_max) * self.block_bytes();
-        for (at, len) in Way::pieces(start, end, longest) {
+        for (at, len) in UnitClient::pieces(start, end, longest) {
             if let Known::No(_) = self.ask(&command(self.block_at(at), self.blocks(len))).await? {
                 return Ok(Cleared::No);
             }

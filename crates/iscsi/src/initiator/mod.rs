@@ -38,7 +38,7 @@ use crate::chap::{Algorithm, Credentials};
 use crate::name::IscsiName;
 use crate::pdu::{Isid, login_status};
 use connection::Connector;
-use disk::Way;
+use disk::UnitClient;
 use limits::{CONNECT_TIME_MAX, LOGOUT_TIME_MAX, QUEUE_MAX};
 use login::{Goal, LoginFault};
 
@@ -174,7 +174,7 @@ fn shown(text: &str) -> String {
 /// A logical unit as a disk.
 #[derive(Debug)]
 pub struct Initiator {
-    way: Way,
+    client: UnitClient,
     task: JoinHandle<()>,
 }
 
@@ -195,14 +195,14 @@ impl Initiator {
         )?;
         let (wire, unit) = connector.connect().await?;
         let (sender, jobs) = mpsc::channel(QUEUE_MAX);
-        let way = Way::new(unit.clone(), sender, connector.options.retry);
+        let client = UnitClient::new(unit.clone(), sender, connector.options.retry);
         let task = tokio::spawn(connection::run(connector, wire, unit, jobs));
-        Ok(Initiator { way, task })
+        Ok(Initiator { client, task })
     }
 
     /// Logs out. Dropping the initiator instead just cuts the connection.
     pub async fn close(mut self) {
-        self.way.close();
+        self.client.close();
         // Whoever cannot be reached need not be taken leave of.
         let _ = tokio::time::timeout(2 * LOGOUT_TIME_MAX, &mut self.task).await;
     }
@@ -259,34 +259,34 @@ fn random_isid() -> Isid {
 
 impl Disk for Initiator {
     fn size_bytes(&self) -> u64 {
-        self.way.unit().size_bytes
+        self.client.unit().size_bytes
     }
 
     fn access(&self) -> Access {
-        self.way.unit().access
+        self.client.unit().access
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        Box::pin(self.way.read(offset, buf))
+        Box::pin(self.client.read(offset, buf))
     }
 
     fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
-        Box::pin(self.way.write(offset, data))
+        Box::pin(self.client.write(offset, data))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(self.way.write_zeroes(offset, len))
+        Box::pin(self.client.write_zeroes(offset, len))
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(self.way.discard(offset, len))
+        Box::pin(self.client.discard(offset, len))
     }
 
     fn flush(&self) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(self.way.flush())
+        Box::pin(self.client.flush())
     }
 
     fn extents(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Vec<Extent>, DiskError>> {
-        Box::pin(self.way.extents(offset, len))
+        Box::pin(self.client.extents(offset, len))
     }
 }

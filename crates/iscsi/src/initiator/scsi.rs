@@ -167,7 +167,7 @@ fn sense_of(bytes: &[u8]) -> Option<(u8, u16, bool)> {
 }
 
 /// What an answer means.
-pub(super) fn judge(reply: &Reply) -> Verdict {
+pub(super) fn classify(reply: &Reply) -> Verdict {
     const BUSY: u8 = 0x08;
     const TASK_ABORTED: u8 = 0x40;
     const FULL: u8 = Status::TaskSetFull as u8;
@@ -175,7 +175,7 @@ pub(super) fn judge(reply: &Reply) -> Verdict {
     match reply.status {
         0 => Verdict::Good,
         0x02 => match sense_of(&reply.sense) {
-            Some((key, code, false)) => judge_sense(key, code),
+            Some((key, code, false)) => classify_sense(key, code),
             Some((key, code, true)) => failed(format!("an earlier write failed: {}", words(key, code))),
             None => failed("the unit reports an error, and does not say which".to_owned()),
         },
@@ -186,7 +186,7 @@ pub(super) fn judge(reply: &Reply) -> Verdict {
     }
 }
 
-fn judge_sense(key: u8, code: u16) -> Verdict {
+fn classify_sense(key: u8, code: u16) -> Verdict {
     const NOT_READY: u8 = 2;
     const UNIT_ATTENTION: u8 = 6;
     const ABORTED: u8 = 0x0b;
@@ -263,7 +263,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn check(sense: Vec<u8>) -> Verdict {
-        judge(&Reply { status: 2, data: Vec::new(), sense, is_whole: true })
+        classify(&Reply { status: 2, data: Vec::new(), sense, is_whole: true })
     }
 
     fn fixed(key: u8, code: u16) -> Verdict {
@@ -298,7 +298,8 @@ mod tests {
 
     #[test]
     fn statuses_that_pass_are_waited_for() {
-        let status = |status| judge(&Reply { status, data: Vec::new(), sense: Vec::new(), is_whole: true });
+        let status =
+            |status| classify(&Reply { status, data: Vec::new(), sense: Vec::new(), is_whole: true });
         assert!(matches!(status(0), Verdict::Good));
         assert!(matches!(status(0x08), Verdict::Later(_)));
         assert!(matches!(status(0x28), Verdict::Later(_)));
@@ -334,7 +335,7 @@ mod tests {
         #[test]
         fn foreign_bytes_never_panic(data: Vec<u8>, start: u64, status: u8) {
             let _ = extents_of(&data, start, 4096);
-            let _ = judge(&Reply { status, data: Vec::new(), sense: data.clone(), is_whole: true });
+            let _ = classify(&Reply { status, data: Vec::new(), sense: data.clone(), is_whole: true });
             let _ = check(data);
         }
     }

@@ -70,7 +70,7 @@ pub(super) struct Job {
     pub(super) hold: Option<Hold>,
 }
 
-/// The right to change a part of a block, see [`Way`](super::disk::Way).
+/// The right to change a part of a block, see [`UnitClient`](super::disk::UnitClient).
 pub(super) type Hold = Arc<OwnedRwLockWriteGuard<()>>;
 
 /// The connection is of no more use.

@@ -5,7 +5,7 @@ use block::limits::DISK_BYTES_MAX;
 
 use super::ConnectError;
 use super::limits::{ATTENTIONS_MAX, BACKOFF_FIRST, CLEAR_BLOCKS_MAX, PIECE_BYTES_MAX};
-use super::scsi::{self, Unmapping, Verdict, judge, number};
+use super::scsi::{self, Unmapping, Verdict, classify, number};
 use super::session::{Command, Reply};
 use super::wire::Wire;
 
@@ -101,7 +101,7 @@ async fn ask(wire: &mut Wire, command: &Command) -> Result<Told, ConnectError> {
     let mut attentions = 0;
     loop {
         let reply: Reply = wire.exchange(command.clone()).await?;
-        let why = match judge(&reply) {
+        let why = match classify(&reply) {
             Verdict::Good => return Ok(Told::Data(reply.data)),
             Verdict::Unknown(why) => return Ok(Told::Unknown(why)),
             // A size that has changed is asked for behind this.

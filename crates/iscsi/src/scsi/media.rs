@@ -118,7 +118,7 @@ impl Work {
         }
     }
 
-    /// Whether this is a plain read, for [`Unit::read_now`](super::Unit::read_now).
+    /// Whether this is a plain read, for [`Unit::try_read`](super::Unit::try_read).
     pub fn is_read(&self) -> bool {
         matches!(self.kind, Kind::Read(_))
     }

@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] is what an initiator finds behind one target: [`Unit`]s under numbers. A command goes through
 //! [`Device::begin`], which answers at once what needs no medium and checks everything else that can be
-//! checked beforehand; what is left is [`Work`], carried out by [`Unit::read_now`], [`Unit::write_now`] or
+//! checked beforehand; what is left is [`Work`], carried out by [`Unit::try_read`], [`Unit::try_write`] or
 //! [`Unit::run`].
 //!
 //! Consistency: that of [`Disk`](block::Disk); COMPARE AND WRITE and ORWRITE exclude each other and every

@@ -1,6 +1,6 @@
 //! Carrying out what needs the medium.
 
-use block::{DiskError, ExtentKind, Now};
+use block::{DiskError, ExtentKind, TryIo};
 
 use super::media::{Compare, Force, Kind, Range, Work};
 use super::sense::{Fault, Sense};
@@ -12,12 +12,12 @@ const BLOCK: usize = LOGICAL_BLOCK_BYTES as usize;
 
 impl Unit {
     /// Reads into `buf`, which has [`Work::read_bytes`] or fewer, if that needs no waiting.
-    pub fn read_now(&self, work: &Work, buf: &mut [u8]) -> Result<Now, Fault> {
+    pub fn try_read(&self, work: &Work, buf: &mut [u8]) -> Result<TryIo, Fault> {
         if work.kind != Kind::Read(Force::Cached) {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
         self.disk
-            .read_now(work.range.offset(), buf)
+            .try_read(work.range.offset(), buf)
             .map_err(|error| Sense::of_read(&error, work.range.block).into())
     }
 
@@ -32,14 +32,14 @@ impl Unit {
     }
 
     /// Writes if this is a plain write that needs no waiting.
-    pub fn write_now(&self, work: &Work, data: &[u8]) -> Result<Now, Fault> {
+    pub fn try_write(&self, work: &Work, data: &[u8]) -> Result<TryIo, Fault> {
         let plain = work.kind == Kind::Write(Force::Cached) && data.len() as u64 == work.range.len_bytes();
-        let Ok(_shared) = self.gate.try_read() else { return Ok(Now::Wait) };
+        let Ok(_shared) = self.gate.try_read() else { return Ok(TryIo::WouldBlock) };
         if !plain {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
         self.disk
-            .write_now(work.range.offset(), data)
+            .try_write(work.range.offset(), data)
             .map_err(|error| Sense::of_write(&error, work.range.block).into())
     }
 

@@ -88,12 +88,12 @@ pub(super) mod attention {
 pub struct Unit {
     pub(super) disk: Arc<dyn Disk>,
     identity: Identity,
-    state: Mutex<State>,
+    state: Mutex<UnitState>,
     /// Writes share it; commands that read, decide and write hold it alone.
     pub(super) gate: RwLock<()>,
 }
 
-pub(super) struct State {
+pub(super) struct UnitState {
     nexuses: HashMap<NexusId, Attached>,
     /// Who holds RESERVE(6).
     reserved_by: Option<NexusId>,
@@ -117,7 +117,7 @@ impl Unit {
     pub fn new(disk: Arc<dyn Disk>, identity: Identity) -> Unit {
         let fits = (1..=SERIAL_BYTES_MAX).contains(&identity.serial.len());
         assert!(fits && identity.serial.bytes().all(|b| (0x20..0x7f).contains(&b)), "{identity:?}");
-        let state = State {
+        let state = UnitState {
             nexuses: HashMap::new(),
             reserved_by: None,
             persistent: Table::default(),
@@ -127,7 +127,7 @@ impl Unit {
         Unit { disk, identity, state: Mutex::new(state), gate: RwLock::new(()) }
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, UnitState> {
         // The state is changed in whole steps: a panic between them leaves it consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -194,7 +194,13 @@ impl Unit {
         }
     }
 
-    fn dispatch(&self, state: &mut State, nexus: &Nexus, cdb: &Cdb, entry: &Entry) -> Result<Begin, Fault> {
+    fn dispatch(
+        &self,
+        state: &mut UnitState,
+        nexus: &Nexus,
+        cdb: &Cdb,
+        entry: &Entry,
+    ) -> Result<Begin, Fault> {
         if entry.effect == Effect::Writes && self.is_protected(state) {
             // Flushing a disk that takes no writes is no write.
             if entry.command != Command::SynchronizeCache {
@@ -232,7 +238,7 @@ impl Unit {
         Ok(Begin::Done(Reply::data(data)))
     }
 
-    fn is_protected(&self, state: &State) -> bool {
+    fn is_protected(&self, state: &UnitState) -> bool {
         self.disk.access() == Access::ReadOnly || state.modes.write_protected()
     }
 
@@ -315,7 +321,7 @@ fn abort(interrupts: &[Interrupt], era: Era) -> Aborting {
     })
 }
 
-impl State {
+impl UnitState {
     /// Begins a new era; commands of those before can be told by theirs.
     fn next_era(&mut self) -> Era {
         self.era = Era(self.era.0 + 1);

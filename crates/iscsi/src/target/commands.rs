@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::Now;
+use block::TryIo;
 
 use super::buffers::buffer_bytes;
 use super::session::{Peer, Session};
@@ -21,8 +21,8 @@ impl Session {
         let Peer::Target(membership, nexus) = &self.peer else {
             return self.reject(&frame.header, reject_reason::PROTOCOL);
         };
-        membership.present.traffic.command();
-        membership.present.traffic.written(frame.data.len());
+        membership.active.traffic.command();
+        membership.active.traffic.written(frame.data.len());
         let is_immediate = frame.header.is_immediate();
         if self.tasks.contains_key(&pdu.task_tag) || pdu.task_tag == NO_TAG {
             return self.reject(&frame.header, reject_reason::INVALID_FIELD);
@@ -70,15 +70,15 @@ impl Session {
 
     fn work(&mut self, frame: &Frame<'_>, pdu: &ScsiCommand, unit: Arc<Unit>, work: Work) {
         let free = self.queue.is_empty() && self.ordered == 0 && !is_ordered(pdu);
-        if free && work.is_read() && self.read_now(pdu, &unit, &work) {
+        if free && work.is_read() && self.try_read(pdu, &unit, &work) {
             return;
         }
         let needed = work.data_out_bytes.min(outgoing(pdu));
         let complete = pdu.flags & FINAL != 0 && frame.data.len() >= needed as usize;
         if free && complete && needed > 0 && !work.is_read() {
-            match unit.write_now(&work, &frame.data[..needed as usize]) {
-                Ok(Now::Done) => return self.answer(pdu, needed_total(&work), Reply::good()),
-                Ok(Now::Wait) => {}
+            match unit.try_write(&work, &frame.data[..needed as usize]) {
+                Ok(TryIo::Done) => return self.answer(pdu, needed_total(&work), Reply::good()),
+                Ok(TryIo::WouldBlock) => {}
                 Err(fault) => return self.answer(pdu, needed_total(&work), unit.refuse(fault)),
             }
         }
@@ -91,7 +91,7 @@ impl Session {
         };
         let early = early.min(needed as usize);
         let booked = if early == 0 { 0 } else { buffer_bytes(early) };
-        if !self.account.try_early(booked) {
+        if !self.memory.try_early(booked) {
             let full = Reply { status: Status::TaskSetFull, ..Reply::good() };
             return self.answer(pdu, needed_total(&work), full);
         }
@@ -126,20 +126,20 @@ impl Session {
     }
 
     /// Reads and answers in one go, if there is room and the disk need not wait; whether it did.
-    fn read_now(&mut self, pdu: &ScsiCommand, unit: &Arc<Unit>, work: &Work) -> bool {
+    fn try_read(&mut self, pdu: &ScsiCommand, unit: &Arc<Unit>, work: &Work) -> bool {
         let len = work.read_bytes.min(incoming(pdu));
         let segment = (INLINE_BYTES_MAX as u32).min(self.parameters.peer_segment_bytes_max);
         let segment = segment.min(self.parameters.burst_bytes_max);
-        if len == 0 || len > segment || !self.account.has_room(BATCH_BYTES) {
+        if len == 0 || len > segment || !self.memory.has_room(BATCH_BYTES) {
             return false;
         }
         let digests = self.parameters.digests;
         let head_bytes = HEADER_BYTES + digests.header.bytes();
         let len = len as usize;
         let room = self.output.room(head_bytes + len);
-        match unit.read_now(work, &mut room[head_bytes..]) {
-            Ok(Now::Done) => {}
-            Ok(Now::Wait) => return false,
+        match unit.try_read(work, &mut room[head_bytes..]) {
+            Ok(TryIo::Done) => {}
+            Ok(TryIo::WouldBlock) => return false,
             Err(fault) => {
                 self.answer(pdu, 0, unit.refuse(fault));
                 return true;
@@ -156,8 +156,8 @@ impl Session {
     }
 
     fn count_read(&self, bytes: usize) {
-        if let Some(present) = &self.present {
-            present.traffic.read(bytes);
+        if let Some(active) = &self.active {
+            active.traffic.read(bytes);
         }
     }
 
@@ -206,18 +206,18 @@ impl Session {
         let bytes = if len == 0 { scratch } else { buffer_bytes(len) + scratch };
         // An empty buffer that is used again must not count twice.
         let spare = if task.buffer.len() < len { self.output.spares().find(len) } else { None };
-        self.account.note_output(&self.output);
-        if !self.account.try_begin(bytes, task.booked) {
+        self.memory.note_output(&self.output);
+        if !self.memory.try_begin(bytes, task.booked) {
             self.output.trim(0);
-            self.account.note_output(&self.output);
-            if !self.account.try_begin(bytes, task.booked) {
-                let waits = !self.account.is_idle() || self.output.bytes() > 0;
+            self.memory.note_output(&self.output);
+            if !self.memory.try_begin(bytes, task.booked) {
+                let waits = !self.memory.is_idle() || self.output.bytes() > 0;
                 if waits || len > TRANSFER_BYTES_RESERVED {
                     self.output.spares().give(spare.unwrap_or_default());
                     return if waits { Begun::Later } else { Begun::TooLong };
                 }
                 // Nothing would end the wait.
-                self.account.begin(bytes, task.booked);
+                self.memory.begin(bytes, task.booked);
             }
         }
         (task.booked, task.phase) = (bytes, Phase::Solicited);
@@ -277,8 +277,8 @@ impl Session {
 
     /// A piece of data. What belongs to no command is what is left of one that failed or was aborted.
     pub(super) fn data_out(&mut self, pdu: &DataOut, data: &[u8]) {
-        if let Some(present) = &self.present {
-            present.traffic.written(data.len());
+        if let Some(active) = &self.active {
+            active.traffic.written(data.len());
         }
         let first_burst = self.parameters.first_burst_bytes_max;
         let Some(task) = self.tasks.get_mut(&pdu.task_tag) else { return };
@@ -332,14 +332,14 @@ impl Session {
         let Some(work) = task.work.clone() else { return };
         let (len, mut buffer) = (task.data_bytes(), std::mem::take(&mut task.buffer));
         let done = if work.is_read() {
-            task.unit.read_now(&work, &mut buffer[..len])
+            task.unit.try_read(&work, &mut buffer[..len])
         } else {
-            task.unit.write_now(&work, &buffer[..len])
+            task.unit.try_write(&work, &buffer[..len])
         };
         let outcome = match done {
-            Ok(Now::Wait) => return self.spawn(task_tag, work, buffer),
-            Ok(Now::Done) if work.is_read() => Outcome::Read(buffer, Ok(len)),
-            Ok(Now::Done) => Outcome::Other(buffer, Reply::good()),
+            Ok(TryIo::WouldBlock) => return self.spawn(task_tag, work, buffer),
+            Ok(TryIo::Done) if work.is_read() => Outcome::Read(buffer, Ok(len)),
+            Ok(TryIo::Done) => Outcome::Other(buffer, Reply::good()),
             Err(fault) => Outcome::Other(buffer, task.unit.refuse(fault)),
         };
         self.finish(Finished { task_tag, outcome });
@@ -390,7 +390,7 @@ impl Session {
                 }
             }
         }
-        self.account.note_output(&self.output);
+        self.memory.note_output(&self.output);
     }
 
     /// Answers a task and forgets it.
@@ -411,9 +411,9 @@ impl Session {
         self.ordered -= usize::from(task.is_ordered());
         self.immediate -= usize::from(task.is_immediate);
         if task.has_begun() {
-            self.account.end(task.booked);
+            self.memory.end(task.booked);
         } else {
-            self.account.end_early(task.booked);
+            self.memory.end_early(task.booked);
         }
         Some(task)
     }

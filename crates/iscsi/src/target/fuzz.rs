@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use block::Disk;
 
-use super::account::Budget;
+use super::memory_budget::Budget;
 use super::registry::{Registry, SessionKey};
 use super::session::{Peer, Session, Stage};
 use super::{Admission, Target};
@@ -147,8 +147,8 @@ async fn take(session: &mut Session, step: &[u8], cmd_sn: &mut u32) {
 
 /// What comes from elsewhere: mail, and the ends of commands.
 async fn others(session: &mut Session) {
-    if let Some(present) = session.present.clone() {
-        session.take_mail(present.mailbox.take());
+    if let Some(active) = session.active.clone() {
+        session.take_mail(active.mailbox.take());
     }
     tokio::task::yield_now().await;
     while let Some(ended) = session.jobs.try_join_next_with_id() {

@@ -11,16 +11,16 @@
 //!
 //! What an initiator can cost is bounded by [`limits`](crate::limits), whether it is slow, silent or hostile.
 
-mod account;
 mod buffers;
 mod commands;
 pub(crate) mod fuzz;
 mod mailbox;
-mod manage;
-mod present;
+mod management;
+mod memory_budget;
 mod registry;
 mod server;
 mod session;
+mod session_status;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -29,9 +29,9 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-pub use present::SessionStatus;
 pub use registry::AddError;
 pub use server::{ServeError, Server, ServerOptions};
+pub use session_status::SessionStatus;
 
 use crate::chap::Credentials;
 use crate::name::IscsiName;

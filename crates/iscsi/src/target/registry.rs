@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::mailbox::Eviction;
-use super::present::{Present, SessionStatus};
+use super::session_status::{ActiveSession, SessionStatus};
 use super::{Admission, Portal, Target};
 use crate::limits::UNITS_MAX;
 use crate::login::{self, Authentication, Directory, Refusal};
@@ -49,7 +49,7 @@ pub(super) struct Registry {
 #[derive(Default)]
 struct Inner {
     targets: BTreeMap<IscsiName, Arc<Served>>,
-    sessions: HashMap<SessionKey, Arc<Present>>,
+    sessions: HashMap<SessionKey, Arc<ActiveSession>>,
     last_nexus: u64,
 }
 
@@ -58,7 +58,7 @@ pub(super) struct Membership {
     registry: Arc<Registry>,
     key: SessionKey,
     pub(super) served: Arc<Served>,
-    pub(super) present: Arc<Present>,
+    pub(super) active: Arc<ActiveSession>,
     pub(super) nexus: NexusId,
 }
 
@@ -101,17 +101,18 @@ impl Registry {
         removed
     }
 
-    fn sessions_of(&self, name: &IscsiName) -> Vec<Arc<Present>> {
+    fn sessions_of(&self, name: &IscsiName) -> Vec<Arc<ActiveSession>> {
         let inner = self.inner();
         let sessions = inner.sessions.iter().filter(|(key, _)| key.target == *name);
-        sessions.map(|(_, present)| Arc::clone(present)).collect()
+        sessions.map(|(_, active)| Arc::clone(active)).collect()
     }
 
     /// The sessions with a target, the oldest first.
     pub(super) fn statuses(&self, target: &IscsiName) -> Vec<SessionStatus> {
         let inner = self.inner();
         let sessions = inner.sessions.iter().filter(|(key, _)| key.target == *target);
-        let status = |(key, present): (&SessionKey, &Arc<Present>)| present.status(&key.initiator, key.group);
+        let status =
+            |(key, active): (&SessionKey, &Arc<ActiveSession>)| active.status(&key.initiator, key.group);
         let mut statuses: Vec<SessionStatus> = sessions.map(status).collect();
         statuses.sort_by_key(|status| status.since);
         statuses
@@ -131,11 +132,11 @@ impl Registry {
                 match inner.sessions.get(&key) {
                     Some(before) => Arc::clone(before),
                     None => {
-                        let present = Arc::new(Present::new(address, authentication));
-                        inner.sessions.insert(key.clone(), Arc::clone(&present));
+                        let active = Arc::new(ActiveSession::new(address, authentication));
+                        inner.sessions.insert(key.clone(), Arc::clone(&active));
                         inner.last_nexus += 1;
                         let nexus = NexusId(inner.last_nexus);
-                        return Some(Membership { registry: Arc::clone(self), key, served, present, nexus });
+                        return Some(Membership { registry: Arc::clone(self), key, served, active, nexus });
                     }
                 }
             };
@@ -156,8 +157,8 @@ impl Membership {
     /// Makes its nexus known to the units of its target, which abort its commands by mail.
     pub(super) fn attach(&self, nexus: &Nexus) {
         self.served.device.attach(nexus, |lun| {
-            let present = Arc::clone(&self.present);
-            Arc::new(move |era| present.mailbox.abort(lun, era))
+            let active = Arc::clone(&self.active);
+            Arc::new(move |era| active.mailbox.abort(lun, era))
         });
     }
 
@@ -166,14 +167,14 @@ impl Membership {
         let inner = self.registry.inner();
         let of_target = inner.sessions.iter().filter(|(key, _)| key.target == self.key.target);
         let others = of_target.filter(|(key, _)| **key != self.key);
-        others.for_each(|(_, present)| present.mailbox.evict(Eviction::Replaced));
+        others.for_each(|(_, active)| active.mailbox.evict(Eviction::Replaced));
     }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
         self.registry.inner().sessions.remove(&self.key);
-        self.present.mailbox.close();
+        self.active.mailbox.close();
     }
 }
 

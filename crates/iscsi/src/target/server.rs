@@ -10,11 +10,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::account::Budget;
 use super::buffers::Input;
-use super::present::{Present, SessionStatus};
+use super::memory_budget::Budget;
 use super::registry::{AddError, Doors, Registry, SessionKey};
 use super::session::{Peer, Session, Stage};
+use super::session_status::{ActiveSession, SessionStatus};
 use super::{Admission, Portal, Target};
 use crate::limits::{
     ACCEPT_PAUSE, CONNECTIONS_MAX, DRAIN_TIME_MAX, LOGIN_SEGMENT_BYTES_MAX, LOGIN_TIME_MAX, PING_AFTER,
@@ -254,7 +254,7 @@ async fn run(stream: TcpStream, input: Input, mut session: Session) -> Result<()
 
 async fn drive(stream: TcpStream, mut input: Input, session: &mut Session) -> Result<(), ServeError> {
     let (mut reader, mut writer) = stream.into_split();
-    let present = session.present.clone();
+    let active = session.active.clone();
     let mut heard = Instant::now();
     let mut pinged = false;
     let mut closes_at: Option<Instant> = None;
@@ -274,9 +274,9 @@ async fn drive(stream: TcpStream, mut input: Input, session: &mut Session) -> Re
         let (sends, takes) = (!slices.is_empty(), session.takes_input());
         tokio::select! {
             biased;
-            () = mail_for(present.as_deref()) => {
-                if let Some(present) = &present {
-                    session.take_mail(present.mailbox.take());
+            () = mail_for(active.as_deref()) => {
+                if let Some(active) = &active {
+                    session.take_mail(active.mailbox.take());
                 }
             }
             Some(ended) = session.jobs.join_next_with_id(), if !session.jobs.is_empty() => {
@@ -312,9 +312,9 @@ async fn drive(stream: TcpStream, mut input: Input, session: &mut Session) -> Re
     }
 }
 
-async fn mail_for(present: Option<&Present>) {
-    match present {
-        Some(present) => present.mailbox.arrived.notified().await,
+async fn mail_for(active: Option<&ActiveSession>) {
+    match active {
+        Some(active) => active.mailbox.arrived.notified().await,
         None => std::future::pending().await,
     }
 }

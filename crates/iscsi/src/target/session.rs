@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use tokio::task::{Id, JoinError, JoinSet};
 
-use super::account::{Account, Budget};
 use super::buffers::Output;
 use super::mailbox::{Eviction, Mail};
-use super::present::Present;
+use super::memory_budget::{Budget, SessionMemory};
 use super::registry::{Membership, Registry};
+use super::session_status::ActiveSession;
 use super::tasks::{Finished, Tags, Task};
 use crate::limits::{COMMANDS_MAX, SPARE_BYTES_MAX};
 use crate::login::Agreed;
@@ -47,7 +47,7 @@ pub(super) enum Stage {
 pub(super) struct Session {
     pub(super) peer: Peer,
     /// What others see of it, if it is with a target.
-    pub(super) present: Option<Arc<Present>>,
+    pub(super) active: Option<Arc<ActiveSession>>,
     pub(super) registry: Arc<Registry>,
     pub(super) initiator: IscsiName,
     pub(super) local: std::net::SocketAddr,
@@ -59,7 +59,7 @@ pub(super) struct Session {
     max_cmd_sn: u32,
     stat_sn: u32,
     pub(super) output: Output,
-    pub(super) account: Account,
+    pub(super) memory: SessionMemory,
     pub(super) tasks: HashMap<u32, Task>,
     /// Commands that wait for their turn, by task tag, the oldest first.
     pub(super) queue: VecDeque<u32>,
@@ -72,8 +72,8 @@ pub(super) struct Session {
     /// Aborted commands whose future has not ended yet, with the bytes that they are booked with.
     pub(super) aborted: HashMap<Id, usize>,
     /// Answers that are due when aborted commands have ended.
-    pub(super) deferred: Vec<super::manage::Deferred>,
-    pub(super) text: super::manage::Text,
+    pub(super) deferred: Vec<super::management::Deferred>,
+    pub(super) text: super::management::Text,
 }
 
 impl Session {
@@ -85,13 +85,13 @@ impl Session {
         local: std::net::SocketAddr,
         group: u16,
     ) -> Session {
-        let present = match &peer {
-            Peer::Target(membership, _) => Some(Arc::clone(&membership.present)),
+        let active = match &peer {
+            Peer::Target(membership, _) => Some(Arc::clone(&membership.active)),
             Peer::Discovery => None,
         };
         Session {
             peer,
-            present,
+            active,
             registry,
             initiator: agreed.initiator,
             local,
@@ -103,7 +103,7 @@ impl Session {
             max_cmd_sn: agreed.cmd_sn.wrapping_add(COMMANDS_MAX - 1),
             stat_sn: agreed.stat_sn,
             output: Output::default(),
-            account: Account::new(budget),
+            memory: SessionMemory::new(budget),
             tasks: HashMap::new(),
             queue: VecDeque::new(),
             ordered: 0,
@@ -113,14 +113,14 @@ impl Session {
             jobs: JoinSet::new(),
             aborted: HashMap::new(),
             deferred: Vec::new(),
-            text: super::manage::Text::default(),
+            text: super::management::Text::default(),
         }
     }
 
     /// Whether the initiator takes its replies; if it does not, nothing more is read from it.
     pub(super) fn takes_input(&self) -> bool {
         let queued_bytes = if self.output.bytes() == 0 { 0 } else { self.output.queued_bytes() };
-        self.stage == Stage::Open && self.account.takes_input(queued_bytes)
+        self.stage == Stage::Open && self.memory.takes_input(queued_bytes)
     }
 
     /// Notes what the output holds, and gives buffers back that nothing under way needs.
@@ -128,7 +128,7 @@ impl Session {
         if self.tasks.is_empty() && self.output.bytes() == 0 {
             self.output.trim(SPARE_BYTES_MAX);
         }
-        self.account.note_output(&self.output);
+        self.memory.note_output(&self.output);
     }
 
     /// Deals with a PDU.
@@ -151,7 +151,7 @@ impl Session {
             TaskRequest::OPCODE => {
                 let pdu = TaskRequest::parse(header);
                 if self.admit(header, pdu.cmd_sn) {
-                    self.manage(&pdu);
+                    self.manage_tasks(&pdu);
                 }
             }
             TextRequest::OPCODE => {
@@ -262,7 +262,7 @@ impl Session {
             Err(error) => return Err(error),
         };
         if let Some(booked) = self.aborted.remove(&id) {
-            self.account.end(booked);
+            self.memory.end(booked);
         } else if let Some(finished) = finished {
             self.finish(finished);
         }

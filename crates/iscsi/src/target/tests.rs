@@ -5,7 +5,7 @@ use std::sync::Arc;
 use block::{Access, BoxFuture, Disk, DiskError, Extent};
 use tokio::sync::Semaphore;
 
-use super::account::Budget;
+use super::memory_budget::Budget;
 use super::registry::{Registry, SessionKey};
 use super::session::{Peer, Session};
 use super::{Admission, Target};
@@ -158,7 +158,7 @@ impl Client {
     }
 
     fn take_mail(&mut self) {
-        let mail = self.session.present.as_ref().unwrap().mailbox.take();
+        let mail = self.session.active.as_ref().unwrap().mailbox.take();
         self.session.take_mail(mail);
     }
 

@@ -30,7 +30,7 @@ impl Latency {
     }
 
     /// No answer came within that time, and none will: counts if it is longer than usual. Without this, a
-    /// parent whose slow answers are always overtaken would look fast.
+    /// parent whose slow answers are always beaten by another's would look fast.
     pub fn unanswered(&mut self, within: Duration) {
         if self.measured.is_none_or(|measured| within > measured.mean) {
             self.answered(within);
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_were_overtaken_count_only_if_they_were_slow() {
+    fn answers_that_were_beaten_count_only_if_they_were_slow() {
         let mut latency = Latency::default();
         (0..100).for_each(|_| latency.answered(50 * MS));
         let before = latency.late_after();

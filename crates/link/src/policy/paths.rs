@@ -8,7 +8,7 @@
 //!   the budget of hedges;
 //! - *silent*: not one byte came since a late request was asked, not even a pong: new requests prefer others,
 //!   until a byte comes. After [`SILENT_AFTER`] everything that was asked there is asked elsewhere too;
-//! - *open* [`Breaker`]: it lives, and others deliver what it was asked for.
+//! - *open* [`CircuitBreaker`]: it lives, and others deliver what it was asked for.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +19,9 @@ use block::Priority;
 use block::limits::CHUNK_BYTES;
 
 use super::choice::Load;
-use super::{Breaker, Circuit, HedgeBudget, Latency, Multipath, Service, Standing, Strike, TokenBucket};
+use super::{
+    CircuitBreaker, HedgeBudget, Latency, LinkState, Multipath, Service, Standing, Strike, TokenBucket,
+};
 use crate::limits::{
     BACKGROUND_BURST_CHUNKS, DIAL_PATIENCE, LAST_RESORT_BURST, LAST_RESORT_FOR_GUESTS,
     LAST_RESORT_PER_SECOND, LATE_FOR_LAST_RESORT, SILENT_AFTER,
@@ -55,8 +57,8 @@ pub struct Paths {
 
 #[derive(Debug)]
 struct Path {
-    circuit: Circuit,
-    breaker: Breaker,
+    link: LinkState,
+    breaker: CircuitBreaker,
     latency: Latency,
     service: Service,
     in_flight: usize,
@@ -122,11 +124,11 @@ impl Paths {
     }
 
     /// A new parent.
-    pub fn add(&mut self, circuit: Circuit) -> PathId {
+    pub fn add(&mut self, link: LinkState) -> PathId {
         self.last_id += 1;
         let path = Path {
-            circuit,
-            breaker: Breaker::default(),
+            link,
+            breaker: CircuitBreaker::default(),
             latency: Latency::default(),
             service: Service::default(),
             in_flight: 0,
@@ -147,21 +149,21 @@ impl Paths {
 
     /// Whether requests may go over its connection.
     pub fn standing(&self, id: PathId) -> Standing {
-        self.paths.get(&id).map_or(Standing::Down, |path| path.circuit.standing())
+        self.paths.get(&id).map_or(Standing::Down, |path| path.link.standing())
     }
 
     /// What a coordinator should think of it.
     pub fn verdict(&self, id: PathId) -> Verdict {
         match self.paths.get(&id) {
-            Some(path) if path.circuit.is_up() && path.breaker.is_beaten() => Verdict::Beaten,
-            Some(path) if path.circuit.is_up() => Verdict::Fair,
+            Some(path) if path.link.is_up() && path.breaker.is_beaten() => Verdict::Beaten,
+            Some(path) if path.link.is_up() => Verdict::Fair,
             _ => Verdict::Down,
         }
     }
 
     /// When it may be dialed.
     pub fn dial_at(&self, id: PathId) -> Duration {
-        self.paths.get(&id).map_or(Duration::ZERO, |path| path.circuit.dial_at())
+        self.paths.get(&id).map_or(Duration::ZERO, |path| path.link.dial_at())
     }
 
     /// Requests in flight there.
@@ -172,8 +174,8 @@ impl Paths {
     /// It greeted on a new connection.
     pub fn greeted(&mut self, id: PathId, now: Duration) {
         self.change(id, |path| {
-            path.circuit.up();
-            path.breaker = Breaker::default();
+            path.link.up();
+            path.breaker = CircuitBreaker::default();
             path.heard(now);
         });
     }
@@ -185,17 +187,17 @@ impl Paths {
 
     /// Its first dial takes long: requests should not wait for it. The dial itself goes on.
     pub fn dials_late(&mut self, id: PathId, now: Duration) {
-        self.change(id, |path| path.circuit.late(now));
+        self.change(id, |path| path.link.late(now));
     }
 
-    /// The dial failed, or the connection was lost. Tell the hunts that asked there as well.
+    /// The dial failed, or the connection was lost. Tell the requests that asked there as well.
     pub fn failed(&mut self, id: PathId, now: Duration) {
-        self.change(id, |path| path.circuit.failed(now));
+        self.change(id, |path| path.link.failed(now));
     }
 
     /// It sent a wrong chunk; the connection is over. Returns until when it is banned.
     pub fn lied(&mut self, id: PathId, now: Duration) -> Duration {
-        self.change(id, |path| path.circuit.lied(now)).unwrap_or(now)
+        self.change(id, |path| path.link.lied(now)).unwrap_or(now)
     }
 
     fn change<T>(&mut self, id: PathId, change: impl FnOnce(&mut Path) -> T) -> Option<T> {
@@ -209,7 +211,7 @@ impl Paths {
     pub(super) fn grade(&self, id: PathId, now: Duration) -> Grade {
         let Some(path) = self.paths.get(&id) else { return Grade::Down };
         match path.silence {
-            _ if path.circuit.standing() == Standing::Down => Grade::Down,
+            _ if path.link.standing() == Standing::Down => Grade::Down,
             _ if !path.breaker.allows(now) => Grade::Bad,
             Silence::Since(since) if now >= since + SILENT_AFTER => Grade::Bad,
             Silence::Since(_) => Grade::Doubtful,
@@ -237,7 +239,7 @@ impl Paths {
     pub(super) fn silent_at(&self, id: PathId, asked_at: Duration) -> Duration {
         match self.paths.get(&id) {
             // It is being dialed, and has nothing to say before.
-            Some(path) if !path.circuit.is_up() => asked_at + DIAL_PATIENCE,
+            Some(path) if !path.link.is_up() => asked_at + DIAL_PATIENCE,
             Some(path) => path.heard_at.max(path.busy_since).max(asked_at) + SILENT_AFTER,
             None => asked_at,
         }
@@ -246,7 +248,7 @@ impl Paths {
     /// When a guest's request that was asked of it at `asked_at` may be hedged with the last resort. A busy host
     /// that takes long to connect must not become load on the origin.
     pub(super) fn last_resort_at(&self, id: PathId, asked_at: Duration) -> Duration {
-        let connected = self.paths.get(&id).is_some_and(|path| path.circuit.is_up());
+        let connected = self.paths.get(&id).is_some_and(|path| path.link.is_up());
         if connected { asked_at + LATE_FOR_LAST_RESORT } else { self.silent_at(id, asked_at) }
     }
 
@@ -297,7 +299,7 @@ impl Paths {
             path.heard(now);
             path.delivered_at = now;
             path.breaker.delivered();
-            path.circuit.delivered();
+            path.link.delivered();
             path.service.answered(asked_at, now);
             if priority == Priority::Guest {
                 path.latency.answered(now.saturating_sub(asked_at));
@@ -306,7 +308,7 @@ impl Paths {
     }
 
     /// An answer without a chunk came.
-    pub(super) fn lacked(&mut self, id: PathId, now: Duration) {
+    pub(super) fn not_found(&mut self, id: PathId, now: Duration) {
         self.change(id, |path| {
             path.ended();
             path.heard(now);
@@ -320,7 +322,7 @@ impl Paths {
 
     /// A request was withdrawn because another parent answered it, or because the patience is over. If it was
     /// late, and nothing else came meanwhile, that is a strike.
-    pub(super) fn overtaken(&mut self, id: PathId, priority: Priority, asked_at: Duration, now: Duration) {
+    pub(super) fn beaten(&mut self, id: PathId, priority: Priority, asked_at: Duration, now: Duration) {
         let Some(path) = self.paths.get_mut(&id) else { return };
         path.ended();
         let after = now.saturating_sub(asked_at);

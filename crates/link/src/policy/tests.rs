@@ -1,4 +1,4 @@
-//! Hunts over paths, with time in hand.
+//! Requests over paths, with time in hand.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,18 +35,18 @@ impl Node {
     fn with(parents: usize, settings: Settings) -> Node {
         let stats = Arc::<Stats>::default();
         let mut paths = Paths::new(settings, stats.clone());
-        let ranked: Vec<PathId> = (0..parents).map(|salt| paths.add(Circuit::new(salt as u64))).collect();
+        let ranked: Vec<PathId> = (0..parents).map(|salt| paths.add(LinkState::new(salt as u64))).collect();
         ranked.iter().for_each(|id| paths.greeted(*id, START));
         Node { paths, ranked, stats, now: START }
     }
 
-    fn decide(&mut self, hunt: &mut Hunt) -> Decision {
-        hunt.decide(&mut self.paths, &self.ranked, self.now)
+    fn decide(&mut self, request: &mut RequestPolicy) -> Decision {
+        request.decide(&mut self.paths, &self.ranked, self.now)
     }
 
     /// The rank that is asked now, by a hedge or not.
-    fn asks(&mut self, hunt: &mut Hunt) -> usize {
-        match self.decide(hunt) {
+    fn asks(&mut self, request: &mut RequestPolicy) -> usize {
+        match self.decide(request) {
             Decision::Ask { path } | Decision::Hedge { path } => self.rank(path),
             other => panic!("{other:?}"),
         }
@@ -56,8 +56,8 @@ impl Node {
         self.ranked.iter().position(|other| *other == path).unwrap()
     }
 
-    fn waits(&mut self, hunt: &mut Hunt) -> Duration {
-        match self.decide(hunt) {
+    fn waits(&mut self, request: &mut RequestPolicy) -> Duration {
+        match self.decide(request) {
             Decision::Wait { until } if until > self.now => until,
             other => panic!("{other:?} at {:?}", self.now),
         }
@@ -65,22 +65,22 @@ impl Node {
 
     /// Asks rank `by` for a chunk, which comes after that time.
     fn fetch(&mut self, by: usize, after: Duration) {
-        let mut hunt = Hunt::new(Priority::Guest);
-        assert_eq!(self.asks(&mut hunt), by);
+        let mut request = RequestPolicy::new(Priority::Guest);
+        assert_eq!(self.asks(&mut request), by);
         self.now += after;
-        hunt.answered(&mut self.paths, self.ranked[by], self.now);
+        request.answered(&mut self.paths, self.ranked[by], self.now);
     }
 
     /// A guest's request to rank 0, which is late, is hedged with rank 1, which answers. Rank 0 sends pongs.
     fn lose_to_hedge(&mut self) {
-        let mut hunt = Hunt::new(Priority::Guest);
-        assert_eq!(self.asks(&mut hunt), 0);
-        while let Decision::Wait { until } = self.decide(&mut hunt) {
+        let mut request = RequestPolicy::new(Priority::Guest);
+        assert_eq!(self.asks(&mut request), 0);
+        while let Decision::Wait { until } = self.decide(&mut request) {
             self.now = until;
             self.paths.heard(self.ranked[0], self.now);
         }
         self.now += MS;
-        hunt.answered(&mut self.paths, self.ranked[1], self.now);
+        request.answered(&mut self.paths, self.ranked[1], self.now);
     }
 
     fn stat(&self, name: &str) -> u64 {
@@ -91,13 +91,13 @@ impl Node {
 #[test]
 fn each_parent_is_asked_once_a_round_the_planned_first_and_the_last_resort_last() {
     let mut node = Node::new(3);
-    let mut hunt = Hunt::new(Priority::Guest);
+    let mut request = RequestPolicy::new(Priority::Guest);
     for _ in 0..3 {
         for rank in 0..3 {
-            assert_eq!(node.asks(&mut hunt), rank);
-            hunt.lost(&mut node.paths, node.ranked[rank]);
+            assert_eq!(node.asks(&mut request), rank);
+            request.lost(&mut node.paths, node.ranked[rank]);
         }
-        node.now = node.waits(&mut hunt);
+        node.now = node.waits(&mut request);
     }
 }
 
@@ -105,52 +105,52 @@ fn each_parent_is_asked_once_a_round_the_planned_first_and_the_last_resort_last(
 fn waits_between_rounds_grow_to_their_bound_and_never_end_in_an_error() {
     let mut node = Node::new(3);
     node.ranked.clone().into_iter().for_each(|id| node.paths.failed(id, START));
-    let mut hunt = Hunt::new(Priority::Guest);
+    let mut request = RequestPolicy::new(Priority::Guest);
     let mut last = Duration::ZERO;
     for _ in 0..100 {
-        let wait = node.waits(&mut hunt) - node.now;
+        let wait = node.waits(&mut request) - node.now;
         assert!(wait >= last && wait <= ROUND_WAIT_MAX);
         last = wait;
     }
     assert_eq!(last, ROUND_WAIT_MAX);
     node.ranked.clear();
-    node.waits(&mut hunt);
+    node.waits(&mut request);
 }
 
-fn round_of(node: &mut Node, hunt: &mut Hunt, reasons: [LackReason; 3]) -> Decision {
+fn round_of(node: &mut Node, request: &mut RequestPolicy, reasons: [LackReason; 3]) -> Decision {
     for reason in reasons {
-        let rank = node.asks(hunt);
-        hunt.lacked(&mut node.paths, node.ranked[rank], reason, node.now);
+        let rank = node.asks(request);
+        request.not_found(&mut node.paths, node.ranked[rank], reason, node.now);
     }
-    node.decide(hunt)
+    node.decide(request)
 }
 
 #[test]
-fn only_rounds_in_which_all_say_not_here_end_a_hunt() {
+fn only_rounds_in_which_all_say_not_here_end_a_request() {
     use LackReason::{NotHere, Unreachable};
-    let (mut node, mut hunt) = (Node::new(3), Hunt::new(Priority::Guest));
+    let (mut node, mut request) = (Node::new(3), RequestPolicy::new(Priority::Guest));
     for reasons in [[NotHere, NotHere, Unreachable], [NotHere; 3]] {
         for _ in 1..NOT_HERE_ROUNDS_MAX {
-            assert!(matches!(round_of(&mut node, &mut hunt, reasons), Decision::Wait { .. }));
+            assert!(matches!(round_of(&mut node, &mut request, reasons), Decision::Wait { .. }));
         }
     }
-    assert_eq!(round_of(&mut node, &mut hunt, [NotHere; 3]), Decision::GiveUp);
+    assert_eq!(round_of(&mut node, &mut request, [NotHere; 3]), Decision::GiveUp);
 }
 
 #[test]
 fn a_guests_request_is_hedged_when_it_is_late_for_this_parent() {
     let mut node = Node::new(3);
-    let mut hunt = Hunt::new(Priority::Guest);
-    assert_eq!(node.asks(&mut hunt), 0);
-    assert_eq!(node.waits(&mut hunt), START + LATE_UNMEASURED, "nothing is measured yet");
-    hunt.answered(&mut node.paths, node.ranked[0], START + MS);
+    let mut request = RequestPolicy::new(Priority::Guest);
+    assert_eq!(node.asks(&mut request), 0);
+    assert_eq!(node.waits(&mut request), START + LATE_UNMEASURED, "nothing is measured yet");
+    request.answered(&mut node.paths, node.ranked[0], START + MS);
     (0..20).for_each(|_| node.fetch(0, MS));
-    let (mut hunt, asked_at) = (Hunt::new(Priority::Guest), node.now);
-    assert_eq!(node.asks(&mut hunt), 0);
-    assert_eq!(node.waits(&mut hunt), asked_at + LATE_MIN);
+    let (mut request, asked_at) = (RequestPolicy::new(Priority::Guest), node.now);
+    assert_eq!(node.asks(&mut request), 0);
+    assert_eq!(node.waits(&mut request), asked_at + LATE_MIN);
     node.now = asked_at + LATE_MIN;
-    assert_eq!(node.decide(&mut hunt), Decision::Hedge { path: node.ranked[1] });
-    hunt.answered(&mut node.paths, node.ranked[1], node.now);
+    assert_eq!(node.decide(&mut request), Decision::Hedge { path: node.ranked[1] });
+    request.answered(&mut node.paths, node.ranked[1], node.now);
     assert_eq!((node.stat("hedges"), node.stat("hedge_wins"), node.stat("late_fetches")), (1, 1, 1));
     assert!(node.ranked.iter().all(|id| node.paths.in_flight(*id) == 0));
 }
@@ -158,40 +158,40 @@ fn a_guests_request_is_hedged_when_it_is_late_for_this_parent() {
 #[test]
 fn others_are_asked_elsewhere_only_when_the_parent_says_nothing_at_all() {
     let mut node = Node::new(3);
-    let mut hunt = Hunt::new(Priority::Profile);
-    assert_eq!(node.asks(&mut hunt), 0);
+    let mut request = RequestPolicy::new(Priority::Profile);
+    assert_eq!(node.asks(&mut request), 0);
     for _ in 0..100 {
-        node.now = node.waits(&mut hunt) - MS;
+        node.now = node.waits(&mut request) - MS;
         node.paths.heard(node.ranked[0], node.now);
     }
-    let silent_at = node.waits(&mut hunt);
+    let silent_at = node.waits(&mut request);
     assert_eq!(silent_at, node.now + SILENT_AFTER);
     node.now = silent_at;
-    assert_eq!(node.asks(&mut hunt), 1);
+    assert_eq!(node.asks(&mut request), 1);
     assert_eq!(node.stat("hedges"), 0, "that took nothing from guests");
 }
 
 #[test]
 fn what_nobody_waits_for_goes_to_the_last_resort_only_once_the_parent_is_given_up() {
     let mut node = Node::new(2);
-    let mut hunt = Hunt::new(Priority::Profile);
-    assert_eq!(node.asks(&mut hunt), 0);
-    node.now = node.waits(&mut hunt);
-    assert!(node.waits(&mut hunt) >= START + PATIENCE_OTHERS, "silence alone moves nothing");
-    hunt.lost(&mut node.paths, node.ranked[0]);
+    let mut request = RequestPolicy::new(Priority::Profile);
+    assert_eq!(node.asks(&mut request), 0);
+    node.now = node.waits(&mut request);
+    assert!(node.waits(&mut request) >= START + PATIENCE_OTHERS, "silence alone moves nothing");
+    request.lost(&mut node.paths, node.ranked[0]);
     node.paths.failed(node.ranked[0], node.now);
-    assert_eq!(node.asks(&mut hunt), 1);
+    assert_eq!(node.asks(&mut request), 1);
 }
 
 #[test]
 fn a_frozen_parent_costs_one_delay_and_not_one_for_each_read() {
     let mut node = Node::new(3);
     (0..20).for_each(|_| node.fetch(0, MS));
-    let mut hunt = Hunt::new(Priority::Guest);
-    assert_eq!(node.asks(&mut hunt), 0);
-    node.now = node.waits(&mut hunt);
-    assert_eq!(node.asks(&mut hunt), 1);
-    hunt.answered(&mut node.paths, node.ranked[1], node.now);
+    let mut request = RequestPolicy::new(Priority::Guest);
+    assert_eq!(node.asks(&mut request), 0);
+    node.now = node.waits(&mut request);
+    assert_eq!(node.asks(&mut request), 1);
+    request.answered(&mut node.paths, node.ranked[1], node.now);
     (0..100).for_each(|_| node.fetch(1, MS * 10));
     node.paths.heard(node.ranked[0], node.now);
     node.fetch(0, MS);
@@ -201,12 +201,12 @@ fn a_frozen_parent_costs_one_delay_and_not_one_for_each_read() {
 fn a_frozen_parent_before_the_last_resort_alone_is_left_when_it_is_surely_silent() {
     let mut node = Node::new(2);
     (0..20).for_each(|_| node.fetch(0, MS));
-    let (mut hunt, asked_at) = (Hunt::new(Priority::Guest), node.now);
-    assert_eq!(node.asks(&mut hunt), 0);
-    node.now = node.waits(&mut hunt);
-    assert_eq!(node.waits(&mut hunt), asked_at + LATE_FOR_LAST_RESORT);
+    let (mut request, asked_at) = (RequestPolicy::new(Priority::Guest), node.now);
+    assert_eq!(node.asks(&mut request), 0);
+    node.now = node.waits(&mut request);
+    assert_eq!(node.waits(&mut request), asked_at + LATE_FOR_LAST_RESORT);
     node.now = asked_at + LATE_FOR_LAST_RESORT;
-    assert_eq!(node.asks(&mut hunt), 1);
+    assert_eq!(node.asks(&mut request), 1);
     node.now = asked_at + SILENT_AFTER;
     node.fetch(1, MS);
 }
@@ -220,7 +220,7 @@ fn a_parent_that_lives_and_always_loses_is_taken_out_and_probed() {
     assert_eq!(node.stat("breaker_openings"), 1);
     node.fetch(1, MS);
     node.now += crate::limits::BREAKER_PAUSE_MIN;
-    let mut probe = Hunt::new(Priority::Guest);
+    let mut probe = RequestPolicy::new(Priority::Guest);
     assert_eq!(node.asks(&mut probe), 0, "the pause is over");
     node.fetch(1, MS);
     probe.answered(&mut node.paths, node.ranked[0], node.now);
@@ -230,17 +230,18 @@ fn a_parent_that_lives_and_always_loses_is_taken_out_and_probed() {
 #[test]
 fn requests_that_one_pause_delays_together_are_one_strike() {
     let mut node = Node::new(3);
-    let mut hunts: Vec<Hunt> = (0..3 * BREAKER_STRIKES_MAX).map(|_| Hunt::new(Priority::Guest)).collect();
-    for hunt in &mut hunts {
-        assert_eq!(node.asks(hunt), 0);
+    let mut requests: Vec<RequestPolicy> =
+        (0..3 * BREAKER_STRIKES_MAX).map(|_| RequestPolicy::new(Priority::Guest)).collect();
+    for request in &mut requests {
+        assert_eq!(node.asks(request), 0);
     }
     node.now += LATE_UNMEASURED;
-    for hunt in &mut hunts {
-        assert_eq!(node.asks(hunt), 1);
+    for request in &mut requests {
+        assert_eq!(node.asks(request), 1);
     }
     node.now = START + PATIENCE_GUEST - MS;
-    for hunt in &mut hunts {
-        hunt.answered(&mut node.paths, node.ranked[1], node.now);
+    for request in &mut requests {
+        request.answered(&mut node.paths, node.ranked[1], node.now);
     }
     assert_eq!(node.stat("breaker_openings"), 0);
 }
@@ -249,18 +250,18 @@ fn requests_that_one_pause_delays_together_are_one_strike() {
 fn a_parent_that_delivers_other_chunks_is_slow_and_not_dead() {
     let mut node = Node::new(3);
     for _ in 0..10 * BREAKER_STRIKES_MAX {
-        let mut other = Hunt::new(Priority::Profile);
+        let mut other = RequestPolicy::new(Priority::Profile);
         node.asks(&mut other);
         other.answered(&mut node.paths, node.ranked[0], node.now);
-        let mut hunt = Hunt::new(Priority::Guest);
-        assert_eq!(node.asks(&mut hunt), 0);
-        node.now = node.waits(&mut hunt);
-        let mut other = Hunt::new(Priority::Profile);
+        let mut request = RequestPolicy::new(Priority::Guest);
+        assert_eq!(node.asks(&mut request), 0);
+        node.now = node.waits(&mut request);
+        let mut other = RequestPolicy::new(Priority::Profile);
         node.asks(&mut other);
         other.answered(&mut node.paths, node.ranked[0], node.now);
         node.now += PATIENCE_GUEST - MS;
-        let _ = node.decide(&mut hunt);
-        hunt.answered(&mut node.paths, node.ranked[1], node.now);
+        let _ = node.decide(&mut request);
+        request.answered(&mut node.paths, node.ranked[1], node.now);
     }
     assert_eq!(node.stat("breaker_openings"), 0);
 }
@@ -270,18 +271,18 @@ fn when_all_parents_are_slow_hedging_fades() {
     let mut node = Node::new(3);
     let requests = 2000;
     for _ in 0..requests {
-        let mut hunt = Hunt::new(Priority::Guest);
-        let mut asked = vec![node.asks(&mut hunt)];
+        let mut request = RequestPolicy::new(Priority::Guest);
+        let mut asked = vec![node.asks(&mut request)];
         let done = node.now + MS * 400;
         while node.now < done {
-            match node.decide(&mut hunt) {
+            match node.decide(&mut request) {
                 Decision::Wait { until } => node.now = until.min(done),
                 Decision::Ask { path } | Decision::Hedge { path } => asked.push(node.rank(path)),
                 other => panic!("{other:?}"),
             }
             node.ranked.iter().for_each(|id| node.paths.heard(*id, node.now));
         }
-        hunt.answered(&mut node.paths, node.ranked[asked[0]], node.now);
+        request.answered(&mut node.paths, node.ranked[asked[0]], node.now);
     }
     assert!(node.stat("hedges") <= requests / 20, "{} hedges of {requests}", node.stat("hedges"));
     assert_eq!(node.stat("breaker_openings"), 0);
@@ -296,10 +297,10 @@ fn a_stampede_to_the_last_resort_is_throttled_guests_come_first_and_all_come_in_
     let mut count = |node: &mut Node, priority| {
         let mut asked = 0;
         for _ in 0..100 {
-            let mut hunt = Hunt::new(priority);
-            match node.decide(&mut hunt) {
+            let mut request = RequestPolicy::new(priority);
+            match node.decide(&mut request) {
                 Decision::Ask { .. } => asked += 1,
-                Decision::Wait { .. } => waiting.push(hunt),
+                Decision::Wait { .. } => waiting.push(request),
                 other => panic!("{other:?}"),
             }
         }
@@ -311,7 +312,7 @@ fn a_stampede_to_the_last_resort_is_throttled_guests_come_first_and_all_come_in_
     while !waiting.is_empty() {
         node.now += Duration::from_secs(1);
         rounds += 1.0;
-        waiting.retain_mut(|hunt| matches!(node.decide(hunt), Decision::Wait { .. }));
+        waiting.retain_mut(|request| matches!(node.decide(request), Decision::Wait { .. }));
     }
     assert!(rounds <= 200.0 / LAST_RESORT_FOR_GUESTS.min(LAST_RESORT_PER_SECOND) + 1.0, "{rounds} s");
 }
@@ -319,8 +320,8 @@ fn a_stampede_to_the_last_resort_is_throttled_guests_come_first_and_all_come_in_
 #[test]
 fn an_origin_that_is_the_planned_parent_is_not_throttled() {
     let mut node = Node::new(1);
-    let hunts = (0..1000).filter(|_| node.asks(&mut Hunt::new(Priority::Background)) == 0);
-    assert_eq!(hunts.count(), 1000);
+    let requests = (0..1000).filter(|_| node.asks(&mut RequestPolicy::new(Priority::Background)) == 0);
+    assert_eq!(requests.count(), 1000);
     assert_eq!(node.stat("last_resort_fetches"), 0);
 }
 
@@ -330,13 +331,13 @@ fn background_fetches_keep_to_their_rate_and_others_do_not_care() {
     let mut node = Node::with(2, Settings { background_bytes_per_second: Some(rate), ..Settings::default() });
     let mut asked = 0;
     for _ in 0..100 {
-        let mut hunt = Hunt::new(Priority::Background);
-        while let Decision::Wait { until } = node.decide(&mut hunt) {
+        let mut request = RequestPolicy::new(Priority::Background);
+        while let Decision::Wait { until } = node.decide(&mut request) {
             node.now = until;
         }
         asked += 1;
-        hunt.answered(&mut node.paths, node.ranked[0], node.now);
-        assert_eq!(node.asks(&mut Hunt::new(Priority::Guest)), 0);
+        request.answered(&mut node.paths, node.ranked[0], node.now);
+        assert_eq!(node.asks(&mut RequestPolicy::new(Priority::Guest)), 0);
     }
     let seconds = (node.now - START).as_secs_f64();
     assert!(f64::from(asked) <= 100.0 * seconds + 10.0, "{asked} in {seconds} s");
@@ -345,32 +346,32 @@ fn background_fetches_keep_to_their_rate_and_others_do_not_care() {
 #[test]
 fn a_parent_that_is_dialed_is_hedged_with_the_last_resort_only_when_that_takes_long() {
     let mut node = Node::new(2);
-    let fresh = node.paths.add(Circuit::new(7));
+    let fresh = node.paths.add(LinkState::new(7));
     node.ranked[0] = fresh;
-    let mut hunt = Hunt::new(Priority::Guest);
-    assert_eq!(node.asks(&mut hunt), 0);
-    node.now = node.waits(&mut hunt);
-    assert_eq!(node.waits(&mut hunt), START + DIAL_PATIENCE);
+    let mut request = RequestPolicy::new(Priority::Guest);
+    assert_eq!(node.asks(&mut request), 0);
+    node.now = node.waits(&mut request);
+    assert_eq!(node.waits(&mut request), START + DIAL_PATIENCE);
 }
 
 #[test]
 fn a_request_is_withdrawn_when_the_patience_is_over_which_grows_with_the_rounds() {
     let mut node = Node::new(1);
     for (priority, first) in [(Priority::Guest, PATIENCE_GUEST), (Priority::Background, PATIENCE_OTHERS)] {
-        let mut hunt = Hunt::new(priority);
+        let mut request = RequestPolicy::new(priority);
         for patience in [first, first * 2] {
             let (path, begin) = (node.ranked[0], node.now);
-            assert_eq!(node.asks(&mut hunt), 0);
+            assert_eq!(node.asks(&mut request), 0);
             let end = loop {
                 node.paths.heard(path, node.now);
-                match node.decide(&mut hunt) {
+                match node.decide(&mut request) {
                     Decision::Wait { until } => node.now = until,
                     Decision::Withdraw { path: from } if from == path => break node.now,
                     other => panic!("{other:?}"),
                 }
             };
             assert_eq!(end - begin, patience);
-            node.now = node.waits(&mut hunt);
+            node.now = node.waits(&mut request);
         }
     }
 }
@@ -378,13 +379,13 @@ fn a_request_is_withdrawn_when_the_patience_is_over_which_grows_with_the_rounds(
 #[test]
 fn after_a_change_of_plan_parents_that_stay_keep_the_request_and_others_lose_it() {
     let mut node = Node::new(3);
-    let mut hunt = Hunt::new(Priority::Guest);
-    node.asks(&mut hunt);
-    assert_eq!(hunt.replanned(&mut node.paths, &node.ranked), []);
-    node.waits(&mut hunt);
+    let mut request = RequestPolicy::new(Priority::Guest);
+    node.asks(&mut request);
+    assert_eq!(request.replanned(&mut node.paths, &node.ranked), []);
+    node.waits(&mut request);
     let gone = node.ranked.remove(0);
-    assert_eq!(hunt.replanned(&mut node.paths, &node.ranked), [gone]);
-    assert_eq!((node.asks(&mut hunt), node.paths.in_flight(gone)), (0, 0));
+    assert_eq!(request.replanned(&mut node.paths, &node.ranked), [gone]);
+    assert_eq!((node.asks(&mut request), node.paths.in_flight(gone)), (0, 0));
 }
 
 /// What may happen to a node between two decisions; numbers are reduced to what there is.
@@ -416,20 +417,20 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// Drives hunts and checks what they decide.
+/// Drives requests and checks what they decide.
 struct Cluster {
     node: Node,
-    hunts: Vec<(Hunt, Vec<PathId>)>,
+    requests: Vec<(RequestPolicy, Vec<PathId>)>,
     all: Vec<PathId>,
     guests: u32,
 }
 
 impl Cluster {
     fn settle(&mut self) {
-        for (hunt, asked) in &mut self.hunts {
+        for (request, asked) in &mut self.requests {
             for step in 0.. {
-                assert!(step < 20, "a hunt must come to rest");
-                match self.node.decide(hunt) {
+                assert!(step < 20, "a request must come to rest");
+                match self.node.decide(request) {
                     Decision::Ask { path } => {
                         assert!(asked.is_empty(), "the first ask is not a hedge");
                         asked.push(path);
@@ -448,14 +449,14 @@ impl Cluster {
                     }
                     Decision::GiveUp => {
                         assert!(asked.is_empty());
-                        *hunt = Hunt::new(Priority::Background);
+                        *request = RequestPolicy::new(Priority::Background);
                     }
                 }
                 assert!(asked.len() <= ATTEMPTS_MAX);
                 assert!(asked.last().is_none_or(|path| self.node.paths.standing(*path) == Standing::Usable));
             }
         }
-        let in_flight: usize = self.hunts.iter().map(|(_, asked)| asked.len()).sum();
+        let in_flight: usize = self.requests.iter().map(|(_, asked)| asked.len()).sum();
         assert_eq!(self.all.iter().map(|id| self.node.paths.in_flight(*id)).sum::<usize>(), in_flight);
         let seconds = (self.node.now - START).as_secs_f64();
         let earned =
@@ -469,27 +470,27 @@ impl Cluster {
         match *event {
             Event::Begin(priority) => {
                 self.guests += u32::from(priority == Priority::Guest);
-                self.hunts.push((Hunt::new(priority), Vec::new()));
+                self.requests.push((RequestPolicy::new(priority), Vec::new()));
             }
             Event::Pass(millis) => self.node.now += MS * u32::try_from(millis).unwrap(),
             Event::Answer(n) => {
-                let Some(at) = some(n, self.hunts.len()) else { return };
-                let Some(which) = some(n / 7, self.hunts[at].1.len()) else { return };
-                let (mut hunt, asked) = self.hunts.swap_remove(at);
-                hunt.answered(&mut self.node.paths, asked[which], now);
+                let Some(at) = some(n, self.requests.len()) else { return };
+                let Some(which) = some(n / 7, self.requests[at].1.len()) else { return };
+                let (mut request, asked) = self.requests.swap_remove(at);
+                request.answered(&mut self.node.paths, asked[which], now);
             }
             Event::Lack(n) => {
-                let Some(at) = some(n, self.hunts.len()) else { return };
-                let Some(which) = some(n / 7, self.hunts[at].1.len()) else { return };
-                let path = self.hunts[at].1.remove(which);
-                self.hunts[at].0.lacked(&mut self.node.paths, path, LackReason::NotHere, now);
+                let Some(at) = some(n, self.requests.len()) else { return };
+                let Some(which) = some(n / 7, self.requests[at].1.len()) else { return };
+                let path = self.requests[at].1.remove(which);
+                self.requests[at].0.not_found(&mut self.node.paths, path, LackReason::NotHere, now);
             }
             Event::Fail(n) => {
                 let id = self.all[n % self.all.len()];
                 self.node.paths.failed(id, now);
-                for (hunt, asked) in &mut self.hunts {
+                for (request, asked) in &mut self.requests {
                     asked.retain(|path| *path != id);
-                    hunt.lost(&mut self.node.paths, id);
+                    request.lost(&mut self.node.paths, id);
                 }
             }
             Event::Greet(n) => self.node.paths.greeted(self.all[n % self.all.len()], now),
@@ -498,16 +499,16 @@ impl Cluster {
                 let mut ranked = self.all.clone();
                 ranked.rotate_left(n % self.all.len());
                 ranked.truncate(1 + n / 7 % self.all.len());
-                for (hunt, asked) in &mut self.hunts {
-                    let left = hunt.replanned(&mut self.node.paths, &ranked);
+                for (request, asked) in &mut self.requests {
+                    let left = request.replanned(&mut self.node.paths, &ranked);
                     assert!(left.iter().all(|path| asked.contains(path)));
                     asked.retain(|path| !left.contains(path));
                 }
                 self.node.ranked = ranked;
             }
             Event::Leave(n) => {
-                let Some(at) = some(n, self.hunts.len()) else { return };
-                self.hunts.swap_remove(at).0.end(&mut self.node.paths);
+                let Some(at) = some(n, self.requests.len()) else { return };
+                self.requests.swap_remove(at).0.end(&mut self.node.paths);
             }
         }
     }
@@ -533,20 +534,20 @@ proptest! {
     ) {
         let node = Node::with(parents, Settings { multipath, ..Settings::default() });
         let all = node.ranked.clone();
-        let mut cluster = Cluster { node, hunts: Vec::new(), all, guests: 0 };
+        let mut cluster = Cluster { node, requests: Vec::new(), all, guests: 0 };
         for event in &events {
             cluster.apply(event);
             cluster.settle();
         }
         for turn in 0.. {
-            prop_assert!(turn < 1000, "{} requests are left", cluster.hunts.len());
-            if cluster.hunts.is_empty() {
+            prop_assert!(turn < 1000, "{} requests are left", cluster.requests.len());
+            if cluster.requests.is_empty() {
                 break;
             }
             (0..parents).for_each(|n| cluster.apply(&Event::Greet(n)));
             cluster.apply(&Event::Pass(250));
             cluster.settle();
-            (0..cluster.hunts.len()).rev().for_each(|n| cluster.apply(&Event::Answer(n)));
+            (0..cluster.requests.len()).rev().for_each(|n| cluster.apply(&Event::Answer(n)));
         }
         prop_assert!(cluster.all.iter().all(|id| cluster.node.paths.in_flight(*id) == 0));
     }

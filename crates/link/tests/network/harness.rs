@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use block::limits::CHUNK_BYTES;
 use block::{
-    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Now, Priority, SlotHint,
+    BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, ImageId, NodeName, Priority, SlotHint, TryIo,
 };
-use link::{Dial, FetchSettings, Fetcher, ParentAddr, Report, Sources, Stats, Stream, Tally, Uplinks, serve};
+use link::{
+    Dial, FetchSettings, Fetcher, ParentAddr, Report, ScopedStats, Sources, Stats, Stream, Uplinks, serve,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::sync::{Notify, OnceCell, mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -126,13 +128,13 @@ impl ChunkSource for Memory {
         Box::pin(self.get(chunk))
     }
 
-    fn read_now(&self, hash: &ChunkHash, _: &SlotHint, _: usize, buf: &mut [u8]) -> Now {
+    fn try_read(&self, hash: &ChunkHash, _: &SlotHint, _: usize, buf: &mut [u8]) -> TryIo {
         if *self.mood.borrow() != Mood::Lies {
-            return Now::Wait;
+            return TryIo::WouldBlock;
         }
         *self.asked.lock().unwrap().entry(*hash).or_default() += 1;
         buf.fill(0xee);
-        Now::Done
+        TryIo::Done
     }
 }
 
@@ -144,12 +146,12 @@ impl ChunkSource for AtHand {
         Box::pin(async move { Err(FetchError::NotHere(chunk)) })
     }
 
-    fn read_now(&self, hash: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_read(&self, hash: &ChunkHash, _: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
         if *hash != self.0.hash() {
-            return Now::Wait;
+            return TryIo::WouldBlock;
         }
         buf.copy_from_slice(&self.0.bytes()[offset..offset + buf.len()]);
-        Now::Done
+        TryIo::Done
     }
 }
 
@@ -237,8 +239,8 @@ impl Net {
         total: &Arc<Stats>,
     ) -> Box<dyn Stream> {
         let (near, far) = duplex(CHUNK_BYTES);
-        let (own, peer, tally) = (node.clone(), peer.clone(), Tally::under(total));
-        let task = tokio::spawn(async move { serve(far, &own, peer, sources, tally).await });
+        let (own, peer, stats) = (node.clone(), peer.clone(), ScopedStats::under(total));
+        let task = tokio::spawn(async move { serve(far, &own, peer, sources, stats).await });
         self.served.lock().unwrap().push((node.clone(), task.abort_handle()));
         piped(Box::new(near), Pace::WhileRunning(node.clone(), self.stopped.subscribe()))
     }

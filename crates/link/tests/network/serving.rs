@@ -10,8 +10,8 @@ use futures_util::future::join_all;
 use link::limits::{ACTIVE_FOR_GUESTS, ACTIVE_MAX};
 use link::wire::{ByeReason, RequestId};
 use link::{
-    Child, Closed, Dial, FetchSettings, Fetcher, ParentAddr, Report, ServeError, Stats, Stream, Tally,
-    Uplinks, serve,
+    ClientEnd, Closed, Dial, FetchSettings, Fetcher, ParentAddr, Report, ScopedStats, ServeError, Stats,
+    Stream, Uplinks, serve,
 };
 use tokio::io::{AsyncWriteExt, duplex};
 use tokio::sync::{OnceCell, mpsc};
@@ -157,11 +157,10 @@ async fn a_raised_request_is_raised_at_the_source() {
     let (urgencies, mut seen) = mpsc::unbounded_channel();
     let (mut near, far) = duplex(CHUNK_BYTES);
     let sources = Arc::new(One(image(), Arc::new(Urgency(urgencies))));
-    let served =
-        tokio::spawn(
-            async move { serve(far, &name("parent"), name("child"), sources, Tally::default()).await },
-        );
-    let mut child = Child::new(&name("child"), name("parent"), Tally::default(), Duration::ZERO);
+    let served = tokio::spawn(async move {
+        serve(far, &name("parent"), name("child"), sources, ScopedStats::default()).await
+    });
+    let mut child = ClientEnd::new(&name("child"), name("parent"), ScopedStats::default(), Duration::ZERO);
     child.want(RequestId(1), image(), chunk(0).hash(), Priority::Background).unwrap();
     near.write_all_buf(&mut child.poll_transmit(Duration::ZERO).unwrap()).await.unwrap();
     assert_eq!(seen.recv().await, Some(Priority::Background));
@@ -222,7 +221,7 @@ async fn a_child_whose_name_is_not_its_certificates_gets_nothing() {
     let origin = Memory::new(Mood::Gives);
     let sources = Arc::new(One(image(), origin.clone()));
     let served = tokio::spawn(async move {
-        serve(far, &name("origin"), name("certified"), sources, Tally::default()).await
+        serve(far, &name("origin"), name("certified"), sources, ScopedStats::default()).await
     });
     struct Given(Mutex<Option<Box<dyn Stream>>>);
     impl Dial for Given {

@@ -7,7 +7,7 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use block::{Access, Disk, DiskError, Now};
+use block::{Access, Disk, DiskError, TryIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, WriteHalf};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -293,12 +293,12 @@ impl Connection {
         let whole = head.len() + len;
         if len <= INLINE_BYTES_MAX {
             let room = self.output.room(whole, &mut self.spares);
-            match self.disk.read_now(request.offset, &mut room[head.len()..]) {
-                Ok(Now::Done) => {
+            match self.disk.try_read(request.offset, &mut room[head.len()..]) {
+                Ok(TryIo::Done) => {
                     room[..head.len()].copy_from_slice(&head);
                     self.output.commit(whole);
                 }
-                Ok(Now::Wait) => {
+                Ok(TryIo::WouldBlock) => {
                     let buffer = self.spares.take(whole);
                     self.spawn_read(request, buffer, whole);
                 }
@@ -307,13 +307,13 @@ impl Connection {
             return;
         }
         let mut buffer = self.spares.take(whole);
-        match self.disk.read_now(request.offset, &mut buffer.room(whole)[head.len()..]) {
-            Ok(Now::Done) => {
+        match self.disk.try_read(request.offset, &mut buffer.room(whole)[head.len()..]) {
+            Ok(TryIo::Done) => {
                 buffer.push(&head);
                 buffer.fill(len);
                 self.output.append(buffer);
             }
-            Ok(Now::Wait) => self.spawn_read(request, buffer, whole),
+            Ok(TryIo::WouldBlock) => self.spawn_read(request, buffer, whole),
             Err(error) => {
                 self.spares.give(buffer);
                 self.failed(&request, &error);
@@ -325,9 +325,9 @@ impl Connection {
     fn write_inline(&mut self, request: Request, head: usize) {
         let payload = &self.input.filled()[head..head + request.len as usize];
         if !request.has(flag::FUA) {
-            match self.disk.write_now(request.offset, payload) {
-                Ok(Now::Done) => return self.succeeded(&request),
-                Ok(Now::Wait) => {}
+            match self.disk.try_write(request.offset, payload) {
+                Ok(TryIo::Done) => return self.succeeded(&request),
+                Ok(TryIo::WouldBlock) => {}
                 Err(error) => return self.failed(&request, &error),
             }
         }
@@ -347,12 +347,12 @@ impl Connection {
 
     fn write_owned(&mut self, Upload { request, payload }: Upload) {
         if !request.has(flag::FUA) {
-            match self.disk.write_now(request.offset, payload.filled()) {
-                Ok(Now::Done) => {
+            match self.disk.try_write(request.offset, payload.filled()) {
+                Ok(TryIo::Done) => {
                     self.spares.give(payload);
                     return self.succeeded(&request);
                 }
-                Ok(Now::Wait) => {}
+                Ok(TryIo::WouldBlock) => {}
                 Err(error) => {
                     self.spares.give(payload);
                     return self.failed(&request, &error);

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, ImageId, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, ImageId, TryIo};
 use serde::{Deserialize, Serialize};
 use store::Overlay;
 
@@ -147,8 +147,8 @@ impl Disk for Layer {
         self.overlay.access()
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
-        self.overlay.read_now(offset, buf)
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
+        self.overlay.try_read(offset, buf)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

@@ -4,7 +4,7 @@
 //! stand on, or from an older snapshot of the same disk; then it is rebased onto the latter, and the derived image is
 //! given up here. Until then whatever is missing is read from the derived image, by way of the hierarchy.
 //!
-//! Consistency: what the disks read never changes; see [`store::Overlay::pull`]. Retries: for ever, with a pause.
+//! Consistency: what the disks read never changes; see [`store::Overlay::stream_from_base`]. Retries: for ever, with a pause.
 //! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: it begins anew, and passes over what
 //! was taken over and flushed.
 
@@ -62,7 +62,7 @@ async fn rebase_one(layers: &Layers, rebase: &Rebase) -> Result<(Stands, u64), S
             }
             let end = (first + chunks.len() as u64) * CHUNK_BYTES as u64;
             let piece = first * CHUNK_BYTES as u64..end.min(size_bytes);
-            bytes += layer.overlay().pull(piece).await.map_err(|e| e.to_string())?;
+            bytes += layer.overlay().stream_from_base(piece).await.map_err(|e| e.to_string())?;
         }
     }
     layer.flush().await.map_err(|e| e.to_string())?;

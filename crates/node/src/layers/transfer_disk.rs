@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use block::limits::CHUNK_BYTES;
-use block::{Access, BoxFuture, ChunkIndex, Disk, DiskError, Extent, Now, Priority};
+use block::{Access, BoxFuture, ChunkIndex, Disk, DiskError, Extent, Priority, TryIo};
 use futures_util::FutureExt;
 use image::ImageVolume;
 
@@ -68,9 +68,9 @@ impl Disk for TransferDisk {
         Access::ReadOnly
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         // What is here is found by its name, whichever image it came with.
-        self.image.read_now(offset, buf)
+        self.image.try_read(offset, buf)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

@@ -12,17 +12,17 @@ use control::api::compute::{StartVm, Vm as VmView, VmReady, VmStarted};
 use control::api::unix_ms;
 use control::http::ApiError;
 use qemu::seed::SeedError;
-use qemu::{Accel, AccelWish, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
+use qemu::{Accel, AccelMode, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
 /// Starts, watches and ends the guests of a node.
 pub(crate) struct Guests {
     vms: Arc<Vms>,
-    accel: AccelWish,
+    accel: AccelMode,
 }
 
 impl Guests {
     /// Guests that run as `accel` says.
-    pub(crate) fn new(vms: Arc<Vms>, accel: AccelWish) -> Guests {
+    pub(crate) fn new(vms: Arc<Vms>, accel: AccelMode) -> Guests {
         Guests { vms, accel }
     }
 

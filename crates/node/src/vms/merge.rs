@@ -5,7 +5,7 @@
 //! that takes over, so that the work is that of the smaller. A layer that takes changes cannot be left out; below it a
 //! much larger one stays, at most one for each disk.
 //!
-//! Consistency: what the disks read never changes; see [`store::Overlay::pull`] and [`store::Overlay::absorb`].
+//! Consistency: what the disks read never changes; see [`store::Overlay::stream_from_base`] and [`store::Overlay::commit_from`].
 //! Retries: for ever, with a pause. Cancellation: may be dropped anywhere; what was taken over is kept. Crash: a merge
 //! that was not finished begins anew, or is one of others.
 
@@ -65,7 +65,7 @@ async fn merge_up(layers: &Layers, merge: &Merge) -> Result<(Stands, u64), Strin
     let (lower, upper) = (merge.lower.overlay(), merge.upper.overlay());
     let mut bytes = 0;
     for range in lower.own_ranges() {
-        bytes += upper.pull(range).await.map_err(|e| e.to_string())?;
+        bytes += upper.stream_from_base(range).await.map_err(|e| e.to_string())?;
     }
     upper.flush().await.map_err(|e| e.to_string())?;
     Ok((layers.merged_up(merge)?, bytes))
@@ -83,7 +83,7 @@ async fn merge_down(
     upper.flush().await.map_err(|e| e.to_string())?;
     let mut bytes = 0;
     for range in upper.own_ranges() {
-        bytes += lower.absorb(upper, range).await.map_err(|e| e.to_string())?;
+        bytes += lower.commit_from(upper, range).await.map_err(|e| e.to_string())?;
     }
     lower.flush().await.map_err(|e| e.to_string())?;
     // From here on both read the same, and either may be named.

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block::{Access, BoxFuture, Disk, DiskError, Extent, Now};
+use block::{Access, BoxFuture, Disk, DiskError, Extent, TryIo};
 
 use control::api::details::DiskIo;
 use control::api::now_unix_ms;
@@ -93,22 +93,22 @@ impl<D: Disk> Disk for MeteredDisk<D> {
         self.disk.access()
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         self.note_read();
-        let now = self.disk.read_now(offset, buf)?;
+        let tried = self.disk.try_read(offset, buf)?;
         // One that has to wait is asked for again.
-        if now == Now::Done {
+        if tried == TryIo::Done {
             self.count_read(buf.len());
         }
-        Ok(now)
+        Ok(tried)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
-        let now = self.disk.write_now(offset, data)?;
-        if now == Now::Done {
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
+        let tried = self.disk.try_write(offset, data)?;
+        if tried == TryIo::Done {
             self.count_write(data.len());
         }
-        Ok(now)
+        Ok(tried)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

@@ -5,38 +5,38 @@ use std::collections::BTreeSet;
 use super::plan::{Kind, Plan};
 use super::{Hierarchy, Seat, Stage};
 use crate::forest::Key;
-use crate::roster::Roster;
+use crate::membership::Membership;
 use crate::{Role, Standing};
 
 impl Hierarchy {
     /// Panics unless the invariants at the head of the hierarchy, and those of [`Hierarchy::peers`], hold.
-    pub(crate) fn check(&self, roster: &Roster, stage: Stage) {
+    pub(crate) fn check(&self, members: &Membership, stage: Stage) {
         assert!(
             self.unsettled.is_empty()
                 && self.stirred.is_empty()
                 && self.changed.is_empty()
                 && self.asked.is_empty()
         );
-        self.world.check(roster, stage);
-        for (&key, cell) in &self.cells {
-            cell.plan.check(roster, stage);
-            assert_eq!(self.by_scope.get(&cell.scope), Some(&key));
+        self.world.check(members, stage);
+        for (&key, rack) in &self.racks {
+            rack.plan.check(members, stage);
+            assert_eq!(self.by_scope.get(&rack.scope), Some(&key));
             for stripe in 0..self.stripes() {
-                assert_eq!(cell.hosts[stripe], self.world.forest(stripe).parent(key), "the plans agree");
-                assert_eq!(cell.tops[stripe], self.find_top(stripe, key));
-                let is_guest = |host: &Key| self.cells[host].plan.forest(stripe).contains(key);
-                let hosts: Vec<Key> = self.cells.keys().copied().filter(is_guest).collect();
-                assert_eq!(hosts, Vec::from_iter(cell.hosts[stripe]), "a cell is the guest of its host");
+                assert_eq!(rack.hosts[stripe], self.world.forest(stripe).parent(key), "the plans agree");
+                assert_eq!(rack.tops[stripe], self.find_top(stripe, key));
+                let is_guest = |host: &Key| self.racks[host].plan.forest(stripe).contains(key);
+                let hosts: Vec<Key> = self.racks.keys().copied().filter(is_guest).collect();
+                assert_eq!(hosts, Vec::from_iter(rack.hosts[stripe]), "a rack is the guest of its host");
             }
         }
         let rooted = !self.serving_origins().is_empty();
         for (&key, seat) in &self.seats {
             for stripe in 0..self.stripes() {
-                self.check_place(roster, stripe, key, seat);
-                let forest = self.cells[&seat.cell].plan.forest(stripe);
+                self.check_place(members, stripe, key, seat);
+                let forest = self.racks[&seat.rack].plan.forest(stripe);
                 let waits = !self.world.forest(stripe).waiting().is_empty() || !forest.waiting().is_empty();
                 if rooted && seat.role == Role::Relay && !waits && stage == Stage::Planning {
-                    let name = &roster.get(key).name;
+                    let name = &members.get(key).name;
                     assert!(self.origin_above(stripe, key).is_some(), "{name} has no way to an origin");
                 }
             }
@@ -46,18 +46,18 @@ impl Hierarchy {
             }
         }
         for (&key, seat) in self.seats.iter().filter(|(_, seat)| !seat.held) {
-            let name = &roster.get(key).name;
+            let name = &members.get(key).name;
             let all: Vec<usize> = (0..self.stripes()).collect();
-            assert_eq!(self.news(roster, key, seat, &all), [], "{name} was told its placement");
+            assert_eq!(self.news(members, key, seat, &all), [], "{name} was told its placement");
             let told = seat.told.as_ref().map(|told| told.stripes.len());
             assert_eq!(told, Some(self.stripes()), "{name} was told of every stripe");
         }
     }
 
-    fn check_place(&self, roster: &Roster, stripe: usize, key: Key, seat: &Seat) {
-        let forest = self.cells[&seat.cell].plan.forest(stripe);
-        let name = &roster.get(key).name;
-        let quarantined = roster.standing(key) == Standing::Quarantined;
+    fn check_place(&self, members: &Membership, stripe: usize, key: Key, seat: &Seat) {
+        let forest = self.racks[&seat.rack].plan.forest(stripe);
+        let name = &members.get(key).name;
+        let quarantined = members.standing(key) == Standing::Quarantined;
         assert_eq!(self.is_planted(key), forest.contains(key));
         if seat.role == Role::Origin && quarantined {
             assert!(!forest.contains(key), "{name} is a quarantined origin in the tree");
@@ -68,12 +68,12 @@ impl Hierarchy {
         if seat.held || forest.is_waiting(key) {
             return;
         }
-        let peers = self.peers(roster, stripe, key);
+        let peers = self.peers(members, stripe, key);
         for (at, &peer) in peers.iter().enumerate() {
-            let order = |key: Key| (self.depth(stripe, key), &roster.get(key).name);
+            let order = |key: Key| (self.depth(stripe, key), &members.get(key).name);
             assert!(order(peer) < order(key), "{name} lists one that is not before it");
             assert!(!peers[..at].contains(&peer), "{name} lists one twice");
-            assert_ne!(roster.standing(peer), Standing::Quarantined, "{name} lists a liar");
+            assert_ne!(members.standing(peer), Standing::Quarantined, "{name} lists a liar");
         }
         if let Some(origin) = self.origin_above(stripe, key).filter(|_| seat.role == Role::Relay) {
             assert!(
@@ -85,7 +85,7 @@ impl Hierarchy {
 }
 
 impl Plan {
-    fn check(&self, roster: &Roster, stage: Stage) {
+    fn check(&self, members: &Membership, stage: Stage) {
         for (stripe, forest) in self.forests.iter().enumerate() {
             forest.check();
             for (&key, unit) in self.units.iter().filter(|(key, _)| forest.contains(**key)) {
@@ -101,7 +101,7 @@ impl Plan {
                         // Whom a guest stands for can change without its host's doing.
                         let own = children.iter().filter(|&&child| self.face(stripe, child).is_none());
                         let mut ways = own.filter(|&&child| !forest.is_within(place, child));
-                        ways.any(|&child| !self.avoids(roster, stripe, child, place))
+                        ways.any(|&child| !self.avoids(members, stripe, child, place))
                     };
                     assert!(!open.is_some_and(movable), "a root is overloaded for no reason");
                 }

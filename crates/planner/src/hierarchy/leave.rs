@@ -11,26 +11,26 @@ use std::collections::BTreeSet;
 
 use super::{Hierarchy, Stage};
 use crate::forest::Key;
-use crate::roster::Roster;
+use crate::membership::Membership;
 use crate::{Millis, Role, Standing};
 
 impl Hierarchy {
     /// The node wants to go: when nobody below it wants to stay, and at `by` at the latest. An origin stays.
-    pub(crate) fn leave(&mut self, roster: &Roster, key: Key, by: Millis, stage: Stage) {
+    pub(crate) fn leave(&mut self, members: &Membership, key: Key, by: Millis, stage: Stage) {
         let Some(seat) = self.seats.get_mut(&key).filter(|seat| seat.role == Role::Relay) else { return };
         if seat.leave_by.is_none() {
             seat.leave_by = Some(by);
             // Children that have yet to report are not new.
             if stage == Stage::Planning {
-                self.reassess(roster, key);
+                self.reassess(members, key);
             }
         }
     }
 
     /// The node wants to stay after all.
-    pub(super) fn stay(&mut self, roster: &Roster, key: Key) {
+    pub(super) fn stay(&mut self, members: &Membership, key: Key) {
         if self.seats.get_mut(&key).is_some_and(|seat| seat.leave_by.take().is_some()) {
-            self.reassess(roster, key);
+            self.reassess(members, key);
         }
     }
 
@@ -79,8 +79,8 @@ impl Hierarchy {
     }
 
     /// How the node is trusted with children of this image.
-    pub(super) fn standing(&self, roster: &Roster, key: Key) -> Standing {
-        match roster.standing(key) {
+    pub(super) fn standing(&self, members: &Membership, key: Key) -> Standing {
+        match members.standing(key) {
             Standing::Good if self.seats[&key].leave_by.is_some() => Standing::Suspect,
             standing => standing,
         }

@@ -5,44 +5,44 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Hierarchy, Seat};
 use crate::forest::Key;
-use crate::roster::Roster;
+use crate::membership::Membership;
 use crate::{Peer, Role, Standing, Tree, TreeNode};
 
 impl Hierarchy {
     /// The lists of the node that are not what it was told, of those in `stripes`.
     pub(super) fn news(
         &self,
-        roster: &Roster,
+        members: &Membership,
         key: Key,
         seat: &Seat,
         stripes: &[usize],
     ) -> Vec<(usize, Vec<Peer>)> {
         let told = seat.told.as_ref().map_or(&[][..], |told| &told.stripes);
         let changed = |&stripe: &usize| {
-            let forest = self.cells[&seat.cell].plan.forest(stripe);
+            let forest = self.racks[&seat.rack].plan.forest(stripe);
             if forest.contains(key) && forest.is_waiting(key) {
                 return None;
             }
-            let is = self.peers(roster, stripe, key);
+            let is = self.peers(members, stripe, key);
             let was = told.get(stripe).map_or(&[][..], |list| list);
             let same = |(&is, was): (&Key, &Peer)| {
-                let node = roster.get(is);
+                let node = members.get(is);
                 (&node.name, &node.address) == (&was.node, &was.address)
             };
             let equal = is.len() == was.len() && is.iter().zip(was).all(same);
-            (!equal).then(|| (stripe, is.into_iter().map(|peer| roster.peer(peer)).collect()))
+            (!equal).then(|| (stripe, is.into_iter().map(|peer| members.peer(peer)).collect()))
         };
         stripes.iter().filter_map(changed).collect()
     }
 
     /// Whom a node fetches from in a stripe, best first: its parent, its grandparent and an uncle (or, where
-    /// it has none, an elder sibling), those of its own cell first; and the origin.
+    /// it has none, an elder sibling), those of its own rack first; and the origin.
     ///
     /// Each of them is before the node in the order by depth, then name. So whatever peers the nodes
     /// choose from their lists, no request ever comes back to one that waits for its answer.
-    pub(super) fn peers(&self, roster: &Roster, stripe: usize, key: Key) -> Vec<Key> {
-        let name = |key: Key| &roster.get(key).name;
-        let lends = |peer: &Key| roster.standing(*peer) == Standing::Good && !roster.avoids(key, *peer);
+    pub(super) fn peers(&self, members: &Membership, stripe: usize, key: Key) -> Vec<Key> {
+        let name = |key: Key| &members.get(key).name;
+        let lends = |peer: &Key| members.standing(*peer) == Standing::Good && !members.avoids(key, *peer);
         let elder = |siblings: Vec<Key>| {
             let elders = siblings.into_iter().filter(|&other| name(other) < name(key)).filter(lends);
             elders.max_by_key(|&other| name(other))
@@ -60,14 +60,14 @@ impl Hierarchy {
             None if Some(parent) == origin => self.serving_origins(),
             None => Vec::new(),
         };
-        let own = roster.get(key);
-        let cell = self.seats[&key].cell;
-        let is_near = |peer: Key| self.cells[&cell].plan.contains(peer);
+        let own = members.get(key);
+        let rack = self.seats[&key].rack;
+        let is_near = |peer: Key| self.racks[&rack].plan.contains(peer);
         // Each child has an order of its own, so that those of a dead node do not all turn to the same one.
         let mut others: Vec<(bool, u64, Key)> = aunts
             .into_iter()
             .filter(|&other| other != parent)
-            .map(|other| (is_near(other), mixed(own.lot, roster.get(other).lot), other))
+            .map(|other| (is_near(other), mixed(own.lot, members.get(other).lot), other))
             .collect();
         others.sort_unstable_by_key(|&other| Reverse(other));
         let uncle = others.into_iter().map(|other| other.2).find(lends);
@@ -86,33 +86,33 @@ impl Hierarchy {
 
     /// The node's parent.
     pub(super) fn parent(&self, stripe: usize, key: Key) -> Option<Key> {
-        let cell = self.seats[&key].cell;
-        let forest = self.cells[&cell].plan.forest(stripe);
+        let rack = self.seats[&key].rack;
+        let forest = self.racks[&rack].plan.forest(stripe);
         if !forest.contains(key) {
             return None;
         }
         match forest.parent(key)? {
-            Key::OUTSIDE if self.gateway(stripe, cell) == Some(key) => self.parent_of_cell(stripe, cell),
-            // One too many: it must not burden those below whom the cell hangs.
-            Key::OUTSIDE => self.cells[&cell].tops[stripe],
+            Key::OUTSIDE if self.gateway(stripe, rack) == Some(key) => self.parent_of_rack(stripe, rack),
+            // One too many: it must not burden those below whom the rack hangs.
+            Key::OUTSIDE => self.racks[&rack].tops[stripe],
             parent => Some(parent),
         }
     }
 
-    fn parent_of_cell(&self, stripe: usize, cell: Key) -> Option<Key> {
-        let host = self.cells[&cell].hosts[stripe]?;
-        match self.cells[&host].plan.forest(stripe).parent(cell)? {
-            Key::OUTSIDE => self.cells[&host].tops[stripe],
+    fn parent_of_rack(&self, stripe: usize, rack: Key) -> Option<Key> {
+        let host = self.racks[&rack].hosts[stripe]?;
+        match self.racks[&host].plan.forest(stripe).parent(rack)? {
+            Key::OUTSIDE => self.racks[&host].tops[stripe],
             parent => Some(parent),
         }
     }
 
-    /// The origin above a cell that has none, as the trees are now.
-    pub(super) fn find_top(&self, stripe: usize, cell: Key) -> Option<Key> {
-        let mut at = cell;
+    /// The origin above a rack that has none, as the trees are now.
+    pub(super) fn find_top(&self, stripe: usize, rack: Key) -> Option<Key> {
+        let mut at = rack;
         loop {
-            let host = self.cells[&at].hosts[stripe]?;
-            let forest = self.cells[&host].plan.forest(stripe);
+            let host = self.racks[&at].hosts[stripe]?;
+            let forest = self.racks[&host].plan.forest(stripe);
             match forest.upwards(at).last()? {
                 Key::OUTSIDE => at = host,
                 root => return Some(root).filter(|root| forest.origins().contains(root)),
@@ -122,23 +122,23 @@ impl Hierarchy {
 
     /// The origin above a node, as of the last event.
     pub(super) fn origin_above(&self, stripe: usize, key: Key) -> Option<Key> {
-        self.root_above(stripe, self.seats[&key].cell, key)
+        self.root_above(stripe, self.seats[&key].rack, key)
     }
 
-    /// The origin above a unit of a cell, as of the last event.
-    pub(super) fn root_above(&self, stripe: usize, cell: Key, unit: Key) -> Option<Key> {
-        let cell = &self.cells[&cell];
-        let forest = cell.plan.forest(stripe);
+    /// The origin above a unit of a rack, as of the last event.
+    pub(super) fn root_above(&self, stripe: usize, rack: Key, unit: Key) -> Option<Key> {
+        let rack = &self.racks[&rack];
+        let forest = rack.plan.forest(stripe);
         let root = match forest.origins().first() {
             Some(&only) if forest.origins().len() == 1 => Some(only).filter(|_| forest.is_rooted(unit)),
             _ => forest.upwards(unit).last().filter(|root| forest.origins().contains(root)),
         };
-        if root == Some(Key::OUTSIDE) { cell.tops[stripe] } else { root }
+        if root == Some(Key::OUTSIDE) { rack.tops[stripe] } else { root }
     }
 
     /// The node's children in a stripe, but for those that an origin has because there is no other place.
     pub(super) fn children_in(&self, stripe: usize, key: Key) -> Vec<Key> {
-        let forest = self.cells[&self.seats[&key].cell].plan.forest(stripe);
+        let forest = self.racks[&self.seats[&key].rack].plan.forest(stripe);
         if !forest.contains(key) {
             return Vec::new();
         }
@@ -177,7 +177,7 @@ impl Hierarchy {
     /// The nodes that have no parent although they need one.
     fn rootless(&self, stripe: usize) -> Vec<Key> {
         let forest = self.world.forest(stripe);
-        forest.orphans().iter().filter_map(|&cell| self.gateway(stripe, cell)).collect()
+        forest.orphans().iter().filter_map(|&rack| self.gateway(stripe, rack)).collect()
     }
 
     /// Steps up to the root above the node.
@@ -191,8 +191,8 @@ impl Hierarchy {
     }
 
     /// The hierarchy as people see it.
-    pub(crate) fn view(&self, roster: &Roster) -> Tree {
-        let name = |key: Key| roster.get(key).name.clone();
+    pub(crate) fn view(&self, members: &Membership) -> Tree {
+        let name = |key: Key| members.get(key).name.clone();
         let by_name_from_last = |keys: &mut Vec<Key>| keys.sort_by_key(|&key| Reverse(name(key)));
         let stripe_view = |stripe: usize| {
             let mut families: BTreeMap<Option<Key>, Vec<Key>> = BTreeMap::new();

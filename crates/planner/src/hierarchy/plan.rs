@@ -1,6 +1,6 @@
 //! The trees of one group of units, a tree per stripe: how many children each may have in which stripe.
 //!
-//! A unit is whatever hangs in a tree: a node in its cell, or a cell among the cells; see [`Kind`]. Which,
+//! A unit is whatever hangs in a tree: a node in its rack, or a rack among the racks; see [`Kind`]. Which,
 //! the plan does not know.
 //!
 //! Invariants, after [`Plan::settle`]:
@@ -16,9 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Stage;
-use crate::forest::{Forest, Key, Root};
+use crate::forest::{Key, Root, StripeForest};
 use crate::location::Scope;
-use crate::roster::Roster;
+use crate::membership::Membership;
 use crate::{Shape, Standing};
 
 /// What a unit is in its plan.
@@ -46,7 +46,7 @@ pub(super) struct Unit {
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(super) shape: Shape,
-    pub(super) forests: Vec<Forest>,
+    pub(super) forests: Vec<StripeForest>,
     pub(super) units: BTreeMap<Key, Unit>,
     /// Slots that are not in their unit's home, by stripe.
     pub(super) loans: BTreeSet<(usize, Key)>,
@@ -62,7 +62,7 @@ impl Plan {
     pub(super) fn new(shape: Shape) -> Plan {
         Plan {
             shape,
-            forests: (0..shape.stripes()).map(|_| Forest::default()).collect(),
+            forests: (0..shape.stripes()).map(|_| StripeForest::default()).collect(),
             units: BTreeMap::new(),
             loans: BTreeSet::new(),
             faces: BTreeMap::new(),
@@ -118,19 +118,19 @@ impl Plan {
     }
 
     /// Takes a unit out; its children get other parents.
-    pub(super) fn remove(&mut self, roster: &Roster, key: Key) {
+    pub(super) fn remove(&mut self, members: &Membership, key: Key) {
         for stripe in 0..self.forests.len() {
             if self.forests[stripe].contains(key) {
-                self.vacate(roster, stripe, key);
+                self.vacate(members, stripe, key);
             }
         }
         self.forget(key);
     }
 
     /// Takes a guest out of one stripe.
-    pub(super) fn remove_guest(&mut self, roster: &Roster, stripe: usize, key: Key) {
+    pub(super) fn remove_guest(&mut self, members: &Membership, stripe: usize, key: Key) {
         if self.forests[stripe].contains(key) {
-            self.vacate(roster, stripe, key);
+            self.vacate(members, stripe, key);
         }
         self.faces.remove(&(stripe, key));
         if !self.forests.iter().any(|forest| forest.contains(key)) {
@@ -139,7 +139,7 @@ impl Plan {
     }
 
     /// Sets how a unit is trusted. One that is quarantined loses its children.
-    pub(super) fn set_standing(&mut self, roster: &Roster, key: Key, standing: Standing) {
+    pub(super) fn set_standing(&mut self, members: &Membership, key: Key, standing: Standing) {
         let Some(unit) = self.units.get_mut(&key) else { return };
         unit.standing = standing;
         self.changed = true;
@@ -147,7 +147,7 @@ impl Plan {
             self.forests[stripe].mark_around(key);
             let slots = self.slots(key, stripe);
             if standing == Standing::Quarantined && !self.forests[stripe].children(key).is_empty() {
-                self.vacate(roster, stripe, key);
+                self.vacate(members, stripe, key);
                 self.plant(stripe, key);
                 self.moved.insert((stripe, key));
             } else {
@@ -173,17 +173,17 @@ impl Plan {
         self.units.keys().copied().filter(|key| key.is_node())
     }
 
-    /// The cells that are guests here.
+    /// The racks that are guests here.
     pub(super) fn guests(&self) -> impl Iterator<Item = Key> {
         let others = self.units.keys().copied().filter(|key| !key.is_node());
         others.filter(|&key| key != Key::OUTSIDE)
     }
 
-    pub(super) fn forest(&self, stripe: usize) -> &Forest {
+    pub(super) fn forest(&self, stripe: usize) -> &StripeForest {
         &self.forests[stripe]
     }
 
-    pub(super) fn forest_mut(&mut self, stripe: usize) -> &mut Forest {
+    pub(super) fn forest_mut(&mut self, stripe: usize) -> &mut StripeForest {
         &mut self.forests[stripe]
     }
 
@@ -207,31 +207,31 @@ impl Plan {
 
     /// Gives every unit a place that lacks one and can have one, and takes children from overloaded roots
     /// where there is room elsewhere.
-    pub(super) fn settle(&mut self, roster: &Roster, stage: Stage) {
+    pub(super) fn settle(&mut self, members: &Membership, stage: Stage) {
         for stripe in 0..self.forests.len() {
             // The youngest first, so that without a root the newcomer joins those that hold chunks.
             let mut orphans: Vec<Key> = self.forests[stripe].orphans().iter().copied().collect();
             while let Some(orphan) = orphans.pop() {
-                let open = self.open_place(roster, stripe, orphan);
-                if let Some(idle) = self.idle_above(roster, stripe, orphan, open) {
+                let open = self.open_place(members, stripe, orphan);
+                if let Some(idle) = self.idle_above(members, stripe, orphan, open) {
                     let parent = self.forests[stripe].parent(idle);
                     self.unhang(stripe, idle);
                     parent.into_iter().for_each(|parent| self.hang(stripe, orphan, parent));
                     // It cannot displace anyone in turn.
                     orphans.push(idle);
-                } else if let Some(parent) = open.or_else(|| self.other_place(roster, stripe, orphan)) {
-                    let joint = self.graft(roster, stripe, orphan, parent);
+                } else if let Some(parent) = open.or_else(|| self.other_place(members, stripe, orphan)) {
+                    let joint = self.graft(members, stripe, orphan, parent);
                     self.hang(stripe, orphan, joint.unwrap_or(parent));
                 }
             }
         }
         if stage == Stage::Planning {
             if std::mem::take(&mut self.changed) {
-                self.repay(roster);
+                self.repay(members);
             }
             for stripe in 0..self.forests.len() {
                 let roots: Vec<Key> = self.forests[stripe].origins().iter().copied().collect();
-                roots.into_iter().for_each(|root| self.relieve(roster, stripe, root));
+                roots.into_iter().for_each(|root| self.relieve(members, stripe, root));
             }
         }
     }
@@ -248,9 +248,9 @@ impl Plan {
     }
 
     /// Whether `child` must not be sent to `parent` while there is anyone else.
-    pub(super) fn avoids(&self, roster: &Roster, stripe: usize, child: Key, parent: Key) -> bool {
+    pub(super) fn avoids(&self, members: &Membership, stripe: usize, child: Key, parent: Key) -> bool {
         let face = |key: Key| if key.is_node() { Some(key) } else { self.face(stripe, key) };
-        face(child).zip(face(parent)).is_some_and(|(child, parent)| roster.avoids(child, parent))
+        face(child).zip(face(parent)).is_some_and(|(child, parent)| members.avoids(child, parent))
     }
 
     /// Moves one slot of a relay, in which it has no child, to another stripe.
@@ -276,11 +276,11 @@ impl Plan {
 
     /// Whether the child may hang under this parent, which for that may give up a slot in another stripe
     /// where it has no child.
-    pub(super) fn can_hang(&mut self, roster: &Roster, stripe: usize, child: Key, parent: Key) -> bool {
+    pub(super) fn can_hang(&mut self, members: &Membership, stripe: usize, child: Key, parent: Key) -> bool {
         let forest = &self.forests[stripe];
         if !forest.contains(parent)
             || forest.is_within(parent, child)
-            || self.avoids(roster, stripe, child, parent)
+            || self.avoids(members, stripe, child, parent)
         {
             return false;
         }

@@ -66,7 +66,7 @@ fn a_child_that_lost_its_parent_is_placed_elsewhere_with_its_children() {
     assert_eq!(cluster.standing("n002"), Standing::Good);
     assert_eq!(cluster.depth(), 6, "its subtree went to the bottom");
     cluster.pass(LEASE);
-    assert_eq!(cluster.depth(), 5, "leaves rise to where there is room");
+    assert_eq!(cluster.depth(), 5, "leaves are promoted to where there is room");
 }
 
 #[test]

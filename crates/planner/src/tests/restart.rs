@@ -27,7 +27,7 @@ fn after_a_restart_of_volt_the_hierarchy_is_what_it_was_and_nobody_is_disturbed(
         for number in [3, 7, 20] {
             old.down(&relay(number));
         }
-        // Whatever leaf can rise has risen.
+        // Whatever leaf can be promoted has been.
         while !old.pass(Millis(1)).is_empty() {}
         for turn in 0..6 {
             let scattered = |node: &NodeName| ChunkHash::of(format!("{turn}{node}").as_bytes());

@@ -34,7 +34,7 @@ async fn a_debian_guest_is_frozen_and_thawed_and_moves_while_it_writes() {
     let image = std::env::var("VIRTMAN_GUEST_IMAGE").expect("VIRTMAN_GUEST_IMAGE names an image");
     let Some(here) = Bench::on_image(&image) else { return };
     let Some(there) = Bench::without_disk("qcow2") else { return };
-    let accel = AccelWish::Auto.decide().await.unwrap().accel;
+    let accel = AccelMode::Auto.decide().await.unwrap().accel;
     let name = "guest-7".parse().unwrap();
     let identity = seed::Identity::new(&name, &"i-1".parse().unwrap(), &[]).unwrap();
     for bench in [&here, &there] {
@@ -91,7 +91,7 @@ async fn a_guest_whose_kernel_came_from_outside_moves_to_where_the_same_kernel_i
     let initrd =
         PathBuf::from(std::env::var("VIRTMAN_ISCSI_GUEST").expect("VIRTMAN_ISCSI_GUEST names a guest"));
     let (Some(here), Some(there)) = (Bench::new(), Bench::new()) else { return };
-    let accel = AccelWish::Auto.decide().await.unwrap().accel;
+    let accel = AccelMode::Auto.decide().await.unwrap().accel;
     let kernel = initrd.with_extension("vmlinuz");
     let append = "console=ttyS0 quiet net.ifnames=0".to_owned();
     let boot = Some(DirectBoot { kernel, initrd: Some(initrd), append });
@@ -121,7 +121,7 @@ async fn a_guest_whose_kernel_came_from_outside_moves_to_where_the_same_kernel_i
 async fn a_debian_guest_takes_its_name_from_the_seed_and_shuts_down_when_asked() {
     let image = std::env::var("VIRTMAN_GUEST_IMAGE").expect("VIRTMAN_GUEST_IMAGE names an image");
     let Some(bench) = Bench::on_image(&image) else { return };
-    let choice = AccelWish::Auto.decide().await.unwrap();
+    let choice = AccelMode::Auto.decide().await.unwrap();
     println!("{choice}");
     let name = "guest-7".parse().unwrap();
     let seed =

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::limits::{BLOCK_BYTES, CHUNK_BYTES};
-use block::{Chunk, ChunkHash, Now};
+use block::{Chunk, ChunkHash, TryIo};
 use tokio::sync::watch;
 
 use super::health::Health;
@@ -201,17 +201,17 @@ impl Medium {
         self.layout.slots_offset + u64::from(index) * CHUNK
     }
 
-    fn read_now(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<Now> {
-        self.media.read_at_now(self.slot_offset(id.index()) + offset as u64, buf)
+    fn try_read(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<TryIo> {
+        self.media.try_read_at(self.slot_offset(id.index()) + offset as u64, buf)
     }
 
     /// Copies from the chunk in a slot that is ready, at `offset`, if its bytes are in memory and are what they were when
     /// the chunk was verified. That is not known of bytes in the page cache: another reader, or the kernel ahead of one,
     /// may have brought them from the device a moment ago. So each block is compared with its checksum.
-    pub(super) fn copy_now(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<Now> {
+    pub(super) fn try_copy(&self, id: SlotId, offset: usize, buf: &mut [u8]) -> io::Result<TryIo> {
         let slot = self.slot(id);
         let read = |block: usize, piece: &mut [u8]| -> io::Result<bool> {
-            let is_read = self.read_now(id, block * BLOCK_BYTES, piece)? == Now::Done;
+            let is_read = self.try_read(id, block * BLOCK_BYTES, piece)? == TryIo::Done;
             Ok(is_read && slot.has_blocks(block, piece))
         };
         let mut done = 0;
@@ -229,18 +229,18 @@ impl Medium {
                 (is_read, len)
             };
             if !is_read {
-                return Ok(Now::Wait);
+                return Ok(TryIo::WouldBlock);
             }
             done += len;
         }
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
     /// Reads a whole slot, to be verified. What the blocking pool reads holds the medium, also if nobody waits for it any
     /// more.
     pub(super) async fn read(self: &Arc<Self>, id: SlotId) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; CHUNK_BYTES];
-        if self.read_now(id, 0, &mut bytes)? == Now::Done {
+        if self.try_read(id, 0, &mut bytes)? == TryIo::Done {
             return Ok(bytes);
         }
         let medium = Arc::clone(self);

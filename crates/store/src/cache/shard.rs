@@ -15,9 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::ChunkHash;
 
-use super::flight::Flight;
 use super::medium::Medium;
 use super::set::{MediumSet, SlotId};
+use super::singleflight::SingleFlight;
 use super::sums::Sums;
 use super::table::Table;
 
@@ -43,7 +43,7 @@ pub(super) struct Index {
     /// The media that slots are meant on.
     media: Arc<MediumSet>,
     table: Table,
-    pub(super) flights: HashMap<ChunkHash, Arc<Flight>>,
+    pub(super) flights: HashMap<ChunkHash, Arc<SingleFlight>>,
     free: Vec<SlotId>,
     probation: VecDeque<SlotId>,
     main: VecDeque<SlotId>,
@@ -129,7 +129,7 @@ impl Index {
 
     /// The slot that holds the chunk.
     pub(super) fn find(&self, hash: &ChunkHash) -> Option<SlotId> {
-        self.table.find(hash.prefix(), |id| self.media.slot(id).see_chunk(hash).is_some())
+        self.table.find(hash.prefix(), |id| self.media.slot(id).version_of(hash).is_some())
     }
 
     /// Takes over an empty slot.

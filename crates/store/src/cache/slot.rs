@@ -33,11 +33,11 @@ const EPOCH: u64 = 0xff << EPOCH_SHIFT;
 /// Most uses that a slot remembers.
 pub(super) const USES_MAX: u64 = 3;
 
-/// The state of a slot at one moment.
+/// The state of a slot at one moment: which chunk it held, for whoever reads it and looks again afterwards.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Seen(u64);
+pub(super) struct SlotVersion(u64);
 
-impl Seen {
+impl SlotVersion {
     pub(super) fn stage(self) -> Stage {
         match self.0 >> STAGE_SHIFT & 3 {
             1 => Stage::Unverified,
@@ -50,7 +50,7 @@ impl Seen {
         (self.0 & USES) >> USES_SHIFT
     }
 
-    fn same_filling(self, other: Seen) -> bool {
+    fn same_filling(self, other: SlotVersion) -> bool {
         let fixed = !(USES | EPOCH);
         self.0 & fixed == other.0 & fixed
     }
@@ -83,24 +83,24 @@ fn words(hash: &ChunkHash) -> [u64; 4] {
 }
 
 impl Slot {
-    pub(super) fn see(&self) -> Seen {
-        Seen(self.state.load(Ordering::Acquire))
+    pub(super) fn version(&self) -> SlotVersion {
+        SlotVersion(self.state.load(Ordering::Acquire))
     }
 
     /// The state, if the slot holds this chunk.
-    pub(super) fn see_chunk(&self, hash: &ChunkHash) -> Option<Seen> {
-        let seen = self.see();
-        (seen.stage() != Stage::Empty && self.holds(hash)).then_some(seen)
+    pub(super) fn version_of(&self, hash: &ChunkHash) -> Option<SlotVersion> {
+        let version = self.version();
+        (version.stage() != Stage::Empty && self.holds(hash)).then_some(version)
     }
 
     fn holds(&self, hash: &ChunkHash) -> bool {
         words(hash).iter().zip(&self.hash).all(|(word, own)| own.load(Ordering::Relaxed) == *word)
     }
 
-    /// Whether what was read since `seen` was what the slot held then, all the time.
-    pub(super) fn is_still(&self, seen: Seen) -> bool {
+    /// Whether what was read since `version` was what the slot held then, all the time.
+    pub(super) fn is_still(&self, version: SlotVersion) -> bool {
         fence(Ordering::Acquire);
-        seen.same_filling(Seen(self.state.load(Ordering::Relaxed)))
+        version.same_filling(SlotVersion(self.state.load(Ordering::Relaxed)))
     }
 
     /// The leading bytes of the chunk's name. Only for slots in a shard's table, under its lock.
@@ -145,42 +145,42 @@ impl Slot {
         blocks.all(|(block, sum)| sum_of(block) == sum.load(Ordering::Relaxed))
     }
 
-    /// Notes that the chunk was verified, unless it is not what it was at `seen`. Returns what is seen if it is. Under
-    /// the shard's lock, so that nobody fills the slot meanwhile.
-    pub(super) fn mark_ready(&self, seen: Seen, sums: &Sums) -> Seen {
+    /// Notes that the chunk was verified, unless the slot is not at `version` any more. Returns the version that
+    /// it has if it is. Under the shard's lock, so that nobody fills the slot meanwhile.
+    pub(super) fn mark_ready(&self, version: SlotVersion, sums: &Sums) -> SlotVersion {
         let changed = |state| state & !STAGE | stage_bits(Stage::Ready);
-        if self.is_still(seen) {
+        if self.is_still(version) {
             self.set_sums(sums);
-            self.update(seen, changed);
+            self.update(version, changed);
         }
-        Seen(changed(seen.0))
+        SlotVersion(changed(version.0))
     }
 
     /// Counts a use, at most one per epoch: the many small reads of one sequential pass are one use.
-    pub(super) fn count_use(&self, seen: Seen, epoch: u8) {
+    pub(super) fn count_use(&self, version: SlotVersion, epoch: u8) {
         let epoch = u64::from(epoch) << EPOCH_SHIFT;
-        if seen.0 & EPOCH == epoch {
+        if version.0 & EPOCH == epoch {
             return;
         }
-        self.update(seen, |state| {
-            let uses = (Seen(state).uses() + 1).min(USES_MAX);
+        self.update(version, |state| {
+            let uses = (SlotVersion(state).uses() + 1).min(USES_MAX);
             state & !(USES | EPOCH) | uses << USES_SHIFT | epoch
         });
     }
 
     pub(super) fn uses(&self) -> u64 {
-        self.see().uses()
+        self.version().uses()
     }
 
     /// Sets the uses to `uses`. Under the shard's lock.
     pub(super) fn set_uses(&self, uses: u64) {
-        self.update(self.see(), |state| state & !USES | uses << USES_SHIFT);
+        self.update(self.version(), |state| state & !USES | uses << USES_SHIFT);
     }
 
-    /// Changes the state for as long as the slot holds what it held at `seen`.
-    fn update(&self, seen: Seen, change: impl Fn(u64) -> u64) {
+    /// Changes the state for as long as the slot holds what it held at `version`.
+    fn update(&self, version: SlotVersion, change: impl Fn(u64) -> u64) {
         let _ = self.state.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |state| {
-            seen.same_filling(Seen(state)).then(|| change(state))
+            version.same_filling(SlotVersion(state)).then(|| change(state))
         });
     }
 }
@@ -204,32 +204,32 @@ mod tests {
     fn a_slot_that_was_filled_anew_is_noticed_even_with_the_same_chunk() {
         let slot = Slot::default();
         slot.fill(&hash(1), Some(&sums(1)), 0);
-        let seen = slot.see_chunk(&hash(1)).unwrap();
-        slot.count_use(seen, 1);
-        assert!(slot.is_still(seen), "a use changes nothing");
+        let version = slot.version_of(&hash(1)).unwrap();
+        slot.count_use(version, 1);
+        assert!(slot.is_still(version), "a use changes nothing");
         slot.empty();
-        assert!(!slot.is_still(seen));
+        assert!(!slot.is_still(version));
         slot.fill(&hash(1), Some(&sums(1)), 0);
-        assert!(!slot.is_still(seen));
-        slot.count_use(seen, 2);
+        assert!(!slot.is_still(version));
+        slot.count_use(version, 2);
         assert_eq!(slot.uses(), 0, "a use of what is gone does not count");
-        assert!(slot.see_chunk(&hash(2)).is_none());
+        assert!(slot.version_of(&hash(2)).is_none());
     }
 
     #[test]
     fn a_chunk_that_was_verified_is_ready_and_not_if_it_is_another_by_then() {
         let slot = Slot::default();
         slot.fill(&hash(1), None, 0);
-        let before = slot.see();
+        let before = slot.version();
         assert_eq!(before.stage(), Stage::Unverified);
         assert!(slot.is_still(slot.mark_ready(before, &sums(1))));
-        assert_eq!(slot.see().stage(), Stage::Ready);
+        assert_eq!(slot.version().stage(), Stage::Ready);
         slot.empty();
         slot.fill(&hash(2), None, 0);
         let late = slot.mark_ready(before, &sums(1));
         assert!(!slot.is_still(late));
-        assert_eq!(slot.see().stage(), Stage::Unverified);
-        slot.mark_ready(slot.see(), &sums(2));
+        assert_eq!(slot.version().stage(), Stage::Unverified);
+        slot.mark_ready(slot.version(), &sums(2));
         assert!(slot.has_blocks(0, &[2; CHUNK_BYTES]), "it has its own checksums");
     }
 
@@ -251,15 +251,15 @@ mod tests {
         let slot = Slot::default();
         slot.fill(&hash(1), Some(&sums(1)), 0);
         for _ in 0..10 {
-            slot.count_use(slot.see(), 0);
+            slot.count_use(slot.version(), 0);
         }
         assert_eq!(slot.uses(), 0, "uses in the epoch of arrival belong to it");
         for epoch in 1..10 {
-            slot.count_use(slot.see(), epoch);
-            slot.count_use(slot.see(), epoch);
+            slot.count_use(slot.version(), epoch);
+            slot.count_use(slot.version(), epoch);
             assert_eq!(slot.uses(), u64::from(epoch).min(USES_MAX));
         }
-        assert_eq!(slot.see().stage(), Stage::Ready);
+        assert_eq!(slot.version().stage(), Stage::Ready);
     }
 
     #[test]

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Now, Priority, SlotHint};
+use block::{BoxFuture, Chunk, ChunkHash, ChunkSource, FetchError, Priority, SlotHint, TryIo};
 use futures_util::FutureExt;
 
-use super::flight::Answer;
 use super::set::SlotId;
-use super::{CacheGroup, Whereabouts, add, identity};
+use super::singleflight::Answer;
+use super::{CacheGroup, Lookup, add, identity};
 
 /// How often one fetch looks again after it found a chunk gone, wrong, or lost with another's upstream.
 /// Each such turn is somebody's progress or a fault; beyond this many the caller asks upstream itself.
@@ -36,15 +36,15 @@ impl Cached {
         }
         for _ in 0..TURNS_MAX {
             match self.group.locate(hash, priority, &self.upstream) {
-                Whereabouts::Arrived(chunk) => return Ok(chunk),
-                Whereabouts::Stored(medium, id, seen) => {
-                    if let Some(chunk) = self.group.read_chunk(hash, &medium, id, seen).await {
+                Lookup::Arrived(chunk) => return Ok(chunk),
+                Lookup::Stored(medium, id, version) => {
+                    if let Some(chunk) = self.group.read_chunk(hash, &medium, id, version).await {
                         return Ok(chunk);
                     }
                 }
                 // Our fetch for another image may wait for the child that asks, which has its place above us in that
                 // image's hierarchy. In each hierarchy alone nobody waits for those below.
-                Whereabouts::Coming(mut waiter)
+                Lookup::Coming(mut waiter)
                     if self.reader == Reader::Child && waiter.is_elsewhere(identity(&self.upstream)) =>
                 {
                     tokio::select! {
@@ -53,7 +53,7 @@ impl Cached {
                         answer = self.upstream.fetch(hash, priority) => return answer,
                     }
                 }
-                Whereabouts::Coming(mut waiter) => match waiter.answer().await {
+                Lookup::Coming(mut waiter) => match waiter.answer().await {
                     // Another upstream could not deliver; ours was not asked yet.
                     Err(_) if waiter.is_elsewhere(identity(&self.upstream)) => {}
                     answer => return answer,
@@ -69,16 +69,16 @@ impl ChunkSource for Cached {
         self.get(chunk, priority).boxed()
     }
 
-    fn read_now(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> Now {
+    fn try_read(&self, chunk: &ChunkHash, hint: &SlotHint, offset: usize, buf: &mut [u8]) -> TryIo {
         if chunk.is_zero() {
             buf.fill(0);
-            return Now::Done;
+            return TryIo::Done;
         }
         let (group, shard) = (&self.group, self.group.shard(chunk));
         if let Some(id) = SlotId::from_hint(hint.get())
-            && group.copy_now(shard, id, chunk, offset, buf) == Now::Done
+            && group.try_copy(shard, id, chunk, offset, buf) == TryIo::Done
         {
-            return Now::Done;
+            return TryIo::Done;
         }
         let (found, arrived) = {
             let mut index = shard.lock();
@@ -90,14 +90,14 @@ impl ChunkSource for Cached {
         match (found, arrived) {
             (Some(id), _) => {
                 hint.set(id.to_hint());
-                group.copy_now(shard, id, chunk, offset, buf)
+                group.try_copy(shard, id, chunk, offset, buf)
             }
             (None, Some(arrived)) => {
                 buf.copy_from_slice(&arrived.bytes()[offset..offset + buf.len()]);
                 add(&shard.hits, 1);
-                Now::Done
+                TryIo::Done
             }
-            (None, None) => Now::Wait,
+            (None, None) => TryIo::WouldBlock,
         }
     }
 }

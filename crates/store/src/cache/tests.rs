@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
-use block::{BoxFuture, FetchError, Now, SlotHint};
+use block::{BoxFuture, FetchError, SlotHint, TryIo};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use rand::rngs::StdRng;
@@ -139,13 +139,13 @@ async fn a_part_is_read_at_once_with_and_without_a_hint() {
     let source = group.over(origin);
     let hint = SlotHint::default();
     let mut buf = [1; 8];
-    assert_eq!(source.read_now(&hash(1), &hint, 0, &mut buf), Now::Wait, "it is not there yet");
+    assert_eq!(source.try_read(&hash(1), &hint, 0, &mut buf), TryIo::WouldBlock, "it is not there yet");
     fetch_all(&source, [1]).await;
     group.settled().await;
     // The medium lets some reads wait, by its seed; not many in a row.
     let mut read = |hash: &ChunkHash, hint: &SlotHint| {
         buf.fill(0xee);
-        (0..50).any(|_| source.read_now(hash, hint, 2, &mut buf) == Now::Done).then_some(buf)
+        (0..50).any(|_| source.try_read(hash, hint, 2, &mut buf) == TryIo::Done).then_some(buf)
     };
     let expected: [u8; 8] = chunk(1).bytes()[2..10].try_into().unwrap();
     assert_eq!(read(&hash(1), &hint), Some(expected));
@@ -369,8 +369,8 @@ async fn a_restart_finds_the_chunks_again_without_upstream() {
     assert_eq!(after.stats().resident_chunks, 12);
     let mut byte = [0];
     assert_eq!(
-        source.read_now(&hash(3), &SlotHint::default(), 0, &mut byte),
-        Now::Wait,
+        source.try_read(&hash(3), &SlotHint::default(), 0, &mut byte),
+        TryIo::WouldBlock,
         "nothing unverified is used"
     );
     fetch_all(&source, 0..12).await;
@@ -520,7 +520,7 @@ async fn random_fetches_and_restarts_agree_with_the_model() {
                 6..13 => {
                     let number = random.random_range(0..60);
                     let mut buf = [0; 100];
-                    if source.read_now(&hash(number), &SlotHint::default(), 0, &mut buf) == Now::Done {
+                    if source.try_read(&hash(number), &SlotHint::default(), 0, &mut buf) == TryIo::Done {
                         assert_eq!(buf, chunk(number).bytes()[..100], "seed {seed}: chunk {number}");
                     }
                 }
@@ -538,7 +538,7 @@ async fn random_fetches_and_restarts_agree_with_the_model() {
         // One chunk never sits in two slots.
         let media = cache.media.load();
         for number in 0..60 {
-            let holds = |slot: &&Slot| slot.see_chunk(&hash(number)).is_some();
+            let holds = |slot: &&Slot| slot.version_of(&hash(number)).is_some();
             let copies = media.iter().flat_map(|medium| medium.slots()).filter(holds).count();
             assert!(copies <= 1, "seed {seed}: chunk {number} in {copies} slots");
         }

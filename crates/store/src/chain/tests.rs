@@ -409,7 +409,7 @@ impl World {
         let fault = self.spoil(spoilt);
         let merged = async {
             for range in below.own_ranges() {
-                above.pull(range).await?;
+                above.stream_from_base(range).await?;
             }
             above.flush().await
         };
@@ -473,9 +473,9 @@ impl World {
         let is_given_up = random.random();
         for range in below.own_ranges() {
             if is_given_up {
-                poll_some(&mut random, async { above.pull(range).await.map(drop) }).await;
+                poll_some(&mut random, async { above.stream_from_base(range).await.map(drop) }).await;
             } else {
-                above.pull(range).await.unwrap();
+                above.stream_from_base(range).await.unwrap();
             }
         }
         if is_given_up {
@@ -500,9 +500,9 @@ impl World {
         let is_given_up = random.random_range(0..3) == 0;
         for range in above.own_ranges() {
             if is_given_up {
-                poll_some(&mut random, async { below.absorb(&above, range).await.map(drop) }).await;
+                poll_some(&mut random, async { below.commit_from(&above, range).await.map(drop) }).await;
             } else {
-                below.absorb(&above, range).await.unwrap();
+                below.commit_from(&above, range).await.unwrap();
             }
         }
         if is_given_up {

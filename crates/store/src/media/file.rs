@@ -5,7 +5,7 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
-use block::{ExtentKind, Now};
+use block::{ExtentKind, TryIo};
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -22,7 +22,7 @@ const ZERO_PIECE_BYTES: usize = 64 * 1024;
 pub struct FileMedia {
     file: File,
     is_device: bool,
-    /// How [`Media::read_at_now`] asks not to wait.
+    /// How [`Media::try_read_at`] asks not to wait.
     now: ReadWriteFlags,
 }
 
@@ -114,14 +114,16 @@ impl Media for FileMedia {
         self.file.read_exact_at(buf, offset)
     }
 
-    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<TryIo> {
         let len = buf.len();
         match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, self.now) {
-            Ok(read) if read == len => Ok(Now::Done),
+            Ok(read) if read == len => Ok(TryIo::Done),
             // Part of the range is cached, or ends the file: the waiting read tells which.
-            Ok(_) => Ok(Now::Wait),
+            Ok(_) => Ok(TryIo::WouldBlock),
             // A file system without RWF_NOWAIT is one that always waits.
-            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(Now::Wait),
+            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                Ok(TryIo::WouldBlock)
+            }
             Err(error) => Err(error.into()),
         }
     }

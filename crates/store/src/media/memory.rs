@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use block::Now;
+use block::TryIo;
 
 use crate::Media;
 
@@ -115,8 +115,8 @@ impl Media for MemoryMedia {
         self.bytes().read(offset, buf)
     }
 
-    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
-        self.read_at(offset, buf).map(|()| Now::Done)
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<TryIo> {
+        self.read_at(offset, buf).map(|()| TryIo::Done)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

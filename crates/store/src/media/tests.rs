@@ -39,7 +39,7 @@ fn every_medium_refuses_to_read_beyond_its_end() {
         media.set_len(100).unwrap();
         let mut buf = [0; 2];
         assert_eq!(media.read_at(99, &mut buf).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-        assert!(!matches!(media.read_at_now(99, &mut buf), Ok(Now::Done)));
+        assert!(!matches!(media.try_read_at(99, &mut buf), Ok(TryIo::Done)));
         media.punch_hole(50, 1_000).unwrap();
         assert_eq!(media.len_bytes().unwrap(), 100, "a hole beyond the end makes nothing longer");
     });
@@ -94,6 +94,6 @@ fn a_file_in_memory_is_read_without_waiting() {
     let media = FileMedia::open_or_create(&dir.path().join("file")).unwrap();
     media.write_at(0, &[7; 100]).unwrap();
     let mut buf = [0; 50];
-    assert_eq!(media.read_at_now(25, &mut buf).unwrap(), Now::Done);
+    assert_eq!(media.try_read_at(25, &mut buf).unwrap(), TryIo::Done);
     assert_eq!(buf, [7; 50]);
 }

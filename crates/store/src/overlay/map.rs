@@ -3,8 +3,8 @@
 //! One bit per block, in pages that exist only where a block was ever allocated, so that a huge and
 //! mostly untouched disk costs next to nothing. Bits only ever go from 0 to 1 and reading takes no lock.
 //!
-//! Consistency: a bit is set after the block's bytes are in the data file and the bit in the [live](super::live)
-//! file, and together with the note that it is not durable yet. So whoever sees a bit set and flushes also makes
+//! Consistency: a bit is set after the block's bytes are in the data file and the bit in the
+//! [unsynced map](super::unsynced_map)'s file, and together with the note that it is not durable yet. So whoever sees a bit set and flushes also makes
 //! that bit durable.
 
 use std::collections::BTreeSet;
@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::live::LiveMap;
+use super::unsynced_map::UnsyncedMap;
 
 /// Words in one page: 4 KiB of memory for 128 MiB of disk, and 16 bytes while nothing there is allocated.
 const PAGE_WORDS: u64 = 512;
@@ -87,21 +87,21 @@ impl BlockMap {
         self.word(block / WORD_BLOCKS) >> (block % WORD_BLOCKS) & 1 == 1
     }
 
-    /// Marks blocks as the overlay's own, here and in `live`. Their bytes are in the data file. After an error
+    /// Marks blocks as the overlay's own, here and in `unsynced`. Their bytes are in the data file. After an error
     /// some of them are.
-    pub(super) fn allocate(&self, live: &LiveMap, range: Range<u64>) -> io::Result<()> {
+    pub(super) fn allocate(&self, unsynced: &UnsyncedMap, range: Range<u64>) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
             let end = range.end.min((at / PAGE_BLOCKS + 1) * PAGE_BLOCKS);
             if self.run(at..end) != (Place::Own, end - at) {
-                self.allocate_in_page(live, at..end)?;
+                self.allocate_in_page(unsynced, at..end)?;
             }
             at = end;
         }
         Ok(())
     }
 
-    fn allocate_in_page(&self, live: &LiveMap, range: Range<u64>) -> io::Result<()> {
+    fn allocate_in_page(&self, unsynced: &UnsyncedMap, range: Range<u64>) -> io::Result<()> {
         let words = range.start / WORD_BLOCKS..range.end.div_ceil(WORD_BLOCKS);
         let added = |index: u64| {
             let (start, end) =
@@ -114,7 +114,7 @@ impl BlockMap {
             *bytes = (self.word(index) | added(index)).to_le_bytes();
         }
         let count = (words.end - words.start) as usize;
-        live.write(words.start, bytes[..count].as_flattened())?;
+        unsynced.write(words.start, bytes[..count].as_flattened())?;
         for index in words {
             let bits = added(index);
             if self.word(index) & bits != bits {
@@ -127,7 +127,7 @@ impl BlockMap {
 
     /// Takes over a word that a killed process left; it is not durable yet. `false` if it does not lie on the
     /// disk.
-    pub(super) fn restore_live(&self, word: Word) -> bool {
+    pub(super) fn restore_unsynced(&self, word: Word) -> bool {
         let mut pending = self.pending();
         let is_new = self.word(word.index) & word.bits != word.bits;
         let fits = self.restore(word);
@@ -231,11 +231,11 @@ mod tests {
         fn runs_and_counts_agree_with_a_plain_set(ranges in prop::collection::vec((0..BLOCKS, 1u64..3000), 0..20)) {
             let map = BlockMap::new(BLOCKS);
             let media = Arc::new(MemoryMedia::default());
-            let live = LiveMap::create(Arc::clone(&media) as _, BOOT).unwrap();
+            let unsynced = UnsyncedMap::create(Arc::clone(&media) as _, BOOT).unwrap();
             let mut plain = BTreeSet::new();
             for (first, len) in ranges {
                 let end = (first + len).min(BLOCKS);
-                map.allocate(&live, first..end).unwrap();
+                map.allocate(&unsynced, first..end).unwrap();
                 plain.extend(first..end);
             }
             let mut at = 0;
@@ -255,7 +255,7 @@ mod tests {
             prop_assert!(pending.into_iter().all(|word| again.restore(word)));
             prop_assert_eq!(again.all(), map.all());
             let killed = BlockMap::new(BLOCKS);
-            let opened = LiveMap::open(media, BOOT, || {}, |word| killed.restore_live(word)).unwrap();
+            let opened = UnsyncedMap::open(media, BOOT, || {}, |word| killed.restore_unsynced(word)).unwrap();
             prop_assert!(opened.is_ok());
             prop_assert_eq!(killed.take_pending(), map.all());
         }

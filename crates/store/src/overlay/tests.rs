@@ -1,8 +1,8 @@
 //! The overlay's own promises; those over faulty media are in `model`, those of its files in `files`.
 
 mod files;
+mod merge;
 pub(crate) mod model;
-mod pull;
 
 use std::sync::Mutex;
 use std::sync::mpsc;
@@ -38,14 +38,14 @@ impl Disk for Base {
         Access::ReadOnly
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         let mut reads = self.reads.lock().unwrap();
         *reads += 1;
         if reads.is_multiple_of(2) {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
         self.copy(offset, buf);
-        Ok(Now::Done)
+        Ok(TryIo::Done)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
@@ -184,9 +184,9 @@ async fn ranges_off_the_disk_are_refused() {
     let disk = Trio::new(1).create(10_000, Base::new(vec![]));
     let is_refused = |result| matches!(result, Err(DiskError::OutOfRange { size_bytes: 10_000, .. }));
     assert!(is_refused(disk.write(9_999, &[1; 2]).await));
-    assert!(is_refused(disk.write_now(9_999, &[1; 2]).map(drop)));
+    assert!(is_refused(disk.try_write(9_999, &[1; 2]).map(drop)));
     assert!(is_refused(disk.read(10_000, &mut [1]).await));
-    assert!(is_refused(disk.read_now(u64::MAX, &mut [1]).map(drop)));
+    assert!(is_refused(disk.try_read(u64::MAX, &mut [1]).map(drop)));
     assert!(is_refused(disk.discard(u64::MAX, u64::MAX).await));
     assert!(is_refused(disk.write_zeroes(1, 10_000).await));
     assert!(is_refused(disk.extents(0, 10_001).await.map(drop)));
@@ -297,8 +297,8 @@ impl Media for SlowHoles {
         self.memory.read_at(offset, buf)
     }
 
-    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
-        self.memory.read_at_now(offset, buf)
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<TryIo> {
+        self.memory.try_read_at(offset, buf)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -336,7 +336,7 @@ async fn a_discard_whose_future_was_dropped_cannot_destroy_a_later_write() {
     assert!((&mut discard).now_or_never().is_none());
     has_begun.recv().unwrap();
     drop(discard);
-    assert_eq!(disk.write_now(0, &[1; 100]).unwrap(), Now::Wait);
+    assert_eq!(disk.try_write(0, &[1; 100]).unwrap(), TryIo::WouldBlock);
     let mut write = disk.write(0, &[1; 100]);
     assert!((&mut write).now_or_never().is_none(), "the hole is still being punched");
     go.send(()).unwrap();

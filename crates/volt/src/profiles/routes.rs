@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 
 use super::{KeptProfile, Recorded};
 use crate::Volt;
-use crate::routes::{any_member, itself};
+use crate::routes::{any_member, require_self};
 use control::api::now_unix_ms;
 use control::api::profile::{NewProfile, ProfileFile, ProfileSummary, ProfileView};
 use control::api::volt::ImageRecord;
@@ -87,7 +87,7 @@ async fn add_record(
     Path(node): Path<NodeName>,
     Json(request): Json<NewProfile>,
 ) -> Result<StatusCode, ApiError> {
-    itself(&peer, &node)?;
+    require_self(&peer, &node)?;
     let id = request.file.0.image();
     let image = volt.catalog.image(&id.to_string())?;
     must_fit(&request.file, &image)?;

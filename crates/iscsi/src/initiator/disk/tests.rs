@@ -69,7 +69,7 @@ fn unit() -> Unit {
 async fn with<F: Future<Output = ()>>(
     unit: Unit,
     mut script: Script,
-    work: impl FnOnce(Arc<Way>) -> F,
+    work: impl FnOnce(Arc<UnitClient>) -> F,
 ) -> Script {
     let (sender, mut jobs) = mpsc::channel::<Job>(1);
     let target = tokio::spawn(async move {
@@ -79,7 +79,7 @@ async fn with<F: Future<Output = ()>>(
         }
         script
     });
-    work(Arc::new(Way::new(unit, sender, Retry::For(std::time::Duration::from_secs(3))))).await;
+    work(Arc::new(UnitClient::new(unit, sender, Retry::For(std::time::Duration::from_secs(3))))).await;
     target.await.unwrap()
 }
 
@@ -89,18 +89,18 @@ fn script(replies: Vec<Reply>) -> Script {
 
 #[test]
 fn pieces_end_where_pages_do_and_cover_the_range() {
-    let pieces: Vec<_> = Way::pieces(512, 10_240, 4096).collect();
+    let pieces: Vec<_> = UnitClient::pieces(512, 10_240, 4096).collect();
     assert_eq!(pieces, [(512, 3584), (4096, 4096), (8192, 2048)]);
-    assert_eq!(Way::pieces(4096, 4096, 4096).count(), 0);
-    assert_eq!(Way::pieces(4096, 8192, 1 << 20).collect::<Vec<_>>(), [(4096, 4096)]);
+    assert_eq!(UnitClient::pieces(4096, 4096, 4096).count(), 0);
+    assert_eq!(UnitClient::pieces(4096, 8192, 1 << 20).collect::<Vec<_>>(), [(4096, 4096)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_busy_unit_is_asked_again() {
     let replies =
         vec![status(0x08), check(6, 0x2900), status(0x28), status(0x40), check(2, 0x0401), check(5, 0x2500)];
-    let after = with(unit(), script(replies), async |way| {
-        way.write(0, &[1; BLOCK]).await.unwrap();
+    let after = with(unit(), script(replies), async |client| {
+        client.write(0, &[1; BLOCK]).await.unwrap();
     })
     .await;
     assert_eq!(after.codes, [0x8a; 7]);
@@ -111,8 +111,8 @@ async fn a_busy_unit_is_asked_again() {
 async fn a_unit_that_stays_busy_or_tells_news_without_end_is_an_error() {
     for reply in [status(0x08), check(5, 0x2500), check(6, 0x2900)] {
         let endless = vec![reply; 1000];
-        with(unit(), script(endless), async |way| {
-            let failed = way.write(0, &[1; BLOCK]).await;
+        with(unit(), script(endless), async |client| {
+            let failed = client.write(0, &[1; BLOCK]).await;
             assert!(matches!(failed, Err(DiskError::Io(_))), "{failed:?}");
         })
         .await;
@@ -121,9 +121,11 @@ async fn a_unit_that_stays_busy_or_tells_news_without_end_is_an_error() {
 
 #[tokio::test]
 async fn a_unit_whose_size_has_changed_is_not_used_any_more() {
-    let after = with(unit(), script(vec![check(6, 0x2a09)]), async |way| {
+    let after = with(unit(), script(vec![check(6, 0x2a09)]), async |client| {
         for _ in 0..2 {
-            let Err(DiskError::Io(why)) = way.write(0, &[1; BLOCK]).await else { panic!("it has changed") };
+            let Err(DiskError::Io(why)) = client.write(0, &[1; BLOCK]).await else {
+                panic!("it has changed")
+            };
             assert!(why.contains("size") && why.contains("open it anew"), "{why}");
         }
     })
@@ -134,21 +136,21 @@ async fn a_unit_whose_size_has_changed_is_not_used_any_more() {
 #[tokio::test]
 async fn a_command_that_was_carried_out_in_part_is_an_error() {
     let short = Reply { is_whole: false, ..status(0) };
-    with(unit(), script(vec![short.clone(), short]), async |way| {
-        assert!(way.write(0, &[1; BLOCK]).await.is_err());
-        assert!(way.read(0, &mut [1; BLOCK]).await.is_err());
+    with(unit(), script(vec![short.clone(), short]), async |client| {
+        assert!(client.write(0, &[1; BLOCK]).await.is_err());
+        assert!(client.read(0, &mut [1; BLOCK]).await.is_err());
     })
     .await;
 }
 
 #[tokio::test]
 async fn ranges_that_do_not_fill_blocks_keep_what_is_around_them() {
-    let after = with(unit(), script(Vec::new()), async |way| {
-        way.write(BLOCK as u64 - 5, &[1; 10]).await.unwrap();
-        way.write_zeroes(3 * BLOCK as u64 - 3, BLOCK as u64 + 6).await.unwrap();
-        way.discard(9 * BLOCK as u64 - 3, 7 * BLOCK as u64 + 6).await.unwrap();
+    let after = with(unit(), script(Vec::new()), async |client| {
+        client.write(BLOCK as u64 - 5, &[1; 10]).await.unwrap();
+        client.write_zeroes(3 * BLOCK as u64 - 3, BLOCK as u64 + 6).await.unwrap();
+        client.discard(9 * BLOCK as u64 - 3, 7 * BLOCK as u64 + 6).await.unwrap();
         let mut read = [0; 7];
-        way.read(BLOCK as u64 - 6, &mut read).await.unwrap();
+        client.read(BLOCK as u64 - 6, &mut read).await.unwrap();
         assert_eq!(read, [9, 1, 1, 1, 1, 1, 1]);
     })
     .await;
@@ -174,8 +176,8 @@ async fn space_is_given_back_by_what_the_unit_has_and_zeroes_are_written_otherwi
     ];
     for (unit, unknown, codes) in cases {
         let script = Script { unknown: unknown.to_vec(), ..script(Vec::new()) };
-        let after = with(unit.clone(), script, async |way| {
-            way.discard(0, 32 * BLOCK as u64).await.unwrap();
+        let after = with(unit.clone(), script, async |client| {
+            client.discard(0, 32 * BLOCK as u64).await.unwrap();
         })
         .await;
         assert_eq!(after.codes, codes, "{unit:?}");
@@ -187,14 +189,14 @@ async fn space_is_given_back_by_what_the_unit_has_and_zeroes_are_written_otherwi
 #[tokio::test]
 async fn a_unit_without_a_cache_has_nothing_to_flush() {
     let script = Script { unknown: vec![0x35], ..script(Vec::new()) };
-    with(unit(), script, async |way| way.flush().await.unwrap()).await;
+    with(unit(), script, async |client| client.flush().await.unwrap()).await;
 }
 
 #[tokio::test]
 async fn a_change_within_a_block_keeps_others_away_though_nobody_waits_for_it() {
     let (sender, mut jobs) = mpsc::channel::<Job>(8);
-    let way = Arc::new(Way::new(unit(), sender, Retry::Forever));
-    let writing = Arc::clone(&way);
+    let client = Arc::new(UnitClient::new(unit(), sender, Retry::Forever));
+    let writing = Arc::clone(&client);
     let cancelled = tokio::spawn(async move { writing.write(3, &[1; 9]).await });
     let block = jobs.recv().await.unwrap();
     block.done.send(Ok(Reply { data: vec![9; BLOCK], ..status(0) })).unwrap();
@@ -202,7 +204,7 @@ async fn a_change_within_a_block_keeps_others_away_though_nobody_waits_for_it() 
     assert_eq!(write.command.cdb[0], 0x8a);
     cancelled.abort();
     assert!(cancelled.await.is_err());
-    let neighbour = Arc::clone(&way);
+    let neighbour = Arc::clone(&client);
     let mut neighbour = tokio::spawn(async move { neighbour.write(0, &[2; BLOCK]).await });
     tokio::select! {
         biased;

@@ -6,7 +6,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use block::{Access, BoxFuture, ChunkIndex, Disk, DiskError, Extent, Now, Priority};
+use block::{Access, BoxFuture, ChunkIndex, Disk, DiskError, Extent, Priority, TryIo};
 use image::{ImageVolume, Recorder};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -102,13 +102,13 @@ impl Disk for BootTap {
         self.volume.access()
     }
 
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<Now, DiskError> {
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<TryIo, DiskError> {
         self.note(offset, buf.len());
-        self.volume.read_now(offset, buf)
+        self.volume.try_read(offset, buf)
     }
 
-    fn write_now(&self, offset: u64, data: &[u8]) -> Result<Now, DiskError> {
-        self.volume.write_now(offset, data)
+    fn try_write(&self, offset: u64, data: &[u8]) -> Result<TryIo, DiskError> {
+        self.volume.try_write(offset, data)
     }
 
     fn read<'a>(&'a self, offset: u64, buf: &'a mut [u8]) -> BoxFuture<'a, Result<(), DiskError>> {

@@ -66,11 +66,11 @@ impl Media for Gated {
         self.media.read_at(offset, buf)
     }
 
-    fn read_at_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<Now> {
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<TryIo> {
         if !self.is_in_memory.load(Ordering::SeqCst) {
-            return Ok(Now::Wait);
+            return Ok(TryIo::WouldBlock);
         }
-        self.media.read_at_now(offset, buf)
+        self.media.try_read_at(offset, buf)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -120,7 +120,7 @@ fn assert_whole(group: &CacheGroup) {
     }
     assert!(stats.resident_chunks <= stats.capacity_chunks, "{stats:?}");
     for number in 0..CHUNKS {
-        let holds = |slot: &&Slot| slot.see_chunk(&hash(number)).is_some();
+        let holds = |slot: &&Slot| slot.version_of(&hash(number)).is_some();
         let usable = media.iter().filter(|medium| medium.is_usable());
         let copies = usable.flat_map(|medium| medium.slots()).filter(holds).count();
         assert!(copies <= 1, "chunk {number} is in {copies} slots");
@@ -156,17 +156,17 @@ async fn what_was_on_a_removed_medium_is_fetched_again_and_found_again_when_it_i
     let group = named(&[("one", &media[0]), ("two", &media[1])]);
     let source = group.over(origin.clone());
     let hints: Vec<SlotHint> = (0..40).map(|_| SlotHint::default()).collect();
-    let read_all_now = || {
+    let try_read_all = || {
         for (number, hint) in hints.iter().enumerate() {
             let mut buf = [0; 100];
-            if source.read_now(&hash(number as u32), hint, 0, &mut buf) == Now::Done {
+            if source.try_read(&hash(number as u32), hint, 0, &mut buf) == TryIo::Done {
                 assert_eq!(buf, chunk(number as u32).bytes()[..100]);
             }
         }
     };
     fetch_all(&source, 0..40).await;
     group.settled().await;
-    read_all_now();
+    try_read_all();
     let on_two = status(&group, "two").unwrap().resident_chunks;
     assert_eq!(on_two, 20);
 
@@ -174,18 +174,18 @@ async fn what_was_on_a_removed_medium_is_fetched_again_and_found_again_when_it_i
     assert_eq!(status(&group, "two"), None);
     assert_eq!((group.stats().resident_chunks, group.stats().capacity_chunks), (20, 20));
     // Hints still name its slots, also when another medium has its number.
-    read_all_now();
+    try_read_all();
     let third = medium(20, 3);
     add(&group, "three", &third).await.unwrap();
     fetch_all(&source, 0..40).await;
     group.settled().await;
-    read_all_now();
+    try_read_all();
     assert_eq!(origin.asked().len(), 60, "what was on it, and nothing else, was fetched again");
 
     group.remove("three").await.unwrap();
     add(&group, "two", &media[1]).await.unwrap();
     fetch_all(&source, 0..40).await;
-    read_all_now();
+    try_read_all();
     assert_eq!(origin.asked().len(), 60);
     assert_whole(&group);
 }
@@ -268,7 +268,7 @@ async fn what_comes_from_the_device_is_read_by_nobody_before_it_is_verified() {
     fetch_all(&source, [0]).await;
     group.settled().await;
     let (hint, mut buf) = (SlotHint::default(), [0; 100]);
-    assert_eq!(source.read_now(&hash(0), &hint, 0, &mut buf), Now::Done);
+    assert_eq!(source.try_read(&hash(0), &hint, 0, &mut buf), TryIo::Done);
     assert_eq!(buf, chunk(0).bytes()[..100]);
 
     let closed = gated.close();
@@ -280,7 +280,7 @@ async fn what_comes_from_the_device_is_read_by_nobody_before_it_is_verified() {
         tokio::spawn(async move { fetch_all(&source, [0]).await })
     };
     gated.until_waiting(1).await;
-    assert_eq!(source.read_now(&hash(0), &hint, 0, &mut buf), Now::Wait, "{buf:x?}");
+    assert_eq!(source.try_read(&hash(0), &hint, 0, &mut buf), TryIo::WouldBlock, "{buf:x?}");
     drop(closed);
     whole.await.unwrap();
     assert_eq!((origin.asked().len(), group.media()[0].failures), (2, 1));
@@ -306,9 +306,9 @@ async fn bytes_that_changed_in_memory_reach_nobody_who_reads_a_part_either() {
                 let from = random.random_range(0..CHUNK_BYTES);
                 let len = random.random_range(1..=CHUNK_BYTES - from).min(random.random_range(1..20_000));
                 let mut buf = vec![0xee; len];
-                match source.read_now(&hash(number), &SlotHint::default(), from, &mut buf) {
-                    Now::Done => assert_eq!(buf, chunk(number).bytes()[from..from + len], "seed {seed}"),
-                    Now::Wait => {}
+                match source.try_read(&hash(number), &SlotHint::default(), from, &mut buf) {
+                    TryIo::Done => assert_eq!(buf, chunk(number).bytes()[from..from + len], "seed {seed}"),
+                    TryIo::WouldBlock => {}
                 }
             }
             fetch_all(&source, 0..2).await;
@@ -373,9 +373,9 @@ async fn rotten_bits_reach_nobody_and_a_medium_that_brings_too_many_has_failed()
             let mut buf = [0; 4096];
             let whole = chunk(number);
             let expected = &whole.bytes()[piece..piece + 4096];
-            match source.read_now(&hash(number), &hints[number as usize], piece, &mut buf) {
-                Now::Done => assert_eq!(buf, *expected, "chunk {number} at {piece}"),
-                Now::Wait => fetch_all(&source, [number]).await,
+            match source.try_read(&hash(number), &hints[number as usize], piece, &mut buf) {
+                TryIo::Done => assert_eq!(buf, *expected, "chunk {number} at {piece}"),
+                TryIo::WouldBlock => fetch_all(&source, [number]).await,
             }
         }
     }
@@ -406,7 +406,7 @@ async fn no_hole_of_a_medium_that_was_cut_short_is_taken_for_a_chunk() {
         group.settled().await;
         for number in 0..CHUNKS {
             let mut buf = [0; 100];
-            if source.read_now(&hash(number), &hints[number as usize], 8, &mut buf) == Now::Done {
+            if source.try_read(&hash(number), &hints[number as usize], 8, &mut buf) == TryIo::Done {
                 assert_eq!(buf, chunk(number).bytes()[8..108], "chunk {number}");
             }
         }
@@ -497,11 +497,11 @@ async fn read_randomly(source: Arc<dyn ChunkSource>, hints: Arc<Vec<SlotHint>>, 
         let expected = &chunks[number];
         let offset = random.random_range(0..CHUNK_BYTES - 600);
         let mut buf = [0; 600];
-        match source.read_now(&expected.hash(), &hints[number], offset, &mut buf) {
-            Now::Done => {
+        match source.try_read(&expected.hash(), &hints[number], offset, &mut buf) {
+            TryIo::Done => {
                 assert_eq!(buf, expected.bytes()[offset..offset + 600], "seed {seed}, chunk {number}");
             }
-            Now::Wait => {
+            TryIo::WouldBlock => {
                 let priority = [Priority::Guest, Priority::Profile][random.random_range(0..2)];
                 let got = source.fetch(expected.hash(), priority).await.unwrap();
                 assert_eq!(got.bytes(), expected.bytes(), "seed {seed}, chunk {number}");

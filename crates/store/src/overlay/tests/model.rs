@@ -51,9 +51,9 @@ impl Change {
 
     pub(crate) async fn run(&self, disk: &dyn Disk) -> Result<(), DiskError> {
         match self {
-            Change::Write { offset, data } => match disk.write_now(*offset, data)? {
-                Now::Done => Ok(()),
-                Now::Wait => disk.write(*offset, data).await,
+            Change::Write { offset, data } => match disk.try_write(*offset, data)? {
+                TryIo::Done => Ok(()),
+                TryIo::WouldBlock => disk.write(*offset, data).await,
             },
             Change::Zeroes { offset, len } => disk.write_zeroes(*offset, *len).await,
             Change::Discard { offset, len } => disk.discard(*offset, *len).await,
@@ -173,7 +173,7 @@ async fn run(seed: u64) {
             9..13 => {
                 let (offset, len) = change.range();
                 let mut buf = vec![0; len as usize];
-                if disk.read_now(offset, &mut buf).unwrap() == Now::Wait {
+                if disk.try_read(offset, &mut buf).unwrap() == TryIo::WouldBlock {
                     disk.read(offset, &mut buf).await.unwrap();
                 }
                 assert!(buf == model.current(offset, len as usize), "{what}: {len} bytes at {offset}");
@@ -188,8 +188,8 @@ async fn run(seed: u64) {
             16 => {
                 poll_some(&mut random, change.run(&disk)).await;
                 let (offset, len) = change.range();
-                // Whatever still runs on the blocking pool has its claim until it is done.
-                drop(disk.claims.claim(touched(offset, len)).await);
+                // Whatever still runs on the blocking pool has its lock until it is done.
+                drop(disk.range_lock.lock(touched(offset, len)).await);
                 model.done_in_part(&change, &disk, &what).await;
             }
             17 => {
@@ -211,7 +211,8 @@ async fn run(seed: u64) {
             }
             19 => {
                 let (offset, len) = change.range();
-                poll_some(&mut random, async { disk.pull(offset..offset + len).await.map(drop) }).await;
+                poll_some(&mut random, async { disk.stream_from_base(offset..offset + len).await.map(drop) })
+                    .await;
             }
             _ => {
                 if random.random() {

@@ -21,8 +21,8 @@ pub enum Strike {
 
 /// Whether one parent answers. See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Breaker {
-    state: State,
+pub struct CircuitBreaker {
+    state: BreakerState,
     /// In a row, while closed.
     strikes: u32,
     /// Since the last chunk.
@@ -30,7 +30,7 @@ pub struct Breaker {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-enum State {
+enum BreakerState {
     #[default]
     Closed,
     Open {
@@ -42,19 +42,19 @@ enum State {
     },
 }
 
-impl Breaker {
+impl CircuitBreaker {
     /// Whether a request may go there at `now`.
     pub fn allows(&self, now: Duration) -> bool {
         match self.state {
-            State::Closed => true,
-            State::Open { probe_at: at } | State::Probing { next_at: at } => now >= at,
+            BreakerState::Closed => true,
+            BreakerState::Open { probe_at: at } | BreakerState::Probing { next_at: at } => now >= at,
         }
     }
 
     /// A request went there; if the breaker is open and the pause over, it is the probe.
     pub fn asked(&mut self, now: Duration) {
-        if !matches!(self.state, State::Closed) && self.allows(now) {
-            self.state = State::Probing { next_at: now + self.pause() };
+        if !matches!(self.state, BreakerState::Closed) && self.allows(now) {
+            self.state = BreakerState::Probing { next_at: now + self.pause() };
         }
     }
 
@@ -65,7 +65,7 @@ impl Breaker {
 
     /// It delivered a chunk, or is connected anew.
     pub fn delivered(&mut self) {
-        *self = Breaker::default();
+        *self = CircuitBreaker::default();
     }
 
     /// It was late, and another delivered instead. While it is open, only the probe's strike counts: those of
@@ -73,15 +73,15 @@ impl Breaker {
     pub fn strike(&mut self, now: Duration) -> Strike {
         self.strikes = self.strikes.saturating_add(1);
         let opens = match self.state {
-            State::Closed => self.strikes >= BREAKER_STRIKES_MAX,
-            State::Open { .. } => false,
-            State::Probing { .. } => true,
+            BreakerState::Closed => self.strikes >= BREAKER_STRIKES_MAX,
+            BreakerState::Open { .. } => false,
+            BreakerState::Probing { .. } => true,
         };
         if !opens {
             return Strike::Counted;
         }
         self.openings = self.openings.saturating_add(1);
-        self.state = State::Open { probe_at: now + self.pause() };
+        self.state = BreakerState::Open { probe_at: now + self.pause() };
         Strike::Opened
     }
 
@@ -97,8 +97,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn opened() -> Breaker {
-        let mut breaker = Breaker::default();
+    fn opened() -> CircuitBreaker {
+        let mut breaker = CircuitBreaker::default();
         for strike in 1..=BREAKER_STRIKES_MAX {
             assert!(breaker.allows(SECOND));
             let expected = if strike < BREAKER_STRIKES_MAX { Strike::Counted } else { Strike::Opened };
@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn strikes_in_a_row_open_it_and_a_chunk_between_them_does_not() {
         assert!(!opened().allows(SECOND));
-        let mut breaker = Breaker::default();
+        let mut breaker = CircuitBreaker::default();
         for _ in 0..100 {
             assert_eq!(breaker.strike(SECOND), Strike::Counted);
             breaker.delivered();

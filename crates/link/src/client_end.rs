@@ -1,10 +1,10 @@
 //! The client side of one link: requests in, bytes out; bytes in, verified chunks out.
 //!
 //! Owns no socket and no clock. The caller moves bytes and hands time in:
-//! [`want`](Child::want), [`cancel`](Child::cancel), [`raise`](Child::raise) and
-//! [`inbox`](Child::inbox) + [`heard`](Child::heard) change the state; afterwards
-//! [`poll_event`](Child::poll_event) and [`poll_transmit`](Child::poll_transmit) are called until they give
-//! nothing, and [`tick`](Child::tick) at [`deadline`](Child::deadline).
+//! [`want`](ClientEnd::want), [`cancel`](ClientEnd::cancel), [`raise`](ClientEnd::raise) and
+//! [`inbox`](ClientEnd::inbox) + [`heard`](ClientEnd::heard) change the state; afterwards
+//! [`poll_event`](ClientEnd::poll_event) and [`poll_transmit`](ClientEnd::poll_transmit) are called until they give
+//! nothing, and [`tick`](ClientEnd::tick) at [`deadline`](ClientEnd::deadline).
 //!
 //! Invariants:
 //! - Every request gets exactly one event, `Arrived` or `Lacking`, unless it was cancelled or the link closes.
@@ -26,12 +26,12 @@ use crate::limits::{
 };
 use crate::pack;
 use crate::session::{Closed, Outgoing, Session};
-use crate::stats::Tally;
+use crate::stats::ScopedStats;
 use crate::wire::{ByeReason, Frame, LackReason, Payload, RequestId};
 
 /// What happened on the link.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ChildEvent {
+pub enum ClientEvent {
     /// The parent greeted: it is who it should be and speaks our version.
     Ready,
     /// The chunk, verified.
@@ -48,7 +48,7 @@ pub enum ChildEvent {
         /// Why.
         reason: LackReason,
     },
-    /// The parent sent bytes that are not the chunk. The link is closed; [`ChildEvent::Closed`] follows.
+    /// The parent sent bytes that are not the chunk. The link is closed; [`ClientEvent::Closed`] follows.
     Liar {
         /// The image that the chunk was asked for of.
         image: ImageId,
@@ -69,11 +69,11 @@ struct Request {
     image: ImageId,
     chunk: ChunkHash,
     priority: Priority,
-    state: State,
+    state: RequestState,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum RequestState {
     /// Not sent yet; the number is its place among those of its priority.
     Queued(u64),
     Sent,
@@ -83,7 +83,7 @@ enum State {
 
 /// The client side of one link. See the module's documentation.
 #[derive(Debug)]
-pub struct Child {
+pub struct ClientEnd {
     session: Session,
     requests: HashMap<RequestId, Request>,
     /// Requests not sent yet, the most urgent and among them the oldest first.
@@ -92,7 +92,7 @@ pub struct Child {
     turn: u64,
     cancels: Vec<RequestId>,
     outstanding: usize,
-    events: VecDeque<ChildEvent>,
+    events: VecDeque<ClientEvent>,
     /// When the oldest of a series of outstanding requests was sent.
     busy_since: Option<Duration>,
     /// When the last ping was sent, unless something was heard since.
@@ -100,11 +100,11 @@ pub struct Child {
     closed_told: bool,
 }
 
-impl Child {
+impl ClientEnd {
     /// A link that node `own` opens to `parent`. `Hello` and requests may be sent at once.
-    pub fn new(own: &NodeName, parent: NodeName, tally: Tally, now: Duration) -> Child {
-        Child {
-            session: Session::new(own, parent, tally, now),
+    pub fn new(own: &NodeName, parent: NodeName, stats: ScopedStats, now: Duration) -> ClientEnd {
+        ClientEnd {
+            session: Session::new(own, parent, stats, now),
             requests: HashMap::new(),
             queue: BTreeMap::new(),
             turn: 0,
@@ -131,7 +131,7 @@ impl Child {
         }
         self.turn += 1;
         self.queue.insert((Reverse(priority), self.turn), id);
-        self.requests.insert(id, Request { image, chunk, priority, state: State::Queued(self.turn) });
+        self.requests.insert(id, Request { image, chunk, priority, state: RequestState::Queued(self.turn) });
         Ok(())
     }
 
@@ -139,15 +139,15 @@ impl Child {
     pub fn cancel(&mut self, id: RequestId) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         match request.state {
-            State::Queued(turn) => {
+            RequestState::Queued(turn) => {
                 self.queue.remove(&(Reverse(request.priority), turn));
                 self.requests.remove(&id);
             }
-            State::Sent => {
-                request.state = State::Cancelled;
+            RequestState::Sent => {
+                request.state = RequestState::Cancelled;
                 self.cancels.push(id);
             }
-            State::Cancelled => {}
+            RequestState::Cancelled => {}
         }
     }
 
@@ -158,17 +158,17 @@ impl Child {
             return;
         }
         match request.state {
-            State::Queued(turn) => {
+            RequestState::Queued(turn) => {
                 self.queue.remove(&(Reverse(request.priority), turn));
                 self.queue.insert((Reverse(priority), turn), id);
             }
-            State::Sent => self.session.send(&Frame::Raise { priority, ids: vec![id] }),
-            State::Cancelled => return,
+            RequestState::Sent => self.session.send(&Frame::Raise { priority, ids: vec![id] }),
+            RequestState::Cancelled => return,
         }
         request.priority = priority;
     }
 
-    /// Where bytes from the stream go. Call [`Child::heard`] after adding some.
+    /// Where bytes from the stream go. Call [`ClientEnd::heard`] after adding some.
     pub fn inbox(&mut self) -> &mut BytesMut {
         self.session.inbox()
     }
@@ -196,7 +196,7 @@ impl Child {
     }
 
     /// The next event.
-    pub fn poll_event(&mut self) -> Option<ChildEvent> {
+    pub fn poll_event(&mut self) -> Option<ClientEvent> {
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Some(event);
@@ -207,21 +207,21 @@ impl Child {
             }
         }
         let closed = self.session.closed()?;
-        (!std::mem::replace(&mut self.closed_told, true)).then_some(ChildEvent::Closed(closed))
+        (!std::mem::replace(&mut self.closed_told, true)).then_some(ClientEvent::Closed(closed))
     }
 
     fn apply(&mut self, frame: Frame) {
         match frame {
-            Frame::Hello(_) => self.events.push_back(ChildEvent::Ready),
+            Frame::Hello(_) => self.events.push_back(ClientEvent::Ready),
             Frame::Have { id, payload } => self.have(id, payload),
             Frame::Lack { id, reason } => match self.answered(id) {
-                Some(Request { state: State::Cancelled, .. }) => {}
+                Some(Request { state: RequestState::Cancelled, .. }) => {}
                 Some(_) if reason == LackReason::Cancelled => {
                     self.session.close(ByeReason::Protocol, "confirms a cancellation that was not asked for");
                 }
                 Some(_) => {
-                    self.session.tally.add(|s| &s.lacks_received, 1);
-                    self.events.push_back(ChildEvent::Lacking { id, reason });
+                    self.session.stats.add(|s| &s.lacks_received, 1);
+                    self.events.push_back(ClientEvent::Lacking { id, reason });
                 }
                 None => {}
             },
@@ -231,23 +231,23 @@ impl Child {
 
     fn have(&mut self, id: RequestId, payload: Payload) {
         let Some(request) = self.answered(id) else { return };
-        if request.state == State::Cancelled {
-            self.session.tally.add(|s| &s.chunks_in_vain, 1);
+        if request.state == RequestState::Cancelled {
+            self.session.stats.add(|s| &s.chunks_in_vain, 1);
             return;
         }
         let Some(chunk) = verified(request.chunk, payload) else {
-            self.session.tally.add(|s| &s.lies, 1);
+            self.session.stats.add(|s| &s.lies, 1);
             self.session.close(ByeReason::Lied, "sent a wrong chunk");
-            self.events.push_back(ChildEvent::Liar { image: request.image, chunk: request.chunk });
+            self.events.push_back(ClientEvent::Liar { image: request.image, chunk: request.chunk });
             return;
         };
-        self.events.push_back(ChildEvent::Arrived { id, chunk });
+        self.events.push_back(ClientEvent::Arrived { id, chunk });
     }
 
     /// Takes the request that the parent answers out; closes the link if it was never sent.
     fn answered(&mut self, id: RequestId) -> Option<Request> {
         match self.requests.get(&id) {
-            Some(Request { state: State::Sent | State::Cancelled, .. }) => {}
+            Some(Request { state: RequestState::Sent | RequestState::Cancelled, .. }) => {}
             _ => {
                 self.session.close(ByeReason::Protocol, "answers what was not asked");
                 return None;
@@ -266,7 +266,7 @@ impl Child {
     pub fn poll_transmit(&mut self, now: Duration) -> Option<Outgoing> {
         if self.session.closed().is_none() {
             for ids in std::mem::take(&mut self.cancels).chunks(BATCH_MAX) {
-                self.session.tally.add(|s| &s.cancels_sent, ids.len());
+                self.session.stats.add(|s| &s.cancels_sent, ids.len());
                 self.session.send(&Frame::Cancel { ids: ids.to_vec() });
             }
             while let Some(frame) = self.next_want(now) {
@@ -288,7 +288,7 @@ impl Child {
             if !fits || self.outstanding >= OUTSTANDING_MAX - reserved {
                 break;
             }
-            request.state = State::Sent;
+            request.state = RequestState::Sent;
             wants.push((id, request.chunk));
             self.outstanding += 1;
             self.queue.remove(&key);
@@ -297,12 +297,12 @@ impl Child {
             return None;
         }
         self.busy_since.get_or_insert(now);
-        self.session.tally.add(|s| &s.wants_sent, wants.len());
+        self.session.stats.add(|s| &s.wants_sent, wants.len());
         let (image, priority) = batch?;
         Some(Frame::Want { image, priority, wants })
     }
 
-    /// When [`Child::tick`] must be called, if nothing else happens before.
+    /// When [`ClientEnd::tick`] must be called, if nothing else happens before.
     pub fn deadline(&self) -> Duration {
         let (ping_after, silence_max) = self.patience();
         if self.pinged.is_some() { self.quiet_since() + silence_max } else { self.quiet_since() + ping_after }

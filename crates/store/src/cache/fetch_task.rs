@@ -4,21 +4,21 @@ use std::sync::Arc;
 
 use block::{Chunk, ChunkHash, ChunkSource, FetchError, Priority, WrongChunk};
 
-use super::flight::{Answer, Flight};
 use super::shard::Reserved;
+use super::singleflight::{Answer, SingleFlight};
 use super::writer::{Admission, Store};
 use super::{CacheGroup, add};
 
-/// The task of a [`Flight`].
-pub(super) struct Journey {
+/// The task of a [`SingleFlight`].
+pub(super) struct FetchTask {
     group: Arc<CacheGroup>,
     hash: ChunkHash,
-    flight: Arc<Flight>,
+    flight: Arc<SingleFlight>,
 }
 
-impl Journey {
-    pub(super) fn new(group: Arc<CacheGroup>, hash: ChunkHash, flight: Arc<Flight>) -> Journey {
-        Journey { group, hash, flight }
+impl FetchTask {
+    pub(super) fn new(group: Arc<CacheGroup>, hash: ChunkHash, flight: Arc<SingleFlight>) -> FetchTask {
+        FetchTask { group, hash, flight }
     }
 
     pub(super) async fn run(self, upstream: Arc<dyn ChunkSource>) {
@@ -103,7 +103,7 @@ impl Journey {
     }
 }
 
-impl Drop for Journey {
+impl Drop for FetchTask {
     /// Leaves nobody waiting if the task was cut short: by a panic upstream, or by the end of the runtime.
     fn drop(&mut self) {
         if self.flight.is_answered() {

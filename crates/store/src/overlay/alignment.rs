@@ -1,4 +1,4 @@
-//! Cutting a byte range at block boundaries.
+//! Splitting a byte range at block boundaries.
 
 use std::ops::Range;
 
@@ -21,14 +21,14 @@ pub(super) struct Edge {
 /// The last block of a disk whose size is no multiple of the block size is whole when it is covered up
 /// to the end of the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Cut {
+pub(super) struct AlignedSplit {
     pub(super) edges: [Option<Edge>; 2],
     pub(super) whole: Range<u64>,
 }
 
-impl Cut {
-    /// Cuts `len` bytes from `offset` on a disk of `size_bytes`, where they lie and are not none.
-    pub(super) fn new(offset: u64, len: u64, size_bytes: u64) -> Cut {
+impl AlignedSplit {
+    /// Splits `len` bytes from `offset` on a disk of `size_bytes`, where they lie and are not none.
+    pub(super) fn new(offset: u64, len: u64, size_bytes: u64) -> AlignedSplit {
         let end = offset + len;
         let first_whole = offset.div_ceil(BLOCK);
         let end_whole = if end == size_bytes { end.div_ceil(BLOCK) } else { end / BLOCK };
@@ -36,7 +36,7 @@ impl Cut {
             // Within one block.
             let start = offset - end_whole * BLOCK;
             let edge = Edge { block: end_whole, within: start as usize..(start + len) as usize, at: 0 };
-            return Cut { edges: [Some(edge), None], whole: end_whole..end_whole };
+            return AlignedSplit { edges: [Some(edge), None], whole: end_whole..end_whole };
         }
         let start = offset / BLOCK * BLOCK;
         let head = (offset < first_whole * BLOCK).then(|| Edge {
@@ -50,7 +50,7 @@ impl Cut {
             within: 0..(end - end_whole * BLOCK) as usize,
             at: (end_whole * BLOCK - offset) as usize,
         });
-        Cut { edges: [head, tail], whole: first_whole..end_whole }
+        AlignedSplit { edges: [head, tail], whole: first_whole..end_whole }
     }
 
     /// Where the whole blocks begin in the caller's range.
@@ -71,20 +71,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_parts_of_a_cut_cover_the_range_once(size in 1u64..20_000, a in 0u64..20_000, b in 0u64..20_000) {
+        fn the_parts_of_a_split_cover_the_range_once(size in 1u64..20_000, a in 0u64..20_000, b in 0u64..20_000) {
             let (start, end) = (a.min(b) % size, (a.max(b) % size + 1).max(a.min(b) % size + 1));
-            let cut = Cut::new(start, end - start, size);
+            let split = AlignedSplit::new(start, end - start, size);
             let mut covered = vec![0; size.next_multiple_of(BLOCK) as usize];
-            for edge in cut.edges.iter().flatten() {
+            for edge in split.edges.iter().flatten() {
                 prop_assert!(!edge.within.is_empty() && edge.within.len() < BLOCK_BYTES);
                 let from = edge.block as usize * BLOCK_BYTES + edge.within.start;
                 prop_assert_eq!(from, start as usize + edge.at);
                 prop_assert!(from + edge.within.len() <= end as usize);
                 covered[from..from + edge.within.len()].iter_mut().for_each(|n| *n += 1);
             }
-            let whole = (cut.whole.start * BLOCK) as usize..(cut.whole.end * BLOCK) as usize;
+            let whole = (split.whole.start * BLOCK) as usize..(split.whole.end * BLOCK) as usize;
             if !whole.is_empty() {
-                prop_assert_eq!(whole.start, start as usize + cut.whole_at(start));
+                prop_assert_eq!(whole.start, start as usize + split.whole_at(start));
             }
             covered[whole].iter_mut().for_each(|n| *n += 1);
             for (at, &times) in covered[..size as usize].iter().enumerate() {

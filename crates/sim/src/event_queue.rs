@@ -10,7 +10,7 @@ use std::time::Duration;
 #[derive(Debug)]
 struct Entry<E> {
     at: Duration,
-    turn: u64,
+    seq: u64,
     event: E,
 }
 
@@ -31,21 +31,21 @@ impl<E> PartialOrd for Entry<E> {
 impl<E> Ord for Entry<E> {
     /// The earliest is the greatest, because the heap gives the greatest first.
     fn cmp(&self, other: &Self) -> Ordering {
-        (other.at, other.turn).cmp(&(self.at, self.turn))
+        (other.at, other.seq).cmp(&(self.at, self.seq))
     }
 }
 
 /// The events to come. See the module's documentation.
 #[derive(Debug)]
-pub(crate) struct Agenda<E> {
+pub(crate) struct EventQueue<E> {
     now: Duration,
-    turn: u64,
+    seq: u64,
     heap: BinaryHeap<Entry<E>>,
 }
 
-impl<E> Agenda<E> {
-    pub(crate) fn new() -> Agenda<E> {
-        Agenda { now: Duration::ZERO, turn: 0, heap: BinaryHeap::new() }
+impl<E> EventQueue<E> {
+    pub(crate) fn new() -> EventQueue<E> {
+        EventQueue { now: Duration::ZERO, seq: 0, heap: BinaryHeap::new() }
     }
 
     pub(crate) fn now(&self) -> Duration {
@@ -54,8 +54,8 @@ impl<E> Agenda<E> {
 
     /// Writes an event down. What is due already happens now, after all else of this moment.
     pub(crate) fn at(&mut self, at: Duration, event: E) {
-        self.turn += 1;
-        self.heap.push(Entry { at: at.max(self.now), turn: self.turn, event });
+        self.seq += 1;
+        self.heap.push(Entry { at: at.max(self.now), seq: self.seq, event });
     }
 
     pub(crate) fn after(&mut self, wait: Duration, event: E) {
@@ -76,14 +76,14 @@ mod tests {
 
     #[test]
     fn events_come_by_time_and_those_of_one_moment_in_their_order() {
-        let mut agenda = Agenda::new();
+        let mut queue = EventQueue::new();
         for (ms, name) in [(2, 'c'), (1, 'a'), (2, 'd'), (1, 'b')] {
-            agenda.at(Duration::from_millis(ms), name);
+            queue.at(Duration::from_millis(ms), name);
         }
-        assert_eq!(agenda.next(), Some('a'));
-        agenda.at(Duration::ZERO, 'x');
-        let rest: String = std::iter::from_fn(|| agenda.next()).collect();
+        assert_eq!(queue.next(), Some('a'));
+        queue.at(Duration::ZERO, 'x');
+        let rest: String = std::iter::from_fn(|| queue.next()).collect();
         assert_eq!(rest, "bxcd");
-        assert_eq!(agenda.now(), Duration::from_millis(2));
+        assert_eq!(queue.now(), Duration::from_millis(2));
     }
 }

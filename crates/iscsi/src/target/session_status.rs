@@ -1,4 +1,4 @@
-//! What is known of a session with a target while it is there: who it is, and what it has done so far.
+//! What is known of a session with a target while it is active: who it is, and what it has done so far.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,8 +51,8 @@ impl Traffic {
     }
 }
 
-/// A session that is there.
-pub(super) struct Present {
+/// A session that is active.
+pub(super) struct ActiveSession {
     pub(super) mailbox: Mailbox,
     pub(super) traffic: Traffic,
     address: SocketAddr,
@@ -60,10 +60,10 @@ pub(super) struct Present {
     since: SystemTime,
 }
 
-impl Present {
-    pub(super) fn new(address: SocketAddr, authentication: Authentication) -> Present {
+impl ActiveSession {
+    pub(super) fn new(address: SocketAddr, authentication: Authentication) -> ActiveSession {
         let (mailbox, traffic) = (Mailbox::new(), Traffic::default());
-        Present { mailbox, traffic, address, authentication, since: SystemTime::now() }
+        ActiveSession { mailbox, traffic, address, authentication, since: SystemTime::now() }
     }
 
     pub(super) fn status(&self, initiator: &IscsiName, group: u16) -> SessionStatus {

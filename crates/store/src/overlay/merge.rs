@@ -10,7 +10,7 @@ use std::sync::Arc;
 use block::DiskError;
 
 use super::map::{Place, WORD_BLOCKS};
-use super::{BLOCK, Claim, Overlay, touched};
+use super::{BLOCK, Overlay, RangeGuard, touched};
 
 /// Bytes that are taken over at a time: long enough for a disk, and for so short a time a guest's write to them
 /// waits.
@@ -34,15 +34,15 @@ impl Overlay {
         ranges
     }
 
-    /// Makes all blocks that `range` touches the overlay's own, as they read now. Says how many bytes it took over.
-    /// They are durable after a flush.
-    pub async fn pull(&self, range: Range<u64>) -> Result<u64, DiskError> {
+    /// Makes all blocks that `range` touches the overlay's own, as they read now (QEMU's *block-stream*). Says how
+    /// many bytes it took over. They are durable after a flush.
+    pub async fn stream_from_base(&self, range: Range<u64>) -> Result<u64, DiskError> {
         self.check(range.start, range.end - range.start)?;
-        let mut pulled = 0;
+        let mut streamed = 0;
         for (_, piece) in self.pieces(range).filter(|(place, _)| *place == Place::Base) {
-            pulled += self.pull_piece(piece).await?;
+            streamed += self.stream_piece(piece).await?;
         }
-        Ok(pulled)
+        Ok(streamed)
     }
 
     /// All blocks that `range` touches, in pieces that each lie in one place, as far as is known when it is its turn.
@@ -58,54 +58,54 @@ impl Overlay {
         })
     }
 
-    /// Takes over what `upper` holds itself of `range`, which then reads the same here. `upper` must be frozen, durable
-    /// and of the same size, stand on this overlay, and be all that does: what it holds hides what changes here. Says how
-    /// many bytes it took over. They are durable after a flush.
-    pub async fn absorb(&self, upper: &Overlay, range: Range<u64>) -> Result<u64, DiskError> {
+    /// Takes over what `upper` holds itself of `range` (QEMU's *block-commit*), which then reads the same here. `upper`
+    /// must be frozen, durable and of the same size, stand on this overlay, and be all that does: what it holds hides
+    /// what changes here. Says how many bytes it took over. They are durable after a flush.
+    pub async fn commit_from(&self, upper: &Overlay, range: Range<u64>) -> Result<u64, DiskError> {
         self.check(range.start, range.end - range.start)?;
-        let mut absorbed = 0;
+        let mut committed = 0;
         for (place, piece) in upper.pieces(range).filter(|(place, _)| *place == Place::Own) {
             let len = piece.end - piece.start;
-            let claim = Arc::new(self.claims.claim(touched(piece.start, len)).await);
+            let guard = Arc::new(self.range_lock.lock(touched(piece.start, len)).await);
             let mut bytes = vec![0; len as usize];
             upper.read_run(place, piece.start, &mut bytes).await?;
-            self.keep(&claim, piece.start / BLOCK, &bytes).await?;
-            absorbed += len;
+            self.keep(&guard, piece.start / BLOCK, &bytes).await?;
+            committed += len;
         }
-        Ok(absorbed)
+        Ok(committed)
     }
 
-    /// What [`Overlay::pull`] does for whole blocks, of which a guest may have written some meanwhile.
-    async fn pull_piece(&self, piece: Range<u64>) -> Result<u64, DiskError> {
-        let claim = Arc::new(self.claims.claim(touched(piece.start, piece.end - piece.start)).await);
-        let mut pulled = 0;
+    /// What [`Overlay::stream_from_base`] does for whole blocks, of which a guest may have written some meanwhile.
+    async fn stream_piece(&self, piece: Range<u64>) -> Result<u64, DiskError> {
+        let guard = Arc::new(self.range_lock.lock(touched(piece.start, piece.end - piece.start)).await);
+        let mut streamed = 0;
         let mut at = piece.start;
         while at < piece.end {
             let (place, len) = self.run(at, piece.end - at);
             if place == Place::Base {
                 let mut bytes = vec![0; len as usize];
                 self.read_run(Place::Base, at, &mut bytes).await?;
-                self.keep(&claim, at / BLOCK, &bytes).await?;
-                pulled += len;
+                self.keep(&guard, at / BLOCK, &bytes).await?;
+                streamed += len;
             }
             at += len;
         }
-        Ok(pulled)
+        Ok(streamed)
     }
 
     /// Writes blocks from `first` on, those of zeroes as holes.
-    async fn keep(&self, claim: &Arc<Claim>, first: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    async fn keep(&self, guard: &Arc<RangeGuard>, first: u64, bytes: &[u8]) -> Result<(), DiskError> {
         let is_zero = |block: &&[u8]| block.iter().all(|&byte| byte == 0);
         let blocks: Vec<&[u8]> = bytes.chunks(BLOCK as usize).collect();
         let mut at = 0;
         for alike in blocks.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
             let blocks = first + at..first + at + alike.len() as u64;
             if is_zero(&alike[0]) {
-                self.punch_own(Arc::clone(claim), blocks.clone(), blocks.end).await?;
+                self.punch_own(Arc::clone(guard), blocks.clone(), blocks.end).await?;
             } else {
                 let from = (at * BLOCK) as usize;
                 let to = bytes.len().min(from + alike.len() * BLOCK as usize);
-                self.put(claim, blocks.start, &bytes[from..to])?;
+                self.put(guard, blocks.start, &bytes[from..to])?;
             }
             at += alike.len() as u64;
         }

@@ -30,7 +30,7 @@ mod gnu {
         fn mallopt(parameter: c_int, value: c_int) -> c_int;
     }
 
-    pub(super) fn keep_freed_buffers() {
+    pub(super) fn configure() {
         for (parameter, value) in [
             (TRIM_THRESHOLD, KEPT_BYTES_MAX),
             (MMAP_THRESHOLD, HEAP_BUFFER_BYTES_MAX),
@@ -45,7 +45,7 @@ mod gnu {
 
 /// Lets the process's heap keep some megabytes of freed buffers for the next chunks. For a program to call
 /// when it starts, before it has threads; with other allocators than the GNU one it does nothing.
-pub fn keep_freed_buffers() {
+pub fn configure() {
     #[cfg(target_env = "gnu")]
-    gnu::keep_freed_buffers();
+    gnu::configure();
 }

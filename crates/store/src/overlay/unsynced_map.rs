@@ -40,18 +40,18 @@ impl BootId {
     }
 }
 
-/// The file of an open overlay.
-pub(super) struct LiveMap {
+/// The file `live` of an open overlay.
+pub(super) struct UnsyncedMap {
     media: Arc<dyn Media>,
 }
 
-impl LiveMap {
+impl UnsyncedMap {
     /// Begins anew: nothing was allocated.
-    pub(super) fn create(media: Arc<dyn Media>, boot: BootId) -> io::Result<LiveMap> {
+    pub(super) fn create(media: Arc<dyn Media>, boot: BootId) -> io::Result<UnsyncedMap> {
         // In this order: killed in between, the file has no head, and is nobody's.
         media.set_len(0)?;
         media.write_at(0, &header(boot))?;
-        Ok(LiveMap { media })
+        Ok(UnsyncedMap { media })
     }
 
     /// Hands all words to `apply` if they are of this run of the machine, and begins anew if not. `apply` says
@@ -62,7 +62,7 @@ impl LiveMap {
         boot: BootId,
         lost: impl FnOnce(),
         mut apply: impl FnMut(Word) -> bool,
-    ) -> io::Result<Result<LiveMap, Word>> {
+    ) -> io::Result<Result<UnsyncedMap, Word>> {
         let len = media.len_bytes()?;
         let mut head = [0; HEADER_BYTES];
         if len >= HEADER_BYTES as u64 {
@@ -72,7 +72,7 @@ impl LiveMap {
             if !is_header(&head) {
                 lost();
             }
-            return LiveMap::create(media, boot).map(Ok);
+            return UnsyncedMap::create(media, boot).map(Ok);
         }
         let mut piece = vec![0; PIECE_BYTES];
         let mut at = WORDS_START;
@@ -88,7 +88,7 @@ impl LiveMap {
             }
             at += piece.len() as u64;
         }
-        Ok(Ok(LiveMap { media }))
+        Ok(Ok(UnsyncedMap { media }))
     }
 
     /// Notes the words from number `first` on, each as eight bytes.
@@ -123,7 +123,7 @@ mod tests {
     fn words(media: &Arc<MemoryMedia>, boot: BootId) -> Vec<Word> {
         let mut words = Vec::new();
         let lost = || panic!("its header is whole");
-        let opened = LiveMap::open(Arc::clone(media) as _, boot, lost, |word| {
+        let opened = UnsyncedMap::open(Arc::clone(media) as _, boot, lost, |word| {
             words.push(word);
             true
         });
@@ -135,11 +135,11 @@ mod tests {
     fn a_header_that_is_not_whole_is_told_and_begun_anew() {
         for damage in [&b"VMOVLIVF"[..], &[0; HEADER_BYTES]] {
             let media = Arc::new(MemoryMedia::default());
-            let live = LiveMap::create(Arc::clone(&media) as _, BOOT).unwrap();
-            live.write(3, &1u64.to_le_bytes()).unwrap();
+            let unsynced = UnsyncedMap::create(Arc::clone(&media) as _, BOOT).unwrap();
+            unsynced.write(3, &1u64.to_le_bytes()).unwrap();
             media.write_at(0, damage).unwrap();
             let mut told = 0;
-            let opened = LiveMap::open(Arc::clone(&media) as _, BOOT, || told += 1, |_| false);
+            let opened = UnsyncedMap::open(Arc::clone(&media) as _, BOOT, || told += 1, |_| false);
             assert!(opened.unwrap().is_ok());
             assert_eq!(told, 1);
             assert_eq!(words(&media, BOOT), []);
@@ -149,9 +149,9 @@ mod tests {
     #[test]
     fn words_count_until_the_machine_starts_anew() {
         let media = Arc::new(MemoryMedia::default());
-        let live = LiveMap::create(Arc::clone(&media) as _, BOOT).unwrap();
-        live.write(20_000, &5u64.to_le_bytes()).unwrap();
-        live.write(3, &[1u64.to_le_bytes(), 2u64.to_le_bytes()].concat()).unwrap();
+        let unsynced = UnsyncedMap::create(Arc::clone(&media) as _, BOOT).unwrap();
+        unsynced.write(20_000, &5u64.to_le_bytes()).unwrap();
+        unsynced.write(3, &[1u64.to_le_bytes(), 2u64.to_le_bytes()].concat()).unwrap();
         let expected = [(3, 1), (4, 2), (20_000, 5)].map(|(index, bits)| Word { index, bits });
         assert_eq!(words(&media, BOOT), expected);
         assert_eq!(words(&media, BootId([8; 16])), []);
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn the_header_has_its_golden_bytes() {
         let media = Arc::new(MemoryMedia::default());
-        LiveMap::create(Arc::clone(&media) as _, BOOT).unwrap();
+        UnsyncedMap::create(Arc::clone(&media) as _, BOOT).unwrap();
         let mut head = [0; HEADER_BYTES];
         media.read_at(0, &mut head).unwrap();
         let expected = [&b"VMOVLIVE"[..], &[1, 0, 0, 0], &[7; 16]].concat();

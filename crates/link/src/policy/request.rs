@@ -1,12 +1,12 @@
 //! One request's way through the ranked parents of its stripe.
 //!
-//! A hunt asks each parent once a round, the next at once after a failure. While the last one it asked is late
+//! It asks each parent once a round, the next at once after a failure. While the last one it asked is late
 //! (guests), or silent, another is asked as well; the first chunk wins. Between rounds it waits, longer each
 //! time, or until a parent comes back or the plan changes.
 //!
 //! Invariants: no parent has the request twice at once; each `Ask` and `Hedge` ends in exactly one of
-//! [`answered`](Hunt::answered), [`lacked`](Hunt::lacked), [`lost`](Hunt::lost), a `Withdraw`, or the end of the
-//! hunt.
+//! [`answered`](RequestPolicy::answered), [`not_found`](RequestPolicy::not_found), [`lost`](RequestPolicy::lost), a `Withdraw`,
+//! or the end of the request.
 
 use std::time::Duration;
 
@@ -48,9 +48,9 @@ pub enum Decision {
 
 /// One request's way through the ranked parents of its stripe. See the module's documentation.
 #[derive(Debug)]
-pub struct Hunt {
+pub struct RequestPolicy {
     priority: Priority,
-    state: State,
+    phase: Phase,
     round: u32,
     /// Where the request is now, the newest last; at most [`ATTEMPTS_MAX`].
     attempts: Vec<Attempt>,
@@ -63,10 +63,10 @@ pub struct Hunt {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum Phase {
     /// Has not taken from the budgets yet.
     New,
-    Hunting,
+    Asking,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -103,12 +103,12 @@ enum LastResort {
     Yes,
 }
 
-impl Hunt {
+impl RequestPolicy {
     /// A request that nobody was asked yet.
-    pub fn new(priority: Priority) -> Hunt {
-        Hunt {
+    pub fn new(priority: Priority) -> RequestPolicy {
+        RequestPolicy {
             priority,
-            state: State::New,
+            phase: Phase::New,
             round: 0,
             attempts: Vec::new(),
             failed: Vec::new(),
@@ -119,7 +119,7 @@ impl Hunt {
 
     /// Decides, given the parents of the stripe, the planned one first and the last resort last.
     pub fn decide(&mut self, paths: &mut Paths, ranked: &[PathId], now: Duration) -> Decision {
-        if self.state == State::New {
+        if self.phase == Phase::New {
             if self.priority == Priority::Background
                 && let Err(until) = paths.take_background(now)
             {
@@ -129,14 +129,14 @@ impl Hunt {
             if self.priority == Priority::Guest {
                 paths.requested();
             }
-            self.state = State::Hunting;
+            self.phase = Phase::Asking;
         }
         let tired = |attempt: &Attempt| now >= attempt.asked_at + self.patience();
         if let Some(at) = self.attempts.iter().position(tired) {
             let Attempt { path, asked_at, .. } = self.attempts.remove(at);
             self.failed.push(path);
             paths.count(|stats| &stats.failovers);
-            paths.overtaken(path, self.priority, asked_at, now);
+            paths.beaten(path, self.priority, asked_at, now);
             return Decision::Withdraw { path };
         }
         match self.attempts.last().copied() {
@@ -287,11 +287,11 @@ impl Hunt {
         first.saturating_mul(1 << self.round.min(16)).min(PATIENCE_MAX)
     }
 
-    /// The chunk came from `path`. The hunt is over; the request is to be withdrawn from all others.
+    /// The chunk came from `path`. The request is over; it is to be withdrawn from all others.
     pub fn answered(&mut self, paths: &mut Paths, path: PathId, now: Duration) {
         for Attempt { path: asked, asked_at, kind, .. } in std::mem::take(&mut self.attempts) {
             if asked != path {
-                paths.overtaken(asked, self.priority, asked_at, now);
+                paths.beaten(asked, self.priority, asked_at, now);
                 continue;
             }
             paths.answered(asked, self.priority, asked_at, now);
@@ -302,9 +302,9 @@ impl Hunt {
     }
 
     /// `path` answered that it has no chunk.
-    pub fn lacked(&mut self, paths: &mut Paths, path: PathId, reason: LackReason, now: Duration) {
+    pub fn not_found(&mut self, paths: &mut Paths, path: PathId, reason: LackReason, now: Duration) {
         if self.remove(path) {
-            paths.lacked(path, now);
+            paths.not_found(path, now);
             paths.count(|stats| &stats.failovers);
             self.failed.push(path);
             self.not_here += usize::from(reason == LackReason::NotHere);
@@ -325,7 +325,7 @@ impl Hunt {
     pub fn replanned(&mut self, paths: &mut Paths, ranked: &[PathId]) -> Vec<PathId> {
         let (kept, left): (Vec<Attempt>, Vec<Attempt>) =
             self.attempts.drain(..).partition(|attempt| ranked.contains(&attempt.path));
-        *self = Hunt { attempts: kept, state: self.state, ..Hunt::new(self.priority) };
+        *self = RequestPolicy { attempts: kept, phase: self.phase, ..RequestPolicy::new(self.priority) };
         for attempt in &left {
             paths.dropped(attempt.path);
             paths.count(|stats| &stats.failovers);

@@ -84,7 +84,7 @@ impl Session {
         self.send(reply.header(), &data[..len]);
     }
 
-    pub(super) fn manage(&mut self, pdu: &TaskRequest) {
+    pub(super) fn manage_tasks(&mut self, pdu: &TaskRequest) {
         if self.deferred.iter().filter(|deferred| deferred.then.is_answer()).count() >= TASK_REQUESTS_MAX {
             return self.tell(pdu.task_tag, task_response::REJECTED);
         }
@@ -163,7 +163,7 @@ impl Session {
         let Phase::Running(handle) = task.phase else { return self.output.spares().give(task.buffer) };
         handle.abort();
         // Its memory is in use until it has ended.
-        self.account.begin(task.booked, 0);
+        self.memory.begin(task.booked, 0);
         self.aborted.insert(handle.id(), task.booked);
     }
 

@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn what_was_pulled_reads_the_same_without_the_base() {
+async fn what_was_streamed_reads_the_same_without_the_base() {
     let (below, above) = (Trio::new(1), Trio::new(4));
     let lower = Arc::new(below.create(100 * BLOCK, Base::new(vec![9; 50 * BLOCK_BYTES + 10])));
     lower.write(5000, &[1; 30_000]).await.unwrap();
@@ -12,11 +12,11 @@ async fn what_was_pulled_reads_the_same_without_the_base() {
     upper.write(6000, &[2; 100]).await.unwrap();
     let before = read(&upper, 0, 100 * BLOCK_BYTES).await;
     assert_eq!(lower.own_ranges(), [BLOCK..9 * BLOCK, 40 * BLOCK..51 * BLOCK]);
-    let mut pulled = 0;
+    let mut streamed = 0;
     for range in lower.own_ranges() {
-        pulled += upper.pull(range).await.unwrap();
+        streamed += upper.stream_from_base(range).await.unwrap();
     }
-    assert_eq!(pulled, (8 + 11 - 1) * BLOCK, "its own block is not pulled again");
+    assert_eq!(streamed, (8 + 11 - 1) * BLOCK, "its own block is not streamed again");
     upper.set_base(Base::new(vec![9; 50 * BLOCK_BYTES + 10]));
     drop(lower);
     assert!(read(&upper, 0, 100 * BLOCK_BYTES).await == before);
@@ -38,7 +38,7 @@ async fn a_frozen_overlay_refuses_changes_and_can_still_be_flushed() {
     freezing.keep();
     drop(freezing);
     assert!(matches!(write.await, Err(DiskError::ReadOnly)));
-    assert!(matches!(disk.write_now(0, &[2; 10]), Err(DiskError::ReadOnly)));
+    assert!(matches!(disk.try_write(0, &[2; 10]), Err(DiskError::ReadOnly)));
     assert!(matches!(disk.write_zeroes(0, BLOCK).await, Err(DiskError::ReadOnly)));
     assert!(matches!(disk.discard(0, BLOCK).await, Err(DiskError::ReadOnly)));
     assert_eq!(disk.access(), Access::ReadOnly);

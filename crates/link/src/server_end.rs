@@ -1,6 +1,6 @@
 //! The server side of one link: bytes in, wanted chunks out; answers in, bytes out.
 //!
-//! Owns no socket and no clock; driven like [`Child`](crate::Child).
+//! Owns no socket and no clock; driven like [`ClientEnd`](crate::ClientEnd).
 //!
 //! Invariants:
 //! - Every request is answered exactly once: `Have`, `Lack`, or, after a `Cancel`, `Lack(Cancelled)`.
@@ -21,15 +21,15 @@ use bytes::{Bytes, BytesMut};
 
 use crate::limits::{ACTIVE_FOR_GUESTS, ACTIVE_MAX, OUTSTANDING_MAX, SILENCE_MAX_PARENT};
 use crate::session::{Closed, Outgoing, Session};
-use crate::stats::Tally;
+use crate::stats::ScopedStats;
 use crate::wire::{ByeReason, Frame, LackReason, Payload, RequestId, encode_have_head};
 
 /// What happened on the link.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ParentEvent {
+pub enum ServerEvent {
     /// The child greeted: it is who it should be and speaks our version.
     Ready,
-    /// Get this chunk and [`answer`](Parent::answer).
+    /// Get this chunk and [`answer`](ServerEnd::answer).
     Wanted {
         /// The request.
         id: RequestId,
@@ -70,11 +70,11 @@ struct Request {
     image: ImageId,
     chunk: ChunkHash,
     priority: Priority,
-    state: State,
+    state: RequestState,
 }
 
 #[derive(Debug)]
-enum State {
+enum RequestState {
     /// Waits for a slot; the number is its place in `queue`.
     Queued(u64),
     /// In the caller's hands.
@@ -88,7 +88,7 @@ type Line = BTreeMap<(Reverse<Priority>, u64), RequestId>;
 
 /// The server side of one link. See the module's documentation.
 #[derive(Debug)]
-pub struct Parent {
+pub struct ServerEnd {
     session: Session,
     requests: HashMap<RequestId, Request>,
     queue: Line,
@@ -97,15 +97,15 @@ pub struct Parent {
     turn: u64,
     /// Requests that are active or ready.
     active: usize,
-    events: VecDeque<ParentEvent>,
+    events: VecDeque<ServerEvent>,
     closed_told: bool,
 }
 
-impl Parent {
+impl ServerEnd {
     /// A link that `child`, so its certificate says, opened to node `own`.
-    pub fn new(own: &NodeName, child: NodeName, tally: Tally, now: Duration) -> Parent {
-        Parent {
-            session: Session::new(own, child, tally, now),
+    pub fn new(own: &NodeName, child: NodeName, stats: ScopedStats, now: Duration) -> ServerEnd {
+        ServerEnd {
+            session: Session::new(own, child, stats, now),
             requests: HashMap::new(),
             queue: Line::new(),
             ready: Line::new(),
@@ -116,7 +116,7 @@ impl Parent {
         }
     }
 
-    /// Where bytes from the stream go. Call [`Parent::heard`] after adding some.
+    /// Where bytes from the stream go. Call [`ServerEnd::heard`] after adding some.
     pub fn inbox(&mut self) -> &mut BytesMut {
         self.session.inbox()
     }
@@ -148,7 +148,7 @@ impl Parent {
     }
 
     /// The next event.
-    pub fn poll_event(&mut self) -> Option<ParentEvent> {
+    pub fn poll_event(&mut self) -> Option<ServerEvent> {
         // All that came is looked at before a request is handed out, so that the most urgent is the first.
         while let Some(frame) = self.session.next_frame() {
             self.apply(frame);
@@ -157,13 +157,13 @@ impl Parent {
             return Some(event);
         }
         if let Some(closed) = self.session.closed() {
-            return (!std::mem::replace(&mut self.closed_told, true)).then_some(ParentEvent::Closed(closed));
+            return (!std::mem::replace(&mut self.closed_told, true)).then_some(ServerEvent::Closed(closed));
         }
         self.admit()
     }
 
     /// Hands out the most urgent request if there is a slot for it.
-    fn admit(&mut self) -> Option<ParentEvent> {
+    fn admit(&mut self) -> Option<ServerEvent> {
         let (&key @ (Reverse(priority), _), &id) = self.queue.first_key_value()?;
         let reserved = if priority == Priority::Guest { 0 } else { ACTIVE_FOR_GUESTS };
         if self.active >= ACTIVE_MAX - reserved {
@@ -172,15 +172,15 @@ impl Parent {
         self.queue.remove(&key);
         self.active += 1;
         let request = self.requests.get_mut(&id).expect("what is queued is known");
-        request.state = State::Active;
-        Some(ParentEvent::Wanted { id, image: request.image, chunk: request.chunk, priority })
+        request.state = RequestState::Active;
+        Some(ServerEvent::Wanted { id, image: request.image, chunk: request.chunk, priority })
     }
 
     fn apply(&mut self, frame: Frame) {
         match frame {
-            Frame::Hello(_) => self.events.push_back(ParentEvent::Ready),
+            Frame::Hello(_) => self.events.push_back(ServerEvent::Ready),
             Frame::Want { image, priority, wants } => {
-                self.session.tally.add(|s| &s.wants_received, wants.len());
+                self.session.stats.add(|s| &s.wants_received, wants.len());
                 for (id, chunk) in wants {
                     self.wanted(id, image, chunk, priority);
                 }
@@ -200,7 +200,7 @@ impl Parent {
         }
         self.turn += 1;
         self.queue.insert((Reverse(priority), self.turn), id);
-        self.requests.insert(id, Request { image, chunk, priority, state: State::Queued(self.turn) });
+        self.requests.insert(id, Request { image, chunk, priority, state: RequestState::Queued(self.turn) });
     }
 
     fn raised(&mut self, id: RequestId, priority: Priority) {
@@ -211,9 +211,9 @@ impl Parent {
         }
         let old = Reverse(std::mem::replace(&mut request.priority, priority));
         let (line, turn) = match request.state {
-            State::Queued(turn) => (&mut self.queue, turn),
-            State::Ready(turn, _) => (&mut self.ready, turn),
-            State::Active => return self.events.push_back(ParentEvent::Raised { id, priority }),
+            RequestState::Queued(turn) => (&mut self.queue, turn),
+            RequestState::Ready(turn, _) => (&mut self.ready, turn),
+            RequestState::Active => return self.events.push_back(ServerEvent::Raised { id, priority }),
         };
         line.remove(&(old, turn));
         line.insert((Reverse(priority), turn), id);
@@ -222,38 +222,38 @@ impl Parent {
     fn cancelled(&mut self, id: RequestId) {
         let Some(request) = self.requests.remove(&id) else { return };
         match request.state {
-            State::Queued(turn) => {
+            RequestState::Queued(turn) => {
                 self.queue.remove(&(Reverse(request.priority), turn));
             }
-            State::Active => {
+            RequestState::Active => {
                 self.active -= 1;
-                self.events.push_back(ParentEvent::Cancelled { id });
+                self.events.push_back(ServerEvent::Cancelled { id });
             }
-            State::Ready(turn, _) => {
+            RequestState::Ready(turn, _) => {
                 self.active -= 1;
                 self.ready.remove(&(Reverse(request.priority), turn));
             }
         }
-        self.session.tally.add(|s| &s.cancels_received, 1);
+        self.session.stats.add(|s| &s.cancels_received, 1);
         self.session.send(&Frame::Lack { id, reason: LackReason::Cancelled });
     }
 
     /// Answers a request. Cancelled ones are ignored. A raw payload must be a whole chunk.
     pub fn answer(&mut self, id: RequestId, reply: Reply) {
         let Some(request) = self.requests.get_mut(&id) else { return };
-        if !matches!(request.state, State::Active) {
+        if !matches!(request.state, RequestState::Active) {
             return;
         }
         match reply {
             Reply::Have(payload) => {
                 self.turn += 1;
-                request.state = State::Ready(self.turn, payload);
+                request.state = RequestState::Ready(self.turn, payload);
                 self.ready.insert((Reverse(request.priority), self.turn), id);
             }
             Reply::Lack(reason) => {
                 self.requests.remove(&id);
                 self.active -= 1;
-                self.session.tally.add(|s| &s.lacks_sent, 1);
+                self.session.stats.add(|s| &s.lacks_sent, 1);
                 self.session.send(&Frame::Lack { id, reason });
             }
         }
@@ -268,16 +268,18 @@ impl Parent {
         {
             self.active -= 1;
             let request = self.requests.remove(&id).expect("what is ready is known");
-            let State::Ready(_, payload) = request.state else { unreachable!("what is in line is ready") };
+            let RequestState::Ready(_, payload) = request.state else {
+                unreachable!("what is in line is ready")
+            };
             encode_have_head(self.session.control(), id, &payload);
-            self.session.tally.add(|s| &s.chunks_sent, 1);
-            self.session.tally.add(|s| &s.raw_bytes_sent, CHUNK_BYTES);
+            self.session.stats.add(|s| &s.chunks_sent, 1);
+            self.session.stats.add(|s| &s.raw_bytes_sent, CHUNK_BYTES);
             payload_bytes = payload.bytes().clone();
         }
         self.session.outgoing(payload_bytes)
     }
 
-    /// When [`Parent::tick`] must be called, if nothing else happens before.
+    /// When [`ServerEnd::tick`] must be called, if nothing else happens before.
     pub fn deadline(&self) -> Duration {
         self.session.heard_at() + SILENCE_MAX_PARENT
     }

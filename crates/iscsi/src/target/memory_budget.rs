@@ -27,7 +27,7 @@ impl Budget {
 }
 
 /// What one session holds. What it shares is given back when it is dropped.
-pub(super) struct Account {
+pub(super) struct SessionMemory {
     budget: Arc<Budget>,
     /// Of transfers that have begun.
     begun: usize,
@@ -41,9 +41,9 @@ pub(super) struct Account {
     shared: usize,
 }
 
-impl Account {
-    pub(super) fn new(budget: Arc<Budget>) -> Account {
-        Account { budget, begun: 0, early: 0, queued: 0, spare: 0, shared: 0 }
+impl SessionMemory {
+    pub(super) fn new(budget: Arc<Budget>) -> SessionMemory {
+        SessionMemory { budget, begun: 0, early: 0, queued: 0, spare: 0, shared: 0 }
     }
 
     fn own(&self) -> usize {
@@ -149,7 +149,7 @@ impl Account {
     }
 }
 
-impl Drop for Account {
+impl Drop for SessionMemory {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.shared, Ordering::Relaxed);
     }
@@ -160,72 +160,72 @@ mod tests {
     use super::*;
     use crate::limits::CONNECTIONS_MAX;
 
-    fn accounts(count: usize) -> Vec<Account> {
+    fn sessions(count: usize) -> Vec<SessionMemory> {
         let budget = Arc::new(Budget::default());
-        (0..count).map(|_| Account::new(Arc::clone(&budget))).collect()
+        (0..count).map(|_| SessionMemory::new(Arc::clone(&budget))).collect()
     }
 
     /// Begins transfers of 1 MiB until there is no room; how many.
-    fn fill(account: &mut Account) -> usize {
-        std::iter::from_fn(|| account.try_begin(1 << 20, 0).then_some(())).count()
+    fn fill(session: &mut SessionMemory) -> usize {
+        std::iter::from_fn(|| session.try_begin(1 << 20, 0).then_some(())).count()
     }
 
     #[test]
     fn a_session_alone_has_as_much_as_any_may_have() {
-        let mut accounts = accounts(1);
-        assert_eq!(fill(&mut accounts[0]), IN_FLIGHT_BYTES_MAX >> 20);
+        let mut sessions = sessions(1);
+        assert_eq!(fill(&mut sessions[0]), IN_FLIGHT_BYTES_MAX >> 20);
     }
 
     #[test]
     fn a_late_session_gets_what_is_reserved_and_some_of_what_is_shared() {
-        let mut accounts = accounts(40);
-        let (last, others) = accounts.split_last_mut().unwrap();
-        for account in others.iter_mut() {
-            fill(account);
+        let mut sessions = sessions(40);
+        let (last, others) = sessions.split_last_mut().unwrap();
+        for session in others.iter_mut() {
+            fill(session);
         }
         assert!(fill(last) >= RESERVED_BYTES >> 20);
         // What others give back can be had by it.
-        others.iter_mut().for_each(|account| account.end(account.begun));
+        others.iter_mut().for_each(|session| session.end(session.begun));
         last.end(last.begun);
         assert_eq!(fill(last), IN_FLIGHT_BYTES_MAX >> 20);
     }
 
     #[test]
     fn all_together_never_hold_more_than_was_promised() {
-        let mut accounts = accounts(CONNECTIONS_MAX);
-        for account in &mut accounts {
-            fill(account);
-            while account.try_early(64 << 10) {}
+        let mut sessions = sessions(CONNECTIONS_MAX);
+        for session in &mut sessions {
+            fill(session);
+            while session.try_early(64 << 10) {}
         }
-        let held: usize = accounts.iter().map(Account::own).sum();
+        let held: usize = sessions.iter().map(SessionMemory::own).sum();
         assert!(held <= CONNECTIONS_MAX * RESERVED_BYTES + SHARED_BYTES_MAX, "{held}");
-        let budget = Arc::clone(&accounts[0].budget);
-        drop(accounts);
+        let budget = Arc::clone(&sessions[0].budget);
+        drop(sessions);
         assert_eq!(budget.used(), 0);
     }
 
     #[test]
     fn unsolicited_data_is_refused_only_beyond_what_is_reserved_for_it() {
-        let mut accounts = accounts(CONNECTIONS_MAX);
-        accounts.iter_mut().for_each(|account| account.begin(RESERVED_BYTES, 0));
-        for account in &mut accounts {
-            fill(account);
+        let mut sessions = sessions(CONNECTIONS_MAX);
+        sessions.iter_mut().for_each(|session| session.begin(RESERVED_BYTES, 0));
+        for session in &mut sessions {
+            fill(session);
         }
-        for account in &mut accounts {
-            assert!(account.try_early(EARLY_BYTES_RESERVED));
+        for session in &mut sessions {
+            assert!(session.try_early(EARLY_BYTES_RESERVED));
         }
-        let early: usize = accounts.iter_mut().map(|a| usize::from(a.try_early(1 << 20))).sum();
+        let early: usize = sessions.iter_mut().map(|a| usize::from(a.try_early(1 << 20))).sum();
         assert!(early < CONNECTIONS_MAX);
     }
 
     #[test]
     fn an_initiator_that_takes_no_replies_is_not_heard_for_long() {
-        let mut accounts = accounts(1);
-        let account = &mut accounts[0];
-        assert!(account.takes_input(0));
-        account.queued = IN_FLIGHT_BYTES_MAX;
-        assert!(!account.takes_input(IN_FLIGHT_BYTES_MAX));
+        let mut sessions = sessions(1);
+        let session = &mut sessions[0];
+        assert!(session.takes_input(0));
+        session.queued = IN_FLIGHT_BYTES_MAX;
+        assert!(!session.takes_input(IN_FLIGHT_BYTES_MAX));
         // What can be sent at once is no reason to hear nothing.
-        assert!(account.takes_input(0));
+        assert!(session.takes_input(0));
     }
 }

@@ -18,8 +18,8 @@ pub enum Standing {
 
 /// One parent as a node sees it.
 #[derive(Debug)]
-pub struct Circuit {
-    state: CircuitState,
+pub struct LinkState {
+    phase: LinkPhase,
     /// Failures since it last delivered a chunk.
     failures: u32,
     /// Spreads the redials of many children over time.
@@ -27,50 +27,50 @@ pub struct Circuit {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum CircuitState {
+enum LinkPhase {
     Fresh,
     Up,
     Down { dial_at: Duration },
     Banned { until: Duration },
 }
 
-impl Circuit {
+impl LinkState {
     /// A parent that was not dialed yet. `salt` differs from child to child, so that they do not all come back
     /// to a restarted parent at one moment.
-    pub fn new(salt: u64) -> Circuit {
-        Circuit { state: CircuitState::Fresh, failures: 0, salt }
+    pub fn new(salt: u64) -> LinkState {
+        LinkState { phase: LinkPhase::Fresh, failures: 0, salt }
     }
 
     /// A parent that lied before.
-    pub fn banned(salt: u64, until: Duration) -> Circuit {
-        Circuit { state: CircuitState::Banned { until }, ..Circuit::new(salt) }
+    pub fn banned(salt: u64, until: Duration) -> LinkState {
+        LinkState { phase: LinkPhase::Banned { until }, ..LinkState::new(salt) }
     }
 
     /// Whether requests may go there.
     pub fn standing(&self) -> Standing {
-        match self.state {
-            CircuitState::Fresh | CircuitState::Up => Standing::Usable,
-            CircuitState::Down { .. } | CircuitState::Banned { .. } => Standing::Down,
+        match self.phase {
+            LinkPhase::Fresh | LinkPhase::Up => Standing::Usable,
+            LinkPhase::Down { .. } | LinkPhase::Banned { .. } => Standing::Down,
         }
     }
 
     /// Whether it greeted and was not lost since.
     pub fn is_up(&self) -> bool {
-        self.state == CircuitState::Up
+        self.phase == LinkPhase::Up
     }
 
     /// When it may be dialed.
     pub fn dial_at(&self) -> Duration {
-        match self.state {
-            CircuitState::Fresh | CircuitState::Up => Duration::ZERO,
-            CircuitState::Down { dial_at } => dial_at,
-            CircuitState::Banned { until } => until,
+        match self.phase {
+            LinkPhase::Fresh | LinkPhase::Up => Duration::ZERO,
+            LinkPhase::Down { dial_at } => dial_at,
+            LinkPhase::Banned { until } => until,
         }
     }
 
     /// It greeted.
     pub fn up(&mut self) {
-        self.state = CircuitState::Up;
+        self.phase = LinkPhase::Up;
     }
 
     /// It delivered a chunk: its next failure counts as the first.
@@ -80,8 +80,8 @@ impl Circuit {
 
     /// The first dial takes long: requests should not wait for it. The dial itself goes on.
     pub fn late(&mut self, now: Duration) {
-        if self.state == CircuitState::Fresh {
-            self.state = CircuitState::Down { dial_at: now };
+        if self.phase == LinkPhase::Fresh {
+            self.phase = LinkPhase::Down { dial_at: now };
         }
     }
 
@@ -92,13 +92,13 @@ impl Circuit {
         let part = self.salt.rotate_left(self.failures.wrapping_mul(7)) % 256;
         let wait = wait - wait * u32::try_from(part).expect("less than 256") / 1024;
         self.failures = self.failures.saturating_add(1);
-        self.state = CircuitState::Down { dial_at: now + wait };
+        self.phase = LinkPhase::Down { dial_at: now + wait };
     }
 
     /// It sent a wrong chunk. Returns until when it is banned.
     pub fn lied(&mut self, now: Duration) -> Duration {
         let until = now + BAN;
-        self.state = CircuitState::Banned { until };
+        self.phase = LinkPhase::Banned { until };
         until
     }
 }
@@ -111,33 +111,33 @@ mod tests {
 
     #[test]
     fn redials_back_off_until_a_chunk_came() {
-        let mut circuit = Circuit::new(0x1234_5678_9abc_def0);
+        let mut link = LinkState::new(0x1234_5678_9abc_def0);
         let waits: Vec<Duration> = (0..10)
             .map(|_| {
-                circuit.up();
-                circuit.failed(SECOND);
-                circuit.dial_at() - SECOND
+                link.up();
+                link.failed(SECOND);
+                link.dial_at() - SECOND
             })
             .collect();
         assert!(waits.windows(2).all(|pair| pair[1] > pair[0] || pair[1] >= REDIAL_MAX * 3 / 4), "{waits:?}");
         assert!(waits.iter().all(|wait| (REDIAL_MIN * 3 / 4..=REDIAL_MAX).contains(wait)), "{waits:?}");
-        circuit.up();
-        circuit.delivered();
-        circuit.failed(SECOND);
-        assert!(circuit.dial_at() - SECOND <= REDIAL_MIN);
+        link.up();
+        link.delivered();
+        link.failed(SECOND);
+        assert!(link.dial_at() - SECOND <= REDIAL_MIN);
     }
 
     #[test]
     fn a_late_first_dial_and_a_ban_keep_requests_away() {
-        let mut circuit = Circuit::new(0);
-        assert_eq!(circuit.standing(), Standing::Usable);
-        circuit.late(SECOND);
-        assert_eq!(circuit.standing(), Standing::Down);
-        circuit.up();
-        circuit.late(SECOND);
-        assert_eq!(circuit.standing(), Standing::Usable, "a link that is up is not late");
-        let until = circuit.lied(SECOND);
-        assert_eq!((circuit.standing(), circuit.dial_at()), (Standing::Down, SECOND + BAN));
-        assert_eq!(Circuit::banned(0, until).standing(), Standing::Down);
+        let mut link = LinkState::new(0);
+        assert_eq!(link.standing(), Standing::Usable);
+        link.late(SECOND);
+        assert_eq!(link.standing(), Standing::Down);
+        link.up();
+        link.late(SECOND);
+        assert_eq!(link.standing(), Standing::Usable, "a link that is up is not late");
+        let until = link.lied(SECOND);
+        assert_eq!((link.standing(), link.dial_at()), (Standing::Down, SECOND + BAN));
+        assert_eq!(LinkState::banned(0, until).standing(), Standing::Down);
     }
 }

@@ -43,7 +43,7 @@ pub(crate) struct Node {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct Roster {
+pub(crate) struct Membership {
     nodes: BTreeMap<Key, Node>,
     keys: BTreeMap<NodeName, Key>,
     next_key: u64,
@@ -52,7 +52,7 @@ pub(crate) struct Roster {
     accusers: BTreeMap<NodeName, BTreeSet<NodeName>>,
 }
 
-impl Roster {
+impl Membership {
     pub(crate) fn len(&self) -> usize {
         self.nodes.len()
     }

@@ -1,6 +1,6 @@
-//! One request with the answers that it waits for: what ties a [`Hunt`] to the connections.
+//! One request with the answers that it waits for: what ties a [`RequestPolicy`] to the connections.
 //!
-//! Cancellation: dropping a chase ends its hunt and withdraws the request wherever it is.
+//! Cancellation: dropping it ends its policy and withdraws the request wherever it is.
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -8,32 +8,32 @@ use std::task::Poll;
 
 use block::Priority;
 
-use crate::policy::{Decision, Hunt, PathId};
+use crate::policy::{Decision, PathId, RequestPolicy};
 use crate::uplink::{Answer, Asked};
 use crate::uplinks::Uplinks;
 use crate::wire::LackReason;
 
 /// One request on its way. See the module's documentation.
-pub(crate) struct Chase<'a> {
+pub(crate) struct InFlight<'a> {
     uplinks: &'a Uplinks,
-    hunt: Hunt,
-    /// One for each attempt of the hunt.
+    policy: RequestPolicy,
+    /// One for each attempt of the policy.
     asked: Vec<(PathId, Asked)>,
 }
 
-impl Drop for Chase<'_> {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.hunt.end(&mut self.uplinks.paths().lock());
+        self.policy.end(&mut self.uplinks.paths().lock());
     }
 }
 
-impl<'a> Chase<'a> {
-    pub(crate) fn new(uplinks: &'a Uplinks, priority: Priority) -> Chase<'a> {
-        Chase { uplinks, hunt: Hunt::new(priority), asked: Vec::new() }
+impl<'a> InFlight<'a> {
+    pub(crate) fn new(uplinks: &'a Uplinks, priority: Priority) -> InFlight<'a> {
+        InFlight { uplinks, policy: RequestPolicy::new(priority), asked: Vec::new() }
     }
 
     pub(crate) fn decide(&mut self, ranked: &[PathId]) -> Decision {
-        self.hunt.decide(&mut self.uplinks.paths().lock(), ranked, self.uplinks.clock.now())
+        self.policy.decide(&mut self.uplinks.paths().lock(), ranked, self.uplinks.clock.now())
     }
 
     pub(crate) fn push(&mut self, path: PathId, asked: Asked) {
@@ -59,20 +59,20 @@ impl<'a> Chase<'a> {
 
     /// `path` delivered the chunk.
     pub(crate) fn won(&mut self, path: PathId) {
-        self.hunt.answered(&mut self.uplinks.paths().lock(), path, self.uplinks.clock.now());
+        self.policy.answered(&mut self.uplinks.paths().lock(), path, self.uplinks.clock.now());
     }
 
-    pub(crate) fn lacked(&mut self, path: PathId, reason: LackReason) {
-        self.hunt.lacked(&mut self.uplinks.paths().lock(), path, reason, self.uplinks.clock.now());
+    pub(crate) fn not_found(&mut self, path: PathId, reason: LackReason) {
+        self.policy.not_found(&mut self.uplinks.paths().lock(), path, reason, self.uplinks.clock.now());
     }
 
     pub(crate) fn lost(&mut self, path: PathId) {
-        self.hunt.lost(&mut self.uplinks.paths().lock(), path);
+        self.policy.lost(&mut self.uplinks.paths().lock(), path);
     }
 
     /// The plan changed.
     pub(crate) fn replanned(&mut self, ranked: &[PathId]) {
-        let left = self.hunt.replanned(&mut self.uplinks.paths().lock(), ranked);
+        let left = self.policy.replanned(&mut self.uplinks.paths().lock(), ranked);
         self.asked.retain(|(path, _)| !left.contains(path));
     }
 }

@@ -15,7 +15,7 @@ const PRIORITIES: [Priority; 3] = [Priority::Background, Priority::Profile, Prio
 
 pub(super) type Answer = Result<Chunk, FetchError>;
 
-pub(super) struct Flight {
+pub(super) struct SingleFlight {
     /// How many wait, by priority.
     waiting: Mutex<[u32; PRIORITIES.len()]>,
     waiting_changed: Notify,
@@ -26,14 +26,14 @@ pub(super) struct Flight {
 
 /// One who waits. Dropping it is giving up.
 pub(super) struct Waiter {
-    flight: Arc<Flight>,
+    flight: Arc<SingleFlight>,
     priority: Priority,
     answer: watch::Receiver<Option<Answer>>,
 }
 
-impl Flight {
-    pub(super) fn new(upstream: usize) -> Flight {
-        Flight {
+impl SingleFlight {
+    pub(super) fn new(upstream: usize) -> SingleFlight {
+        SingleFlight {
             waiting: Mutex::default(),
             waiting_changed: Notify::new(),
             answer: watch::Sender::new(None),
