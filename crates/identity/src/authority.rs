@@ -20,19 +20,15 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 
+use super::ca::{CERTIFICATE_LIFETIME, Ca};
 use super::credentials::{Identity, Key};
 use super::files;
-use super::{Fingerprint, IdentityError, Principal};
+use super::{IdentityError, Principal};
 use store::durable::{Secrecy, sync_dir};
 
 /// How long the CA is valid: its renewal means that every node joins again.
 pub(crate) const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
-
-/// How long an issued certificate is valid. Nodes renew theirs when a third of it is left.
-pub const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
 
 /// How far the validity is backdated: clocks of fresh hosts may lag Volt's by a time zone's mistake.
 const BACKDATED: Duration = Duration::from_secs(24 * 3600);
@@ -45,42 +41,6 @@ const PUBLIC_KEY_BYTES: usize = 65;
 
 const KEY_FILE: &str = "ca-key.pem";
 const CERTIFICATE_FILE: &str = "ca.pem";
-
-/// The public half of the authority: what every member trusts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ca {
-    pem: String,
-    der: CertificateDer<'static>,
-}
-
-impl Ca {
-    /// Reads one certificate in PEM.
-    ///
-    /// # Errors
-    /// The text holds no certificate, or more than one.
-    pub fn from_pem(pem: &str) -> Result<Self, String> {
-        let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
-        match ders.map_err(|e| format!("is no PEM: {e}"))?.as_slice() {
-            [der] => Ok(Self { pem: pem.to_owned(), der: der.clone() }),
-            ders => Err(format!("holds {} certificates, expected 1", ders.len())),
-        }
-    }
-
-    /// The certificate in PEM.
-    pub fn pem(&self) -> &str {
-        &self.pem
-    }
-
-    /// The certificate in DER.
-    pub fn der(&self) -> &CertificateDer<'static> {
-        &self.der
-    }
-
-    /// What join tokens carry.
-    pub fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::of(&self.der)
-    }
-}
 
 /// The certificate authority of one cluster.
 pub struct Authority {
@@ -136,11 +96,11 @@ impl Authority {
         let key = KeyPair::from_pem(&files::read(dir, KEY_FILE)?)
             .map_err(|e| broken(KEY_FILE, format!("is no private key: {e}")))?;
         let public =
-            super::principal::public_key(&ca.der).map_err(|e| broken(CERTIFICATE_FILE, e.to_string()))?;
+            super::principal::public_key(ca.der()).map_err(|e| broken(CERTIFICATE_FILE, e.to_string()))?;
         if public != key.der_bytes() {
             return Err(broken(KEY_FILE, format!("does not belong to {CERTIFICATE_FILE}")));
         }
-        let issuer = Issuer::from_ca_cert_der(&ca.der, key)
+        let issuer = Issuer::from_ca_cert_der(ca.der(), key)
             .map_err(|e| broken(CERTIFICATE_FILE, format!("is no CA certificate: {e}")))?;
         Ok(Self { issuer, ca })
     }
@@ -261,6 +221,9 @@ fn common_name(name: &str) -> DistinguishedName {
 
 #[cfg(test)]
 mod tests {
+    use rustls::pki_types::CertificateDer;
+    use rustls::pki_types::pem::PemObject;
+
     use super::*;
 
     fn mode(path: &Path) -> u32 {

@@ -22,7 +22,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::authority::{CERTIFICATE_LIFETIME, Ca};
+use super::ca::{CERTIFICATE_LIFETIME, Ca};
 use super::files;
 use super::{IdentityError, Principal, principal, tls};
 use store::durable::Secrecy;

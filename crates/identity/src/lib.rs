@@ -14,6 +14,7 @@
 //! What an authenticated principal may *do* is decided where it asks (the API, the link), not here.
 
 mod authority;
+mod ca;
 mod credentials;
 mod files;
 mod principal;
@@ -24,7 +25,8 @@ mod token;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use authority::{Authority, CERTIFICATE_LIFETIME, Ca, requested_key};
+pub use authority::{Authority, requested_key};
+pub use ca::{CERTIFICATE_LIFETIME, Ca};
 pub use credentials::{Credentials, Identity, Key};
 pub use principal::{AdminName, Principal, PrincipalError};
 pub use removed::Removed;

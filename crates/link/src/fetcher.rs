@@ -16,7 +16,7 @@ use tokio::time::{sleep_until, timeout};
 
 use crate::inflight::InFlight;
 use crate::policy::{Decision, PathId};
-use crate::uplink::Uplink;
+use crate::uplinks::uplink::Uplink;
 use crate::uplinks::{ParentAddr, Uplinks};
 
 /// One stripe's parents, the planned one first and the last resort last.

@@ -9,8 +9,8 @@ use std::task::Poll;
 use block::Priority;
 
 use crate::policy::{Decision, PathId, RequestPolicy};
-use crate::uplink::{Answer, Asked};
 use crate::uplinks::Uplinks;
+use crate::uplinks::uplink::{Answer, Asked};
 use crate::wire::LackReason;
 
 /// One request on its way. See the module's documentation.

@@ -24,7 +24,6 @@ mod server_end;
 mod session;
 mod stats;
 mod stream;
-mod uplink;
 mod uplinks;
 pub mod wire;
 

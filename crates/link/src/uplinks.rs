@@ -4,6 +4,8 @@
 //! Lifetime: an uplink lives as long as a plan names it; dropping the last reference ends its task and closes
 //! its stream. Bans outlive that, so that a liar does not come back by leaving the plan for a moment.
 
+pub(crate) mod uplink;
+
 use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -14,11 +16,11 @@ use std::time::Duration;
 use block::{BoxFuture, ChunkHash, ImageId, NodeName, Priority};
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 
+use self::uplink::Uplink;
 use crate::limits::REPORTS_MAX;
 use crate::policy::{LinkState, Paths, Settings, Standing, in_flight_max};
 use crate::stats::Stats;
 use crate::stream::{Clock, Stream};
-use crate::uplink::Uplink;
 
 /// Where a parent is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -11,6 +11,7 @@ use image::OpenRemote;
 
 use crate::exports::Exports;
 use crate::images::Images;
+use crate::images::restore::restore as restore_images;
 use crate::layers::{self, LayerId, Layers};
 use crate::migration::source::OutgoingVms;
 use crate::migration::target::IncomingVms;
@@ -67,7 +68,7 @@ impl Started {
     /// Attaches the images again.
     pub(crate) fn restore_images(self) -> io::Result<WithImages> {
         let images = self.layers.images();
-        images.restore()?;
+        restore_images(images)?;
         let locations = images.local.derived_from();
         let derived_from = locations.and_then(|locations| {
             locations.iter().map(|location| layers::layer_at(location)).collect::<Result<Vec<LayerId>, _>>()

@@ -13,7 +13,7 @@ use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefini
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::profiles::KeptProfile;
+use super::kept_profile::KeptProfile;
 use control::api::unix_ms;
 use control::api::volt::ImageRecord;
 use identity::{CERTIFICATE_LIFETIME, Grant, JoinRefusal, SecretHash};

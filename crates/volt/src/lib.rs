@@ -10,6 +10,7 @@ mod catalog;
 mod cluster;
 pub mod config;
 pub mod init;
+mod kept_profile;
 mod profiles;
 mod routes;
 

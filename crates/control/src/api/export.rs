@@ -109,17 +109,18 @@ pub struct IscsiAccess {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ExportProtocol {
-    /// Network Block Device, for whoever may open a socket on the node, and for administrators over TLS.
-    Nbd,
     /// iSCSI, for initiators on the network.
     Iscsi,
+    /// Network Block Device, for whoever may open a socket on the node, and for administrators over TLS.
+    Nbd,
 }
 
+/// As people write it.
 impl fmt::Display for ExportProtocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            ExportProtocol::Nbd => "nbd",
-            ExportProtocol::Iscsi => "iscsi",
+            ExportProtocol::Nbd => "NBD",
+            ExportProtocol::Iscsi => "iSCSI",
         })
     }
 }

@@ -15,7 +15,6 @@ mod buffers;
 mod commands;
 pub(crate) mod fuzz;
 mod mailbox;
-mod management;
 mod memory_budget;
 mod registry;
 mod server;

@@ -3,6 +3,8 @@
 //! One task owns all of it. What can be answered at once is answered where it came; what has to wait for the
 //! disk becomes a future of its own, so that it holds up nobody.
 
+pub(super) mod management;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -72,8 +74,8 @@ pub(super) struct Session {
     /// Aborted commands whose future has not ended yet, with the bytes that they are booked with.
     pub(super) aborted: HashMap<Id, usize>,
     /// Answers that are due when aborted commands have ended.
-    pub(super) deferred: Vec<super::management::Deferred>,
-    pub(super) text: super::management::Text,
+    pub(super) deferred: Vec<management::Deferred>,
+    pub(super) text: management::Text,
 }
 
 impl Session {
@@ -113,7 +115,7 @@ impl Session {
             jobs: JoinSet::new(),
             aborted: HashMap::new(),
             deferred: Vec::new(),
-            text: super::management::Text::default(),
+            text: management::Text::default(),
         }
     }
 

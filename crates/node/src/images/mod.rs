@@ -10,11 +10,12 @@ mod local;
 pub(crate) mod origins;
 mod prefetch;
 pub(crate) mod profile;
+pub(crate) mod restore;
 pub(crate) mod retention;
 mod upstream;
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -137,35 +138,6 @@ impl Images {
         }
     }
 
-    /// Attaches again what was attached when the daemon ended. What cannot be is said and left out.
-    pub(crate) fn restore(&self) -> std::io::Result<()> {
-        image::sweep(self.local.dir())?;
-        let mut files = state::sweep(&self.layout.attached())?;
-        // An image comes after the one that it was derived from, which may be derived itself.
-        while !files.is_empty() {
-            let (ready, waiting): (Vec<_>, Vec<_>) =
-                files.into_iter().partition(|file| !self.waits_for_base(file));
-            let stuck = ready.is_empty();
-            for file in if stuck { &waiting } else { &ready } {
-                if let Err(reason) = self.restore_one(file) {
-                    self.unrestored.fetch_add(1, Ordering::Relaxed);
-                    tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
-                }
-            }
-            files = if stuck { Vec::new() } else { waiting };
-        }
-        // A record counts even if it is damaged.
-        self.local.remove_unrecorded(|id| !state::is_absent(&record_file(&self.layout, id)))?;
-        self.forget_unused_remotes()
-    }
-
-    /// Whether the image of this record was derived from one that is not attached yet.
-    fn waits_for_base(&self, file: &Path) -> bool {
-        let id = file.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
-        let base = id.and_then(|id: ImageId| self.local.base_of(&id));
-        base.is_some_and(|base| self.by_id(&base).is_none())
-    }
-
     /// Forgets what opens the remote disks that no image lies on. An image that could not be attached again may
     /// lie on any.
     pub(crate) fn forget_unused_remotes(&self) -> std::io::Result<()> {
@@ -175,24 +147,6 @@ impl Images {
         let origins: Vec<Arc<OriginImage>> = self.all().iter().filter_map(|image| image.origin()).collect();
         let used: Vec<PathBuf> = origins.iter().map(|origin| origin.describe().path).collect();
         self.local.remotes.retain(|location| used.iter().any(|path| path.as_os_str() == location))
-    }
-
-    fn restore_one(&self, file: &Path) -> Result<(), String> {
-        let record: AttachedRecord = state::read_record(file)?;
-        let root = decode_root(&record.root_page)?;
-        let attached = self.make(root, record.placement, ProfileOffer::default(), Instant::now())?;
-        for name in record.names {
-            self.add_name(&attached, name)?;
-        }
-        if record.prefetch {
-            attached.prefetch();
-        }
-        {
-            let mut state = attached.state();
-            (state.transfer_names, state.retention) = (record.transfer_names, record.retention);
-        }
-        self.insert(attached);
-        Ok(())
     }
 
     /// The attached image of this name.

@@ -69,95 +69,87 @@ pub(crate) enum Stands {
     Gone,
 }
 
-impl Layers {
-    /// A layer that can be merged and `may` be, if both it and the one above it are open.
-    pub(crate) fn next_merge(&self, may: impl Fn(LayerId) -> bool) -> Option<Merge> {
-        let forest = self.forest();
-        forest.layers.iter().filter(|(lower, _)| may(**lower)).find_map(|(_, known)| {
-            let above = forest.layers.get(&forest.merges_into(known)?)?;
-            let (lower, upper) = (known.open.upgrade()?, above.open.upgrade()?);
-            let is_open =
-                |id: &LayerId| forest.layers.get(id).is_some_and(|known| known.open.strong_count() > 0);
-            let can_move = above.children.len() <= MOVES_MAX
-                && above.children.iter().all(|id| is_open(id) && !forest.is_carried(id));
-            let direction = MergeDirection::of(&lower.overlay, &upper.overlay, can_move)?;
-            Some(Merge { lower, upper, direction })
-        })
-    }
+/// A layer that can be merged and `may` be, if both it and the one above it are open.
+pub(crate) fn next_merge(layers: &Layers, may: impl Fn(LayerId) -> bool) -> Option<Merge> {
+    let forest = layers.forest();
+    forest.layers.iter().filter(|(lower, _)| may(**lower)).find_map(|(_, known)| {
+        let above = forest.layers.get(&forest.merges_into(known)?)?;
+        let (lower, upper) = (known.open.upgrade()?, above.open.upgrade()?);
+        let is_open = |id: &LayerId| forest.layers.get(id).is_some_and(|known| known.open.strong_count() > 0);
+        let can_move = above.children.len() <= MOVES_MAX
+            && above.children.iter().all(|id| is_open(id) && !forest.is_carried(id));
+        let direction = MergeDirection::of(&lower.overlay, &upper.overlay, can_move)?;
+        Some(Merge { lower, upper, direction })
+    })
+}
 
-    /// Whether that many hold a layer.
-    pub(crate) fn is_held_by(&self, id: LayerId, holders: usize) -> bool {
-        self.forest().layers.get(&id).is_some_and(|known| known.holders == holders)
-    }
+/// A layer that takes over another VM's disk; opened if nobody has it open, as may be with a snapshot's.
+pub(crate) fn next_rebase(layers: &Layers) -> Option<Rebase> {
+    let carried: Vec<LayerId> = {
+        let forest = layers.forest();
+        forest.layers.keys().filter(|id| forest.is_carried(id)).copied().collect()
+    };
+    carried.into_iter().find_map(|id| match rebase_of(layers, id) {
+        Ok(rebase) => rebase,
+        Err(reason) => {
+            tracing::debug!(layer = %id, reason, "a layer that is to be rebased cannot be opened now");
+            None
+        }
+    })
+}
 
-    /// A layer that takes over another VM's disk; opened if nobody has it open, as may be with a snapshot's.
-    pub(crate) fn next_rebase(&self) -> Option<Rebase> {
-        let carried: Vec<LayerId> = {
-            let forest = self.forest();
-            forest.layers.keys().filter(|id| forest.is_carried(id)).copied().collect()
-        };
-        carried.into_iter().find_map(|id| match rebase_of(self, id) {
-            Ok(rebase) => rebase,
-            Err(reason) => {
-                tracing::debug!(layer = %id, reason, "a layer that is to be rebased cannot be opened now");
-                None
-            }
-        })
-    }
+/// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed. Refused if
+/// somebody came to need `lower` meanwhile.
+pub(crate) fn merged_up(layers: &Layers, Merge { lower, upper, .. }: &Merge) -> Result<Stands, String> {
+    let unneeded = {
+        let mut forest = layers.forest();
+        let Some(known) = forest.layers.get(&lower.id) else { return Ok(Stands::Gone) };
+        if forest.merges_into(known) != Some(upper.id) {
+            return Err(format!("layer {} is needed by itself now", lower.id));
+        }
+        if let Stands::Gone = stand(layers, &mut forest, upper, lower.below())? {
+            return Ok(Stands::Gone);
+        }
+        if let Some(known) = forest.layers.get_mut(&lower.id) {
+            known.children.remove(&upper.id);
+        }
+        forest.take_unneeded(lower.id)
+    };
+    layers.files.remove(&unneeded);
+    layers.merges.notify_one();
+    Ok(Stands::Anew)
+}
 
-    /// Lets `upper`, which holds all that `lower` does, stand on what `lower` stands on; `lower` is removed. Refused if
-    /// somebody came to need `lower` meanwhile.
-    pub(crate) fn merged_up(&self, Merge { lower, upper, .. }: &Merge) -> Result<Stands, String> {
-        let unneeded = {
-            let mut forest = self.forest();
-            let Some(known) = forest.layers.get(&lower.id) else { return Ok(Stands::Gone) };
-            if forest.merges_into(known) != Some(upper.id) {
-                return Err(format!("layer {} is needed by itself now", lower.id));
+/// Lets all that stands on `upper` stand on `lower`, which holds all that `upper` does. `upper` is removed unless
+/// somebody names it.
+pub(crate) fn merged_down(layers: &Layers, Merge { lower, upper, .. }: &Merge) -> Result<Stands, String> {
+    let unneeded = {
+        let mut forest = layers.forest();
+        let Some(known) = forest.layers.get(&upper.id) else { return Ok(Stands::Gone) };
+        for id in known.children.clone() {
+            if forest.is_carried(&id) {
+                return Err(format!("layer {id} is yet to be rebased onto it"));
             }
-            if let Stands::Gone = stand(self, &mut forest, upper, lower.below())? {
-                return Ok(Stands::Gone);
+            let Some(child) = forest.layers.get(&id).and_then(|known| known.open.upgrade()) else {
+                return Err(format!("layer {id} is not open"));
+            };
+            stand(layers, &mut forest, &child, Below::Layer(Arc::clone(lower)))?;
+            if let Some(known) = forest.layers.get_mut(&upper.id) {
+                known.children.remove(&id);
             }
-            if let Some(known) = forest.layers.get_mut(&lower.id) {
-                known.children.remove(&upper.id);
-            }
-            forest.take_unneeded(lower.id)
-        };
-        self.files.remove(&unneeded);
-        self.merges.notify_one();
-        Ok(Stands::Anew)
-    }
+        }
+        forest.take_unneeded(upper.id)
+    };
+    layers.files.remove(&unneeded);
+    layers.merges.notify_one();
+    Ok(Stands::Anew)
+}
 
-    /// Lets all that stands on `upper` stand on `lower`, which holds all that `upper` does. `upper` is removed unless
-    /// somebody names it.
-    pub(crate) fn merged_down(&self, Merge { lower, upper, .. }: &Merge) -> Result<Stands, String> {
-        let unneeded = {
-            let mut forest = self.forest();
-            let Some(known) = forest.layers.get(&upper.id) else { return Ok(Stands::Gone) };
-            for id in known.children.clone() {
-                if forest.is_carried(&id) {
-                    return Err(format!("layer {id} is yet to be rebased onto it"));
-                }
-                let Some(child) = forest.layers.get(&id).and_then(|known| known.open.upgrade()) else {
-                    return Err(format!("layer {id} is not open"));
-                };
-                stand(self, &mut forest, &child, Below::Layer(Arc::clone(lower)))?;
-                if let Some(known) = forest.layers.get_mut(&upper.id) {
-                    known.children.remove(&id);
-                }
-            }
-            forest.take_unneeded(upper.id)
-        };
-        self.files.remove(&unneeded);
-        self.merges.notify_one();
-        Ok(Stands::Anew)
-    }
-
-    /// Lets a layer that has taken over another VM's disk stand on what both have in common.
-    pub(crate) fn rebased(&self, rebase: &Rebase) -> Result<Stands, String> {
-        let stands = stand(self, &mut self.forest(), &rebase.layer, rebase.stand_on.clone())?;
-        self.merges.notify_one();
-        Ok(stands)
-    }
+/// Lets a layer that has taken over another VM's disk stand on what both have in common.
+pub(crate) fn rebased(layers: &Layers, rebase: &Rebase) -> Result<Stands, String> {
+    let stands = stand(layers, &mut layers.forest(), &rebase.layer, rebase.stand_on.clone())?;
+    layers.merges.notify_one();
+    Ok(stands)
 }
 
 fn rebase_of(layers: &Layers, id: LayerId) -> Result<Option<Rebase>, String> {

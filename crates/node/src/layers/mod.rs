@@ -17,7 +17,7 @@ mod forest;
 mod hold;
 mod id;
 mod layer;
-mod merging;
+pub(crate) mod merging;
 pub(crate) mod rebase;
 mod transfer_disk;
 
@@ -37,7 +37,6 @@ pub(crate) use self::hold::{HeldLayer, LayerHold};
 pub(crate) use self::id::LayerId;
 use self::layer::LayerRecord;
 pub(crate) use self::layer::{Below, Layer, Older, Parent};
-pub(crate) use self::merging::{Merge, MergeDirection, Rebase, Stands};
 use crate::images::{Attached, Images};
 use control::api::now_unix_ms;
 
@@ -252,6 +251,11 @@ impl Layers {
         let forest = self.forest();
         let up = |id: &LayerId| forest.layers.get(id)?.record.parent.layer();
         std::iter::successors(Some(top), up).take(forest.layers.len()).count()
+    }
+
+    /// Whether that many hold a layer.
+    pub(crate) fn is_held_by(&self, id: LayerId, holders: usize) -> bool {
+        self.forest().layers.get(&id).is_some_and(|known| known.holders == holders)
     }
 
     /// The layers that somebody needs beside the one whose record names `own`.

@@ -14,7 +14,8 @@ use block::limits::CHUNK_BYTES;
 use block::{ChunkIndex, Disk, Priority};
 use image::Difference;
 
-use super::{Layers, Rebase, Stands};
+use super::Layers;
+use super::merging::{Rebase, Stands, next_rebase, rebased};
 
 /// Pause after something could not be had: somebody has to mend something first.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
@@ -26,7 +27,7 @@ const PIECE_CHUNKS: u64 = 256;
 pub(crate) async fn run(layers: &Layers) {
     loop {
         let changed = layers.rebases.notified();
-        let Some(rebase) = tokio::task::block_in_place(|| layers.next_rebase()) else {
+        let Some(rebase) = tokio::task::block_in_place(|| next_rebase(layers)) else {
             // Or one could not be opened.
             let _ = tokio::time::timeout(RETRY_PAUSE, changed).await;
             continue;
@@ -66,5 +67,5 @@ async fn rebase_one(layers: &Layers, rebase: &Rebase) -> Result<(Stands, u64), S
         }
     }
     layer.flush().await.map_err(|e| e.to_string())?;
-    Ok((layers.rebased(rebase)?, bytes))
+    Ok((rebased(layers, rebase)?, bytes))
 }

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use block::{Disk, VmName};
 
 use super::snapshots::Snapshots;
-use crate::layers::{Layers, Merge, MergeDirection, Stands};
+use crate::layers::Layers;
+use crate::layers::merging::{Merge, MergeDirection, Stands, merged_down, merged_up, next_merge};
 
 /// How long a merge that failed is left alone: somebody has to make room, most likely.
 const RETRY_PAUSE: Duration = Duration::from_secs(10);
@@ -27,7 +28,7 @@ pub(crate) async fn run(layers: &Layers, snapshots: &Snapshots) {
         let changed = layers.merges.notified();
         failed.retain(|_, at: &mut Instant| at.elapsed() < RETRY_PAUSE);
         // One that cannot be merged yet is in no other's way.
-        let Some(merge) = layers.next_merge(|lower| !failed.contains_key(&lower)) else {
+        let Some(merge) = next_merge(layers, |lower| !failed.contains_key(&lower)) else {
             if failed.is_empty() {
                 changed.await;
             } else {
@@ -68,7 +69,7 @@ async fn merge_up(layers: &Layers, merge: &Merge) -> Result<(Stands, u64), Strin
         bytes += upper.stream_from_base(range).await.map_err(|e| e.to_string())?;
     }
     upper.flush().await.map_err(|e| e.to_string())?;
-    Ok((layers.merged_up(merge)?, bytes))
+    Ok((merged_up(layers, merge)?, bytes))
 }
 
 /// Merges a layer into the one below it, unless it is removed meanwhile; says how many bytes that took. Nobody holds it
@@ -90,5 +91,5 @@ async fn merge_down(
     if let Some(vm) = named {
         snapshots.replace_layer(&vm, merge.upper.id(), merge.lower.id()).await.map_err(|e| e.to_string())?;
     }
-    Ok((layers.merged_down(merge)?, bytes))
+    Ok((merged_down(layers, merge)?, bytes))
 }

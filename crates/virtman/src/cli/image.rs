@@ -38,7 +38,29 @@ pub(crate) struct SecretArgs {
 /// Environment variable with a secret for an iSCSI target.
 const CHAP_VARIABLE: &str = "VIRTMAN_CHAP";
 
+/// How the locations of logical units begin.
+const ISCSI: &str = "iscsi://";
+
 impl SecretArgs {
+    /// What the node is to read, if it is a remote disk, and the secret that opens it.
+    fn remote(&self, location: &str) -> Outcome<(PathBuf, Option<ChapSecret>)> {
+        if location.starts_with(ISCSI) {
+            return self.unit(location);
+        }
+        self.must_be_none(location)?;
+        Ok((location.into(), None))
+    }
+
+    /// Only iSCSI has secrets.
+    fn must_be_none(&self, location: &str) -> Outcome {
+        if self.chap_file.is_none() && self.mutual_chap_file.is_none() {
+            return Ok(());
+        }
+        Err(Failure::new(format!(
+            "a secret was given, but '{location}' is no iSCSI address: use iscsi://[USER@]HOST[:PORT]/TARGET/LUN"
+        )))
+    }
+
     /// The address of a logical unit, and what opens it.
     fn unit(&self, location: &str) -> Outcome<(PathBuf, Option<ChapSecret>)> {
         let address: Address = location.parse().map_err(|e: AddressError| Failure::new(e.to_string()))?;
@@ -71,14 +93,11 @@ pub(super) async fn run(context: &Context, command: &ImageCommand) -> Outcome {
         ImageCommand::Add { name, file, format, allow, copy, secrets } => {
             let node = context.node().await?;
             let (file, chap) = match remote_location(file) {
-                Some(location) => secrets.unit(location)?,
-                None if secrets.chap_file.is_some() || secrets.mutual_chap_file.is_some() => {
-                    return Err(Failure::new(format!(
-                        "a secret was given, but '{}' is no iSCSI address: use iscsi://[USER@]HOST[:PORT]/TARGET/LUN",
-                        file.display()
-                    )));
+                Some(location) => secrets.remote(location)?,
+                None => {
+                    secrets.must_be_none(&file.display().to_string())?;
+                    (absolute(file)?, None)
                 }
-                None => (absolute(file)?, None),
             };
             let body = AddImage {
                 file: file.clone(),

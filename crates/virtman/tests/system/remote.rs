@@ -1,8 +1,11 @@
-//! Images on logical units of iSCSI targets: of another program, and of another node.
+//! Images on logical units of iSCSI targets and on exports of NBD servers: of other programs, and of another node.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
+use testkit::foreign::find;
 use testkit::ports::Port;
 use testkit::tgt::{NAME, Tgt};
 
@@ -151,4 +154,88 @@ fn remote_an_image_that_a_node_exports_is_added_elsewhere_and_copied() {
     assert_eq!(fs::read_dir(cluster.node_dir("m").join("remotes")).unwrap().count(), 0);
     let verified = cluster.run(&["--node", "m", "image", "verify", "copy:1"]);
     assert!(verified.status.success(), "{}", both(&verified));
+}
+
+/// A foreign NBD server with a disk, on a UNIX socket; ended when it is dropped.
+struct QemuNbd(Child);
+
+impl QemuNbd {
+    fn start(socket: &Path, file: &Path) -> QemuNbd {
+        let _ = fs::remove_file(socket);
+        let mut command = Command::new(find("qemu-utils", "qemu-nbd"));
+        command.args(["-r", "-f", "raw", "-t", "-e", "8", "-x", "golden", "-k"]).arg(socket).arg(file);
+        let server = QemuNbd(command.stdin(Stdio::null()).spawn().unwrap());
+        wait_for("the NBD server listens", STEP_LIMIT, || socket.exists().then_some(()));
+        server
+    }
+}
+
+impl Drop for QemuNbd {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn remote_an_export_of_a_foreign_nbd_server_feeds_a_hierarchy_and_its_restart_loses_nothing() {
+    let cluster = Cluster::with_nodes(&["o", "a"]);
+    let (file, socket) = (cluster.path("golden"), cluster.path("golden.sock"));
+    make_raw(&file, MIB, 44);
+    let server = QemuNbd::start(&socket, &file);
+    let export = format!("nbd+unix:///golden?socket={}", socket.display());
+    let added = cluster.ok(&["--node", "o", "image", "add", "disk:1", &export]);
+    let local = cluster.ok(&["--node", "a", "image", "add", "local:1", file.to_str().unwrap(), "--copy"]);
+    let id = |line: &str| line.split_whitespace().last().map(str::to_owned);
+    assert_eq!(id(&added), id(&local), "the same bytes are the same image");
+    cluster.ok(&["--node", "a", "image", "remove", "local:1", "--force"]);
+    let shown = cluster.json(&["--node", "o", "image", "list"]).to_string();
+    assert!(shown.contains(&export), "{shown}");
+
+    // The server dies once the origin has read from it, and comes back while the image is read through the other node.
+    cluster.ok(&["--node", "a", "image", "attach", "disk:1"]);
+    drop(server);
+    let _server = std::thread::scope(|scope| {
+        let volume = cluster.volume("a", "disk+1");
+        let reader = scope.spawn(|| assert_same(&volume, &file));
+        wait_for("the origin notices", STEP_LIMIT, || {
+            cluster.log("o").contains("lost an NBD connection").then_some(())
+        });
+        assert!(!reader.is_finished(), "it waits for the server");
+        let server = QemuNbd::start(&socket, &file);
+        reader.join().unwrap();
+        server
+    });
+    cluster.ok(&["--node", "a", "image", "detach", "disk:1"]);
+    cluster.ok(&["--node", "o", "image", "remove", "disk:1"]);
+    assert_eq!(fs::read_dir(cluster.node_dir("o").join("remotes")).unwrap().count(), 0);
+}
+
+#[test]
+fn remote_an_image_of_another_node_is_added_by_its_nbd_socket_and_wrong_exports_are_refused() {
+    let cluster = Cluster::with_nodes(&["o", "m"]);
+    let source = cluster.path("source");
+    make_raw(&source, MIB, 45);
+    cluster.ok(&["--node", "o", "image", "add", "disk:1", source.to_str().unwrap()]);
+    let volume = cluster.volume("o", "disk+1");
+    cluster.ok(&["--node", "m", "image", "add", "copy:1", &volume, "--copy"]);
+    assert_same(&cluster.volume("m", "copy+1"), &source);
+
+    let chap = secret_file(&cluster, "chap", &format!("{USER}:{SECRET}\n"));
+    let closed = Port::reserve();
+    let absent = cluster.path("absent.sock");
+    for (location, rest, expected) in [
+        (format!("nbd://{}/disk", closed.address()), &[][..], "cannot be reached"),
+        (format!("nbd+unix:///disk?socket={}", absent.display()), &[], "cannot be reached"),
+        (volume.replace("disk:1", "disk:2"), &[], "disk:2"),
+        ("nbd://host/disk?tls-certificates=/etc".to_owned(), &[], "tls-certificates"),
+        (format!("nbds://{}/disk", closed.address()), &[], "TLS"),
+        (volume.clone(), &["--chap-file", &chap], "is no iSCSI address"),
+        (volume.clone(), &["--format", "qcow2"], "qcow2"),
+    ] {
+        let add = [&["--node", "m", "image", "add", "wrong:1", &location], rest].concat();
+        let said = cluster.refused(&add);
+        assert!(said.contains(expected), "{location} {rest:?}: {said}");
+    }
+    assert_eq!(fs::read_dir(cluster.node_dir("m").join("remotes")).unwrap().count(), 0);
 }

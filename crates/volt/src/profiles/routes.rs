@@ -11,8 +11,8 @@ use image::{ProfileError, RootPage};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::{KeptProfile, Recorded};
 use crate::Volt;
+use crate::kept_profile::{KeptProfile, Recorded};
 use crate::routes::{any_member, require_self};
 use control::api::now_unix_ms;
 use control::api::profile::{NewProfile, ProfileFile, ProfileSummary, ProfileView};

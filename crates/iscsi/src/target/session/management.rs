@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use tokio::task::Id;
 
-use super::mailbox::Promise;
-use super::session::{Peer, Session, Stage};
-use super::tasks::{Finished, Outcome, Phase, Task};
+use super::{Peer, Session, Stage};
 use crate::limits::{TASK_REQUESTS_MAX, TEXT_BYTES_MAX};
 use crate::params::Answer;
 use crate::pdu::{
@@ -16,10 +14,12 @@ use crate::pdu::{
     TextRequest, TextResponse, function, reject_reason, task_response, text as text_flag,
 };
 use crate::scsi::{Aborting, Era, Unit, lun_of_wire};
+use crate::target::mailbox::Promise;
+use crate::target::tasks::{Finished, Outcome, Phase, Task};
 use crate::text;
 
 /// What waits until aborted commands have ended.
-pub(super) struct Deferred {
+pub(in crate::target) struct Deferred {
     waits_for: HashSet<Id>,
     then: Then,
 }
@@ -42,7 +42,7 @@ impl Then {
 
 /// A text request or response that goes over several PDUs.
 #[derive(Default)]
-pub(super) struct Text {
+pub(in crate::target) struct Text {
     request: Vec<u8>,
     /// What is left to be fetched, and the tag to do so with.
     rest: Option<(u32, Vec<u8>)>,
@@ -65,7 +65,7 @@ fn reached(portal: SocketAddr, here: IpAddr) -> Option<SocketAddr> {
 }
 
 impl Session {
-    pub(super) fn nop_out(&mut self, pdu: &NopOut, data: &[u8]) {
+    pub(in crate::target) fn nop_out(&mut self, pdu: &NopOut, data: &[u8]) {
         // An answer to our ping; that something came is all that counts.
         if pdu.task_tag == NO_TAG {
             return;
@@ -84,7 +84,7 @@ impl Session {
         self.send(reply.header(), &data[..len]);
     }
 
-    pub(super) fn manage_tasks(&mut self, pdu: &TaskRequest) {
+    pub(in crate::target) fn manage_tasks(&mut self, pdu: &TaskRequest) {
         if self.deferred.iter().filter(|deferred| deferred.then.is_answer()).count() >= TASK_REQUESTS_MAX {
             return self.tell(pdu.task_tag, task_response::REJECTED);
         }
@@ -130,7 +130,7 @@ impl Session {
     }
 
     /// Aborts the commands at a unit that began before an era, because another session said so.
-    pub(super) fn abort_unit(&mut self, lun: usize, era: Era, promises: Vec<Promise>) {
+    pub(in crate::target) fn abort_unit(&mut self, lun: usize, era: Era, promises: Vec<Promise>) {
         self.abort_where(|task| lun_of_wire(task.pdu.lun) == Some(lun) && task.era < era);
         // Not for resets of this session: their sessions may wait for this one.
         self.defer(None, Then::Keep(promises));
@@ -178,7 +178,7 @@ impl Session {
     }
 
     /// Does what waited for this future.
-    pub(super) fn conclude_deferred(&mut self, ended: Id) {
+    pub(in crate::target) fn conclude_deferred(&mut self, ended: Id) {
         for deferred in &mut self.deferred {
             deferred.waits_for.remove(&ended);
         }
@@ -208,7 +208,7 @@ impl Session {
         self.send(pdu.header(), &[]);
     }
 
-    pub(super) fn logout(&mut self, pdu: &LogoutRequest) {
+    pub(in crate::target) fn logout(&mut self, pdu: &LogoutRequest) {
         const RECOVERY: u8 = 2;
         const CLOSED: u8 = 0;
         const NO_CONNECTION: u8 = 1;
@@ -234,7 +234,7 @@ impl Session {
         }
     }
 
-    pub(super) fn text_request(&mut self, header: &Header, pdu: &TextRequest, data: &[u8]) {
+    pub(in crate::target) fn text_request(&mut self, header: &Header, pdu: &TextRequest, data: &[u8]) {
         if pdu.transfer_tag != NO_TAG {
             return match self.text.rest.take_if(|(tag, _)| *tag == pdu.transfer_tag) {
                 Some((_, rest)) => self.text_response(pdu, rest),
