@@ -250,3 +250,54 @@ fn crates_do_not_know_the_parts_of_std_that_they_must_not_know() {
     let found: Vec<String> = found.into_iter().collect();
     assert!(found.is_empty(), "crates know what they must not:\n{}", found.join("\n"));
 }
+
+/// What stands between backquotes in a document.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// Whether a text is the name of a type, or of something in it.
+fn is_symbol(text: &str) -> bool {
+    let is_name = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    text.starts_with(|c: char| c.is_ascii_uppercase())
+        && text.split("::").all(is_name)
+        && text.contains(|c: char| c.is_ascii_lowercase())
+}
+
+#[test]
+fn files_and_symbols_that_documents_name_exist() {
+    let mut code = String::new();
+    let mut dirs = vec![root().join("crates"), root().join("xtask")];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                code += &fs::read_to_string(&path).expect("a source file");
+            }
+        }
+    }
+    let words: BTreeSet<&str> = code
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| !word.is_empty())
+        .collect();
+    let mut missing = Vec::new();
+    for document in ["ARCHITECTURE.md", "CONTRIBUTING.md"] {
+        let text = fs::read_to_string(root().join(document)).expect("a document");
+        for quoted in quoted(&text) {
+            let is_path =
+                quoted.contains('/') && !quoted.contains(|c: char| c.is_whitespace() || "*<{:".contains(c));
+            let is_gone = if is_path {
+                let path = quoted.trim_end_matches('/');
+                !path.starts_with('/') && !path.starts_with('.') && !root().join(path).exists()
+            } else {
+                is_symbol(quoted) && !quoted.split("::").all(|name| words.contains(name))
+            };
+            if is_gone {
+                missing.push(format!("{document} names `{quoted}`"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "documents name what is not there:\n{}", missing.join("\n"));
+}

@@ -175,6 +175,13 @@ impl Images {
         Some(ImageGuard::new(Arc::clone(found)))
     }
 
+    /// Keeps an image attached as long as the answer is there; `None` if it was detached meanwhile.
+    pub(crate) fn guard(&self, attached: &Arc<Attached>) -> Option<ImageGuard> {
+        let all = self.attached.read().unwrap_or_else(PoisonError::into_inner);
+        let found = all.get(&attached.id).filter(|found| Arc::ptr_eq(found, attached))?;
+        Some(ImageGuard::new(Arc::clone(found)))
+    }
+
     /// Whether an image can be exported under `name` here. To be asked before anything is made.
     pub(crate) fn check_name_len(&self, name: &ImageName) -> Result<(), ApiError> {
         self.layout.check_socket_name_len(&name.file_name())

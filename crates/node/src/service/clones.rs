@@ -21,7 +21,7 @@ use tokio::runtime::Handle;
 use super::images::ImageService;
 use super::origins::{MadeImage, OriginService};
 use crate::images::retention::Retention;
-use crate::images::{Attached, Images};
+use crate::images::{Attached, ImageGuard, Images};
 use crate::layers::{self, Below, HeldLayer, Layer, LayerId, Layers, Older, Parent};
 use crate::tasks::{blocking, run_uncancelled};
 use crate::vms::snapshots::{Quiesce, Snapshots};
@@ -37,6 +37,9 @@ pub(crate) enum Purpose {
     /// Until no other node uses it: it carries a VM's disk to others.
     Transfer,
 }
+
+/// How often a disk may be rebased while it is looked what it stands on: far more often than it has layers to rebase.
+const REBASES_MAX: usize = 1000;
 
 /// Clones the disks of a node's VMs.
 pub(crate) struct Clones {
@@ -119,10 +122,12 @@ impl Clones {
         purpose: Purpose,
         progress: Arc<ImportProgress>,
     ) -> Result<Arc<Attached>, ApiError> {
-        let made = self.derive(&layer, progress).await;
+        // What the image is derived from must be there until it is served.
+        let (made, base) = self.derive(&layer, progress).await?;
         let (clones, name) = (Arc::clone(self), name.clone());
         run_uncancelled(async move {
-            let attached = match made? {
+            let _base = base;
+            let attached = match made {
                 Some(made) => clones.publish_derived(&name, made, &layer).await?,
                 None => unchanged(&layer, purpose)?,
             };
@@ -134,13 +139,20 @@ impl Clones {
         .await
     }
 
-    /// Derives an image from a frozen layer and what is below it; `None` if it does not differ from its image.
+    /// Derives an image from a frozen layer and what is below it; `None` if it does not differ from its image. That
+    /// stays attached as long as the caller holds it.
     async fn derive(
         &self,
         layer: &HeldLayer,
         progress: Arc<ImportProgress>,
-    ) -> Result<Option<MadeImage>, ApiError> {
-        let (layers, base) = layer.chain();
+    ) -> Result<(Option<MadeImage>, ImageGuard), ApiError> {
+        // If the disk is rebased between the two, the image that carried it goes, and the chain has another base.
+        let guarded = (0..REBASES_MAX).find_map(|_| {
+            let (layers, base) = layer.chain();
+            Some((layers, self.images.guard(&base)?))
+        });
+        let (layers, base) =
+            guarded.ok_or_else(|| ApiError::internal("the image of a disk is not attached"))?;
         let request = DeriveRequest {
             base: Arc::clone(&base.volume),
             disk: Arc::<Layer>::clone(layer) as _,
@@ -157,7 +169,7 @@ impl Clones {
             root: derived.root,
             novelty: derived.novelty,
         };
-        Ok(derived.map(made))
+        Ok((derived.map(made), base))
     }
 
     /// Serves a derived image under a name. The image names the layer from then on, if it is derived from that.
