@@ -194,9 +194,10 @@ fn remote_an_export_of_a_foreign_nbd_server_feeds_a_hierarchy_and_its_restart_lo
 
     // The server dies once the origin has read from it, and comes back while the image is read through the other node.
     cluster.ok(&["--node", "a", "image", "attach", "disk:1"]);
+    let volume = cluster.volume("a", "disk+1");
+    tool("qemu-utils", "qemu-io", &["-r", "-f", "raw", "-c", "read 0 64k", &volume]);
     drop(server);
     let _server = std::thread::scope(|scope| {
-        let volume = cluster.volume("a", "disk+1");
         let reader = scope.spawn(|| assert_same(&volume, &file));
         wait_for("the origin notices", STEP_LIMIT, || {
             cluster.log("o").contains("lost an NBD connection").then_some(())
