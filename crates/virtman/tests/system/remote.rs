@@ -228,7 +228,7 @@ fn remote_an_image_of_another_node_is_added_by_its_nbd_socket_and_wrong_exports_
     for (location, rest, expected) in [
         (format!("nbd://{}/disk", closed.address()), &[][..], "cannot be reached"),
         (format!("nbd+unix:///disk?socket={}", absent.display()), &[], "cannot be reached"),
-        (volume.replace("disk:1", "disk:2"), &[], "disk:2"),
+        (volume.replace("///?", "///other?"), &[], "other"),
         ("nbd://host/disk?tls-certificates=/etc".to_owned(), &[], "tls-certificates"),
         (format!("nbds://{}/disk", closed.address()), &[], "TLS"),
         (volume.clone(), &["--chap-file", &chap], "is no iSCSI address"),
