@@ -210,7 +210,7 @@ pub async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
     };
 
     tracing::info!(node = %name, address, "node is ready");
-    started.is_ready();
+    started.announce();
     let introduction = Introduction { address, location: args.location.clone() };
     let identity_dir = layout.identity();
     let background = async {

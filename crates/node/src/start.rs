@@ -118,7 +118,7 @@ impl WithVms {
 
 impl Ready {
     /// Says so to whoever started the daemon.
-    pub(crate) fn is_ready(self) {
+    pub(crate) fn announce(self) {
         control::daemon::ready();
     }
 }

@@ -203,7 +203,8 @@ pub(crate) enum ImageCommand {
         name: ImageName,
         /// The file or block device: raw, qcow2 (also compressed, also with backing files), vmdk, vhdx; or a logical
         /// unit as iscsi://HOST/TARGET/LUN, with USER@ before HOST and :PORT behind it where they are needed; or an export
-        /// of an NBD server as nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH, with a socket on the node
+        /// of an NBD server as nbd://HOST/EXPORT, with :PORT behind HOST if it is another than 10809, or as
+        /// nbd+unix:///EXPORT?socket=PATH, with a socket on the node
         file: PathBuf,
         /// Its format, if it should not be detected
         #[arg(long, value_parser = ["raw", "qcow2", "vmdk", "vhdx"])]

@@ -2,16 +2,15 @@
 
 use std::sync::Arc;
 
-use block::{BoxFuture, Disk};
 use iscsi::Credentials;
 use iscsi::initiator::{self, Address, AddressError, ConnectError, Initiator, Options};
 
-use super::{Key, OpenError, Protocol, Secrets};
+use super::{Key, OpenError, Opening, Protocol, Secrets};
 use control::api::export::ChapSecret;
 
 pub(super) const PROTOCOL: Protocol = Protocol { schemes: &["iscsi"], secrets: Secrets::Chap, open };
 
-fn open(key: &Key) -> BoxFuture<'_, Result<Arc<dyn Disk>, OpenError>> {
+fn open(key: &Key) -> Opening<'_> {
     Box::pin(async move {
         let address: Address =
             key.location.parse().map_err(|e: AddressError| OpenError::Unusable(e.to_string()))?;

@@ -93,12 +93,15 @@ impl Key {
     }
 }
 
+/// A disk that is being opened.
+type Opening<'a> = BoxFuture<'a, Result<Arc<dyn Disk>, OpenError>>;
+
 /// A protocol over which a remote disk can be opened.
 struct Protocol {
     /// How locations begin, without `://`.
     schemes: &'static [&'static str],
     secrets: Secrets,
-    open: for<'a> fn(&'a Key) -> BoxFuture<'a, Result<Arc<dyn Disk>, OpenError>>,
+    open: fn(&Key) -> Opening<'_>,
 }
 
 /// What opens a disk beside its location.

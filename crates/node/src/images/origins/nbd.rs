@@ -2,16 +2,15 @@
 
 use std::sync::Arc;
 
-use block::{BoxFuture, Disk};
 use nbd::uri::UriError;
 use nbd::{Client, ConnectError, NbdUri, Options};
 
-use super::{Key, OpenError, Protocol, Secrets};
+use super::{Key, OpenError, Opening, Protocol, Secrets};
 
 pub(super) const PROTOCOL: Protocol =
     Protocol { schemes: &["nbd", "nbds", "nbd+unix", "nbds+unix"], secrets: Secrets::None, open };
 
-fn open(key: &Key) -> BoxFuture<'_, Result<Arc<dyn Disk>, OpenError>> {
+fn open(key: &Key) -> Opening<'_> {
     Box::pin(async move {
         let uri: NbdUri = key.location.parse().map_err(|e: UriError| OpenError::Unusable(e.to_string()))?;
         match Client::connect_uri(&uri, Options::default()).await {
