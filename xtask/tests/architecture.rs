@@ -2,10 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+
+mod source;
+
+use source::{root, rust_files};
 
 /// What each crate may depend on. Arrows point downward only; foreign crates stand here where their
 /// absence or presence is a promise.
@@ -51,10 +54,6 @@ const MUST_NOT_USE: &[(&str, &[&str])] = &[
 
 /// Longest file of the project's own code, in lines: what a reader can hold in mind.
 const FILE_LINES_MAX: usize = 800;
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
-}
 
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     let output = Command::new(env!("CARGO"))
@@ -106,23 +105,10 @@ fn the_testkit_is_known_to_tests_alone_and_to_benchmarks() {
     assert_eq!(users, ["xtask"], "all others may have it among their dev-dependencies only");
 }
 
-fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).expect("a source directory") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            found.push(path);
-        }
-    }
-}
-
 #[test]
 fn files_stay_short_and_say_first_what_they_are_for() {
-    let mut found = Vec::new();
-    for dir in ["crates", "xtask/src", "xtask/tests", "fuzz/fuzz_targets"] {
-        sources(&root().join(dir), &mut found);
-    }
+    let dirs = ["crates", "xtask/src", "xtask/tests", "fuzz/fuzz_targets"];
+    let found: Vec<_> = dirs.into_iter().flat_map(rust_files).collect();
     assert!(found.len() > 20, "the sources were not found: {found:?}");
     for path in found {
         let text = fs::read_to_string(&path).expect("a source file");

@@ -3,10 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use syn::visit::Visit;
 use syn::{Attribute, ImplItem, Item, ItemImpl, ItemMod, ItemUse, UseTree};
+
+mod source;
+
+use source::{root, rust_files};
 
 /// Most methods of a type of the daemons: one with more has a second owner in it.
 const METHODS_MAX: usize = 25;
@@ -29,10 +33,6 @@ const STD_MUST_NOT_USE: &[(&str, &[&str])] = &[
 /// Crates in which circles are still to be cut, and types that are still to be split. Neither list may grow.
 const CIRCLES_LEFT: &[&str] = &["iscsi", "sim"];
 const TYPES_LEFT: &[&str] = &["qemu::Qemu"];
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
-}
 
 /// The crates of the workspace under `crates`, by name.
 fn crates() -> Vec<String> {
@@ -266,18 +266,8 @@ fn is_symbol(text: &str) -> bool {
 
 #[test]
 fn files_and_symbols_that_documents_name_exist() {
-    let mut code = String::new();
-    let mut dirs = vec![root().join("crates"), root().join("xtask")];
-    while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(dir).expect("a directory") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() {
-                dirs.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                code += &fs::read_to_string(&path).expect("a source file");
-            }
-        }
-    }
+    let files = ["crates", "xtask"].into_iter().flat_map(rust_files);
+    let code: String = files.map(|file| fs::read_to_string(file).expect("a source file")).collect();
     let words: BTreeSet<&str> = code
         .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
         .filter(|word| !word.is_empty())

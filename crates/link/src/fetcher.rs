@@ -1,7 +1,8 @@
 //! One image's chunks from its parents.
 //!
 //! Consistency: whatever comes was verified on the link it came over. Retries: a
-//! [`RequestPolicy`](crate::policy::RequestPolicy) per request leads from parent to parent, without end unless all of them, the origin included, say time and again that the
+//! [`RequestPolicy`](crate::policy::RequestPolicy) per request leads from parent to parent, without end unless all of
+//! them, the origin included, say time and again that the
 //! chunk is not to be had, or a guest's fetch exceeds the time that the administrator set. Cancellation:
 //! dropping a `fetch` withdraws the request from the parents that have it. A change of plan takes effect on
 //! requests in flight: one that waits for a parent that left its stripe is asked of the new ones at once.

@@ -98,16 +98,18 @@ impl KeptProfile {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use block::{ChunkIndex, ImageId};
 
     use super::*;
 
-    fn image() -> ImageId {
+    /// The image that all of these are of.
+    pub(crate) fn image() -> ImageId {
         ImageId::of_root_page(b"root")
     }
 
-    fn file(chunks: &[u64]) -> ProfileFile {
+    /// A profile of it.
+    pub(crate) fn file(chunks: &[u64]) -> ProfileFile {
         let chunks = chunks.iter().copied().map(ChunkIndex).collect();
         ProfileFile(Arc::new(BootProfile::new(image(), chunks).unwrap()))
     }

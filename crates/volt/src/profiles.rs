@@ -81,20 +81,9 @@ impl Profiles {
 
 #[cfg(test)]
 mod tests {
-    use block::ChunkIndex;
-    use control::api::profile::{ProfileFile, Recording};
-    use image::BootProfile;
-
     use super::*;
-
-    fn image() -> ImageId {
-        ImageId::of_root_page(b"root")
-    }
-
-    fn file(chunks: &[u64]) -> ProfileFile {
-        let chunks = chunks.iter().copied().map(ChunkIndex).collect();
-        ProfileFile(Arc::new(BootProfile::new(image(), chunks).unwrap()))
-    }
+    use crate::kept_profile::tests::{file, image};
+    use control::api::profile::Recording;
 
     #[test]
     fn nodes_are_told_of_each_change_once_and_all_is_there_after_a_restart() {

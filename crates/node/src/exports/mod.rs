@@ -25,7 +25,8 @@ pub(crate) trait Protocol: Send + Sync {
     /// Refuses an export that [`start`](Protocol::start) would refuse for what it says.
     fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), ApiError>;
 
-    /// Exports a disk, or changes who may open one that is exported, and remembers that. Repeating it changes nothing.
+    /// Exports a disk, or changes who may open one that is exported, and remembers that. Repeating it changes nothing;
+    /// what [`check`](Protocol::check) refuses is refused.
     fn start<'a>(
         &'a self,
         name: &'a ExportName,
@@ -116,11 +117,9 @@ impl Exports {
         name: &ExportName,
         access: ExportAccess,
     ) -> Result<ExportView, ApiError> {
-        let protocol = self.by(access.protocol())?;
-        protocol.check(name, &access)?;
         let disk = self.disks.find(name);
         let disk = disk.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
-        protocol.start(name, access, disk).await
+        self.by(access.protocol())?.start(name, access, disk).await
     }
 
     /// Exports a disk no longer over any protocol that somebody asked for. Whether it was exported.

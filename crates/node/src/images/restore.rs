@@ -15,7 +15,7 @@ use control::api::profile::ProfileOffer;
 pub(crate) fn restore(images: &Images) -> io::Result<()> {
     image::sweep(images.local.dir())?;
     let mut files = state::sweep(&images.layout.attached())?;
-    // An image comes after the one that it was derived from, which may be derived itimages.
+    // An image comes after the one that it was derived from, which may be derived itself.
     while !files.is_empty() {
         let (ready, waiting): (Vec<_>, Vec<_>) =
             files.into_iter().partition(|file| !waits_for_base(images, file));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{Layer, LayerId, Layers};
 
 /// A layer that is not removed as long as this is there.
-pub(crate) struct LayerHold {
+pub(super) struct LayerHold {
     layers: Arc<Layers>,
     id: LayerId,
 }

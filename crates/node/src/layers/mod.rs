@@ -33,7 +33,8 @@ use tokio::sync::Notify;
 
 use self::files::LayerFiles;
 use self::forest::{Damaged, Forest, Known};
-pub(crate) use self::hold::{HeldLayer, LayerHold};
+pub(crate) use self::hold::HeldLayer;
+use self::hold::LayerHold;
 pub(crate) use self::id::LayerId;
 use self::layer::LayerRecord;
 pub(crate) use self::layer::{Below, Layer, Older, Parent};
@@ -201,7 +202,7 @@ impl Layers {
     }
 
     /// Keeps a layer as long as the answer is there; `None` if there is no such layer.
-    pub(crate) fn hold(self: &Arc<Self>, id: LayerId) -> Option<LayerHold> {
+    fn hold(self: &Arc<Self>, id: LayerId) -> Option<LayerHold> {
         self.forest().hold(id).then(|| LayerHold::new(Arc::clone(self), id))
     }
 

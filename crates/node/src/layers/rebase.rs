@@ -4,8 +4,8 @@
 //! stand on, or from an older snapshot of the same disk; then it is rebased onto the latter, and the derived image is
 //! given up here. Until then whatever is missing is read from the derived image, by way of the hierarchy.
 //!
-//! Consistency: what the disks read never changes; see [`store::Overlay::stream_from_base`]. Retries: for ever, with a pause.
-//! Cancellation: may be dropped anywhere; what was taken over is kept. Crash: it begins anew, and passes over what
+//! Consistency: what the disks read never changes; see [`store::Overlay::stream_from_base`]. Retries: for ever, with a
+//! pause. Cancellation: may be dropped anywhere; what was taken over is kept. Crash: it begins anew, and passes over what
 //! was taken over and flushed.
 
 use std::time::Duration;

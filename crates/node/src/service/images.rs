@@ -32,7 +32,7 @@ pub(crate) struct ImageService {
 pub(crate) enum ImageUse {
     /// Images on this node were derived from it.
     Base,
-    /// So many VM disks stand on it, or layers that are none of a VM's.
+    /// So many VM disks stand on it; or layers that are of no VM, or that cannot be read and may.
     Disks(usize),
     /// Somebody is about to use it.
     Guarded,
@@ -164,14 +164,8 @@ impl ImageService {
             ImageUse::Open(_) => Some("end what reads it first".to_owned()),
             ImageUse::Exported(name, _) => Some(format!("'virtman export remove {name}' ends that")),
         };
-        let refusal = ApiError::conflict(
-            "image_in_use",
-            format!("'{name}' is used on node {}: {image_use}", self.node),
-        );
-        Err(match hint {
-            Some(hint) => refusal.with_hint(hint),
-            None => refusal,
-        })
+        let message = format!("'{name}' is used on node {}: {image_use}", self.node);
+        Err(ApiError { hint, ..ApiError::conflict("image_in_use", message) })
     }
 
     /// Takes a name from an image, and the image out of service with its last one: first Volt gives the node's
@@ -215,7 +209,7 @@ impl fmt::Display for ImageUse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ImageUse::Base => f.write_str("images were derived from it and need it"),
-            ImageUse::Disks(0) => f.write_str("layers of disks stand on it"),
+            ImageUse::Disks(0) => f.write_str("layers of disks stand on it, or may"),
             ImageUse::Disks(1) => f.write_str("1 VM disk stands on it"),
             ImageUse::Disks(count) => write!(f, "{count} VM disks stand on it"),
             ImageUse::Guarded => f.write_str("an operation is about to use it"),

@@ -104,7 +104,8 @@ impl OriginService {
         let (origin, name) = (Arc::clone(self), name.clone());
         run_uncancelled(async move {
             if keep == Keep::InPlace {
-                origin.images.local.remotes.remember(&key).map_err(ApiError::internal)?;
+                let remembered = tokio::task::block_in_place(|| origin.images.local.remotes.remember(&key));
+                remembered.map_err(ApiError::internal)?;
             }
             let published = origin.publish(&name, &imported.into()).await;
             if published.is_err() {
@@ -116,7 +117,7 @@ impl OriginService {
     }
 
     fn forget_unused_remotes(&self) {
-        if let Err(error) = self.images.forget_unused_remotes() {
+        if let Err(error) = tokio::task::block_in_place(|| self.images.forget_unused_remotes()) {
             tracing::warn!(%error, "what opens a remote disk that is not used any more cannot be removed");
         }
     }
@@ -131,7 +132,9 @@ impl OriginService {
         let served = self.serve_made(name, made).await;
         if served.is_err() && made.novelty == Novelty::New {
             // Nobody can use what the catalog does not have; leave nothing behind.
-            if let Err(error) = image::remove(self.images.local.dir(), made.id) {
+            let (dir, id) = (self.images.local.dir().to_owned(), made.id);
+            let removed = blocking(move || image::remove(&dir, id).map_err(|e| e.to_string()));
+            if let Err(error) = removed.await {
                 tracing::warn!(id = %made.id, %error, "cannot remove an image that could not be registered");
             }
         }

@@ -5,7 +5,8 @@
 //! that takes over, so that the work is that of the smaller. A layer that takes changes cannot be left out; below it a
 //! much larger one stays, at most one for each disk.
 //!
-//! Consistency: what the disks read never changes; see [`store::Overlay::stream_from_base`] and [`store::Overlay::commit_from`].
+//! Consistency: what the disks read never changes; see [`store::Overlay::stream_from_base`] and
+//! [`store::Overlay::commit_from`].
 //! Retries: for ever, with a pause. Cancellation: may be dropped anywhere; what was taken over is kept. Crash: a merge
 //! that was not finished begins anew, or is one of others.
 

@@ -5,8 +5,8 @@
 //! start. Its disk's [layers](crate::layers) lie elsewhere, since VMs share them. Operations on one VM are
 //! serialized by a lock that is picked by its name; others go on.
 //!
-//! Consistency: a record on disk keeps the layers that it names. They are counted before it is written, and no longer
-//! after it is durably replaced or gone; so a layer is only ever removed when no record can come back that names it.
+//! Consistency: a record on disk keeps the layers that it names. They are held or counted before it is written, and no
+//! longer after it is durably replaced or gone; so a layer is only ever removed when no record can come back that names it.
 //! Crash: layers are durable by themselves; exports are opened again under the same paths and guests
 //! that outlived the daemon are adopted, so that their hypervisors reconnect and go on.
 
@@ -353,7 +353,7 @@ impl NewVm {
 }
 
 /// Makes a VM's directory with its record, the top of its disk, which `make` makes, and its export. Leaves nothing
-/// behind but that layer if it fails.
+/// behind if it fails.
 fn add_files(
     dir: &Path,
     record: VmRecord,
@@ -382,6 +382,8 @@ fn add_files(
         && let Err(error) = fs::remove_dir_all(dir)
     {
         tracing::warn!(dir = %dir.display(), %error, "cannot remove an unfinished VM");
+        // Its record may be there, and names the layer.
+        layers.add_refs(top.map(|top| top.id()));
     }
     added
 }

@@ -4,8 +4,8 @@
 //! mostly untouched disk costs next to nothing. Bits only ever go from 0 to 1 and reading takes no lock.
 //!
 //! Consistency: a bit is set after the block's bytes are in the data file and the bit in the
-//! [unsynced map](super::unsynced_map)'s file, and together with the note that it is not durable yet. So whoever sees a bit set and flushes also makes
-//! that bit durable.
+//! [unsynced map](super::unsynced_map)'s file, and together with the note that it is not durable yet. So whoever sees a
+//! bit set and flushes also makes that bit durable.
 
 use std::collections::BTreeSet;
 use std::io;

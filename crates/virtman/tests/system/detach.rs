@@ -153,6 +153,8 @@ fn an_image_that_somebody_has_open_stays_as_long() {
     cluster.ok(&["destroy", "vm"]);
     let_look(&cluster, "n");
     assert!(image(&cluster, "n", "disk:1").is_some());
+    let said = cluster.refused(&["--node", "n", "image", "detach", "disk:1"]);
+    assert!(said.contains("open over NBD"), "it is not detached by hand either: {said}");
     // It takes one command at a time.
     reader.say("read 3M 64k\n");
     wait_for("it reads on", STEP_LIMIT, || {
