@@ -28,8 +28,10 @@ pub enum Asked {
         /// How many they are.
         len: usize,
     },
-    /// To change bytes, by whatever command, which it did not refuse.
+    /// To write bytes, which it did not refuse.
     Write,
+    /// To write zeroes or discard bytes, which it did not refuse.
+    Clear,
     /// To make durable what was written.
     Flush,
 }
@@ -97,14 +99,20 @@ impl MemoryDisk {
         Ok(act(&mut bytes[offset as usize..(offset + len) as usize]))
     }
 
-    fn change(&self, offset: u64, len: u64, act: impl FnOnce(&mut [u8])) -> Result<(), DiskError> {
+    fn change(
+        &self,
+        asked: Asked,
+        offset: u64,
+        len: u64,
+        act: impl FnOnce(&mut [u8]),
+    ) -> Result<(), DiskError> {
         if self.access == Access::ReadOnly {
             return Err(DiskError::ReadOnly);
         }
         if self.full.load(Ordering::SeqCst) {
             return Err(DiskError::NoSpace);
         }
-        self.note(Asked::Write);
+        self.note(asked);
         self.with_range(offset, len, act)
     }
 
@@ -137,7 +145,7 @@ impl Disk for MemoryDisk {
         if self.pace == Pace::Later {
             return Ok(TryIo::WouldBlock);
         }
-        self.change(offset, data.len() as u64, |bytes| bytes.copy_from_slice(data))?;
+        self.change(Asked::Write, offset, data.len() as u64, |bytes| bytes.copy_from_slice(data))?;
         Ok(TryIo::Done)
     }
 
@@ -155,12 +163,12 @@ impl Disk for MemoryDisk {
     fn write<'a>(&'a self, offset: u64, data: &'a [u8]) -> BoxFuture<'a, Result<(), DiskError>> {
         Box::pin(async move {
             tokio::task::yield_now().await;
-            self.change(offset, data.len() as u64, |bytes| bytes.copy_from_slice(data))
+            self.change(Asked::Write, offset, data.len() as u64, |bytes| bytes.copy_from_slice(data))
         })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {
-        Box::pin(async move { self.change(offset, len, |bytes| bytes.fill(0)) })
+        Box::pin(async move { self.change(Asked::Clear, offset, len, |bytes| bytes.fill(0)) })
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<(), DiskError>> {

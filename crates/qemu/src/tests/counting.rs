@@ -8,7 +8,7 @@ use std::sync::Arc;
 use block::Access;
 use nbd::{Export, Exports, Listing, Server};
 use testkit::counting_guest::boot_disk;
-use testkit::memory_disk::{MemoryDisk, Pace};
+use testkit::memory_disk::{Asked, MemoryDisk, Pace};
 use tokio::net::UnixListener;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -127,6 +127,9 @@ impl Drop for Site {
         self.server.abort();
         if let Some(vm) = Process::of_pidfile(&self.vm_dir().join("qemu.pid")) {
             vm.kill().unwrap();
+        }
+        if !std::thread::panicking() {
+            assert!(!self.disk.asked().contains(&Asked::Clear), "the guest has no command that clears");
         }
     }
 }
