@@ -291,3 +291,51 @@ fn files_and_symbols_that_documents_name_exist() {
     }
     assert!(missing.is_empty(), "documents name what is not there:\n{}", missing.join("\n"));
 }
+
+/// Words and turns that are not used any more, and what to say instead. Identifiers are held by the compiler; these are
+/// for sentences.
+const RETIRED: &[(&str, &str)] = &[
+    ("is no valid", "is not a valid"),
+    ("leaves from the leaves up", "drains bottom-up"),
+    ("what a power cut at that moment", "crash-consistent"),
+    ("what a power cut would leave", "crash-consistent"),
+    ("number of the machine's present run", "the kernel's boot ID"),
+    ("gets all of an image onto", "copies the whole image into the cache of"),
+    ("absorb", "commit"),
+    ("chunk journey", "fetch task"),
+    ("watcheddisk", "MeteredDisk"),
+    ("exportsocket", "NbdSocket"),
+    ("keepwarm", "IdleTimeout"),
+    ("farewell", "bye"),
+    ("passing image", "transfer image"),
+    ("god object", "name its owner"),
+];
+
+#[test]
+fn retired_words_are_not_used() {
+    let mut found = Vec::new();
+    let mut dirs = vec![root().join("crates"), root().join("docs"), root().join("xtask/src")];
+    let mut files =
+        vec![root().join("README.md"), root().join("ARCHITECTURE.md"), root().join("CONTRIBUTING.md")];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            match path.extension().and_then(|extension| extension.to_str()) {
+                _ if path.is_dir() => dirs.push(path),
+                Some("rs" | "md") => files.push(path),
+                _ => {}
+            }
+        }
+    }
+    for file in files {
+        let text = fs::read_to_string(&file).expect("a text file");
+        for (number, line) in text.lines().enumerate() {
+            let lower = line.to_lowercase();
+            for (retired, instead) in RETIRED.iter().filter(|(retired, _)| lower.contains(retired)) {
+                let at = file.strip_prefix(root()).expect("it lies in the workspace").display();
+                found.push(format!("{at}:{}: '{retired}': say '{instead}'", number + 1));
+            }
+        }
+    }
+    assert!(found.is_empty(), "retired words:\n{}", found.join("\n"));
+}

@@ -8,7 +8,7 @@ pub struct ChunkIndex(pub u64);
 
 /// The size of a disk, 1 to [`DISK_BYTES_MAX`] bytes, and the arithmetic that follows from it.
 ///
-/// The last chunk of an image whose size is no multiple of the chunk size is padded with zeroes, so
+/// The last chunk of an image whose size is not a multiple of the chunk size is padded with zeroes, so
 /// that every chunk has the same length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {

@@ -10,7 +10,7 @@ use crate::limits::NAME_BYTES_MAX;
 /// A name was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "'{name}' is no valid {what}: use 1 to {NAME_BYTES_MAX} of a-z, A-Z, 0-9, '.', '_' and '-', beginning with a letter or digit{hint}"
+    "'{name}' is not a valid {what}: use 1 to {NAME_BYTES_MAX} of a-z, A-Z, 0-9, '.', '_' and '-', beginning with a letter or digit{hint}"
 )]
 pub struct NameError {
     what: &'static str,
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn the_error_shows_the_name_without_its_control_characters() {
-        let error = "a\x1b[31m".parse::<VmName>().expect_err("an escape sequence is no name");
+        let error = "a\x1b[31m".parse::<VmName>().expect_err("an escape sequence is not a name");
         assert!(!error.to_string().contains('\x1b'), "{error}");
         assert!(error.to_string().contains("VM name"), "{error}");
     }

@@ -18,13 +18,13 @@ pub fn open_many_files() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, ?limit, "the number of open files stays limited, and with it that of VMs");
+        tracing::warn!(%error, ?limit, "open_files_limited: and with them the number of VMs");
     }
 }
 
 /// Tells systemd, if it started us, that requests are served from now on.
 pub fn ready() {
-    // Without systemd there is nobody to tell, and that is no failure.
+    // Without systemd there is nobody to tell, and that is not a failure.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 }
 
@@ -33,14 +33,14 @@ pub async fn stop_on_signal(shutdown: CancellationToken) {
     let (Ok(mut terminate), Ok(mut interrupt)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
-        tracing::warn!("signals cannot be caught; the daemon ends only by being killed, which is safe");
+        tracing::warn!("signals_not_caught: the daemon ends only by being killed, which is safe");
         return shutdown.cancelled().await;
     };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tracing::info!("stopping");
+    tracing::info!("daemon_stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     shutdown.cancel();
 }

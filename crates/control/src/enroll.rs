@@ -97,7 +97,7 @@ async fn answer_join(
     tokens.redeem(&request.secret.hash(), &request.node, now).await?;
     let node = Principal::Node(request.node);
     let certificate = authority.sign_csr(&request.csr, &node, now)?;
-    tracing::info!(%node, "certified a new member");
+    tracing::info!(%node, "member_certified");
     Ok(Json(JoinAnswer { certificate, ca: authority.ca().pem().to_owned() }))
 }
 
@@ -111,7 +111,7 @@ async fn answer_renew(
         return Err(ApiError::forbidden("not_a_node", "only nodes renew their certificates here"));
     };
     let certificate = authority.sign_csr(&request.csr, &principal, SystemTime::now())?;
-    tracing::info!(node = %principal, "renewed a certificate");
+    tracing::info!(node = %principal, "certificate_issued: renewed");
     Ok(Json(RenewAnswer { certificate }))
 }
 
@@ -166,7 +166,7 @@ impl From<IdentityError> for ApiError {
             IdentityError::Request(_) => Self::bad_request("bad_certificate_request", error.to_string()),
             // The rest is about Volt's own files: for its log, not for its peers.
             _ => {
-                tracing::error!(%error, "cannot certify");
+                tracing::error!(%error, "certificate_refused");
                 Self::internal("Volt cannot certify now: its log says why")
             }
         }

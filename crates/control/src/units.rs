@@ -11,7 +11,7 @@ pub struct ByteSize(pub u64);
 impl FromStr for ByteSize {
     type Err = String;
     fn from_str(text: &str) -> Result<ByteSize, String> {
-        let wrong = || format!("'{text}' is no size: use a number and one of K, M, G, T, such as 20G");
+        let wrong = || format!("'{text}' is not a size: use a number and one of K, M, G, T, such as 20G");
         let upper = text.to_ascii_uppercase();
         let plain = upper.trim_end_matches("IB").trim_end_matches('B');
         let digits = plain.trim_end_matches(['K', 'M', 'G', 'T']);
@@ -46,7 +46,7 @@ impl fmt::Display for ByteSize {
 
 /// Parses `90s`, `10m`, `2h`, `500ms` or `7d`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{text}' is no duration: use a number and one of ms, s, m, h, d, such as 90s");
+    let wrong = || format!("'{text}' is not a duration: use a number and one of ms, s, m, h, d, such as 90s");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let number: u64 = digits.parse().map_err(|_| wrong())?;
     let unit_ms = match &text[digits.len()..] {

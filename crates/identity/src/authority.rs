@@ -94,14 +94,14 @@ impl Authority {
         let ca =
             Ca::from_pem(&files::read(dir, CERTIFICATE_FILE)?).map_err(|e| broken(CERTIFICATE_FILE, e))?;
         let key = KeyPair::from_pem(&files::read(dir, KEY_FILE)?)
-            .map_err(|e| broken(KEY_FILE, format!("is no private key: {e}")))?;
+            .map_err(|e| broken(KEY_FILE, format!("is not a private key: {e}")))?;
         let public =
             super::principal::public_key(ca.der()).map_err(|e| broken(CERTIFICATE_FILE, e.to_string()))?;
         if public != key.der_bytes() {
             return Err(broken(KEY_FILE, format!("does not belong to {CERTIFICATE_FILE}")));
         }
         let issuer = Issuer::from_ca_cert_der(ca.der(), key)
-            .map_err(|e| broken(CERTIFICATE_FILE, format!("is no CA certificate: {e}")))?;
+            .map_err(|e| broken(CERTIFICATE_FILE, format!("is not a CA certificate: {e}")))?;
         Ok(Self { issuer, ca })
     }
 

@@ -24,7 +24,7 @@ impl Ca {
     /// The text holds no certificate, or more than one.
     pub fn from_pem(pem: &str) -> Result<Self, String> {
         let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
-        match ders.map_err(|e| format!("is no PEM: {e}"))?.as_slice() {
+        match ders.map_err(|e| format!("is not PEM: {e}"))?.as_slice() {
             [der] => Ok(Self { pem: pem.to_owned(), der: der.clone() }),
             ders => Err(format!("holds {} certificates, expected 1", ders.len())),
         }

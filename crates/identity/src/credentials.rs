@@ -99,7 +99,7 @@ impl Identity {
     /// What does not fit together.
     pub fn new(certificate_pem: &str, key: Key, ca: Ca) -> Result<Self, String> {
         let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
-            .map_err(|e| format!("the certificate is no PEM: {e}"))?;
+            .map_err(|e| format!("the certificate is not PEM: {e}"))?;
         let principal = Principal::of_certificate(&der).map_err(|e| e.to_string())?;
         if principal::public_key(&der).map_err(|e| e.to_string())? != key.0.der_bytes() {
             return Err("the certificate is for another key".to_owned());
@@ -113,7 +113,7 @@ impl Identity {
             .map_err(|e| format!("the certificate is not of this CA: {e}"))?;
 
         let private = PrivateKeyDer::from_pem_slice(key.0.serialize_pem().as_bytes())
-            .map_err(|e| format!("the key is no PEM: {e}"))?;
+            .map_err(|e| format!("the key is not PEM: {e}"))?;
         let signing = tls::provider()
             .key_provider
             .load_private_key(private)
@@ -132,7 +132,7 @@ impl Identity {
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
         let certificate = files::read(dir, CERTIFICATE_FILE)?;
         let key = Key::from_pem(&files::read(dir, KEY_FILE)?)
-            .map_err(|e| IdentityError::broken(&dir.join(KEY_FILE), format!("is no private key: {e}")))?;
+            .map_err(|e| IdentityError::broken(&dir.join(KEY_FILE), format!("is not a private key: {e}")))?;
         let ca = Ca::from_pem(&files::read(dir, CA_FILE)?)
             .map_err(|e| IdentityError::broken(&dir.join(CA_FILE), e))?;
         Self::new(&certificate, key, ca).map_err(|e| IdentityError::broken(dir, e))

@@ -66,7 +66,7 @@ mod tests {
         assert!(changes.has_changed().unwrap());
         changes.mark_unchanged();
         removed.replace(vec![node]);
-        assert!(!changes.has_changed().unwrap(), "the same again is no change");
+        assert!(!changes.has_changed().unwrap(), "the same again is not a change");
         removed.replace(Vec::new());
         assert_eq!(removed.admit(&member), Admission::Admit);
     }

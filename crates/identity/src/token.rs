@@ -29,14 +29,14 @@ pub(crate) const ADDRESS_BYTES_MAX: usize = 260;
 const HASH_BYTES: usize = 32;
 const CHECKSUM_BYTES: usize = 4;
 
-/// A text is no token.
+/// A text is not a token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
     /// It is of another kind or damaged.
-    #[error("this is no join token ({0}): copy the whole line that 'virtman volt token' printed")]
+    #[error("this is not a join token ({0}): copy the whole line that 'virtman volt token' printed")]
     Malformed(&'static str),
     /// The address in it cannot be dialled.
-    #[error("'{0}' is no address: expected HOST:PORT, such as volt.example:7070 or [fd00::1]:7070")]
+    #[error("'{0}' is not an address: expected HOST:PORT, such as volt.example:7070 or [fd00::1]:7070")]
     Address(String),
 }
 

@@ -206,7 +206,7 @@ fn add(
     }
     let novelty = layout::publish(unfinished, images_dir, root.id()).map_err(unwritable)?;
     let id = root.id();
-    tracing::info!(image = %id, file = %source.path().display(), format = %record.format, ?novelty, "image added");
+    tracing::info!(image = %id, file = %source.path().display(), format = %record.format, ?novelty, "image_added");
     Ok(Imported {
         id,
         dir: images_dir.join(id.to_string()),

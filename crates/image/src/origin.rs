@@ -299,7 +299,7 @@ impl Shared {
             image = %self.stored.id.short(),
             file = %path.display(),
             %reason,
-            "the image file or disk no longer gives what was imported from it: put the old one back, or add it as a new image"
+            "origin_changed: the image file or disk no longer gives what was imported from it: put the old one back, or add it as a new image"
         );
     }
 }

@@ -129,7 +129,7 @@ impl Pages {
         Ok(())
     }
 
-    /// Every page that is no hole of the file, in order; so each level comes before the one above it, and what
+    /// Every page that is not a hole of the file, in order; so each level comes before the one above it, and what
     /// `each` writes above is seen when its turn comes.
     fn for_each_page(&self, mut each: impl FnMut(PageId, &[u8]) -> io::Result<()>) -> io::Result<()> {
         let chunk = CHUNK_BYTES as u64;

@@ -9,17 +9,17 @@ use crate::limits::NAME_BYTES_MAX;
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct IscsiName(String);
 
-/// Why a text is no iSCSI name.
+/// Why a text is not an iSCSI name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// It is empty or longer than [`NAME_BYTES_MAX`].
     #[error("an iSCSI name has 1 to {NAME_BYTES_MAX} bytes")]
     Length,
     /// It does not begin as one.
-    #[error("'{0}' is no iSCSI name: those begin with 'iqn.', 'eui.' or 'naa.'")]
+    #[error("'{0}' is not an iSCSI name: those begin with 'iqn.', 'eui.' or 'naa.'")]
     Kind(String),
     /// It has a character that none may have.
-    #[error("'{0}' is no iSCSI name: only letters, digits, '-', '.' and ':' may stand there")]
+    #[error("'{0}' is not an iSCSI name: only letters, digits, '-', '.' and ':' may stand there")]
     Character(String),
 }
 

@@ -45,7 +45,7 @@ pub enum Answer {
 
 /// The other side broke the rules of negotiation.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{value}' is no answer to the key {key}")]
+#[error("'{value}' is not an answer to the key {key}")]
 pub struct WrongAnswer {
     /// The key.
     pub key: String,

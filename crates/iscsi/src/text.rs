@@ -8,11 +8,11 @@ use crate::limits::{BINARY_BYTES_MAX, KEY_BYTES_MAX};
 /// The bytes are no text of keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TextError {
-    /// It is no UTF-8.
+    /// It is not UTF-8.
     #[error("the text of a negotiation is not UTF-8")]
     NotUtf8,
     /// A pair has no `=`, or a key of no or too many bytes.
-    #[error("the text of a negotiation has something that is no key=value")]
+    #[error("the text of a negotiation has something that is not key=value")]
     NotAPair,
 }
 

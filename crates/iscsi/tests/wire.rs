@@ -326,7 +326,7 @@ async fn what_is_too_long_or_no_login_ends_only_its_own_connection() {
     let mut good = Wire::session(&serving, 1, "").await;
     let mut hostile = Wire::connect(&serving).await;
     hostile.send(NopOut::default().header(), &[]).await;
-    assert!(hostile.receive().await.is_none(), "a ping is no login");
+    assert!(hostile.receive().await.is_none(), "a ping is not a login");
     let mut hostile = Wire::connect(&serving).await;
     let mut huge = LoginRequest::default().header();
     huge.set_data_bytes((1 << 24) - 1);

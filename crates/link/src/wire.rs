@@ -331,7 +331,7 @@ impl Body {
 
     fn hello(&mut self) -> Result<Hello, WireError> {
         if self.take(4)? != MAGIC[..] {
-            return Err(WireError("this is no link"));
+            return Err(WireError("this is not a link"));
         }
         let version = self.0.try_get_u16_le().map_err(too_short)?;
         let features = self.0.try_get_u32_le().map_err(too_short)?;
@@ -340,7 +340,7 @@ impl Body {
             return Err(WireError("name too long"));
         }
         let name = self.take(len)?;
-        let name = std::str::from_utf8(&name).map_err(|_| WireError("name is no text"))?;
+        let name = std::str::from_utf8(&name).map_err(|_| WireError("name is not text"))?;
         Ok(Hello { version, features, node: name.parse().map_err(|_| WireError("invalid node name"))? })
     }
 

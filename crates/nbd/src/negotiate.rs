@@ -225,7 +225,7 @@ impl Negotiation {
         out: &mut Vec<u8>,
     ) -> Result<Event, NegotiationError> {
         let refused = NegotiationError::ExportName;
-        let name = std::str::from_utf8(data).map_err(|_| refused("the name is no UTF-8"))?;
+        let name = std::str::from_utf8(data).map_err(|_| refused("the name is not UTF-8"))?;
         let export = exports.open(name).ok_or(refused("there is no such export"))?;
         out.extend_from_slice(&export.disk.size_bytes().to_be_bytes());
         out.extend_from_slice(&export.transmission_flags(self.framing).to_be_bytes());

@@ -209,7 +209,7 @@ pub struct ReplyHead {
     pub payload_bytes: u64,
 }
 
-/// What came is no reply, or one that the protocol forbids here: the connection is of no further use.
+/// What came is not a reply, or one that the protocol forbids here: the connection is of no further use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the server broke the protocol: {0}")]
 pub struct BadReply(pub &'static str);

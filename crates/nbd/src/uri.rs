@@ -53,10 +53,10 @@ pub struct NbdUri {
     pub tls: UriTls,
 }
 
-/// A text is no address of an NBD export.
+/// A text is not an address of an NBD export.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "'{uri}' is no NBD address: {why}; use nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH, \
+    "'{uri}' is not an NBD address: {why}; use nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH, \
      with nbds in place of nbd for TLS"
 )]
 pub struct UriError {
@@ -159,7 +159,7 @@ fn tcp(authority: &str) -> Result<Address, String> {
         Some(text) if text.bytes().all(|b| b.is_ascii_digit()) => {
             text.parse().map_err(|_| "its port is above 65535")?
         }
-        Some(_) => return Err("its port is no number".to_owned()),
+        Some(_) => return Err("its port is not a number".to_owned()),
     };
     Ok(Address::Tcp { host: decode(host)?, port })
 }
@@ -182,7 +182,7 @@ fn decode(text: &str) -> Result<String, String> {
     if out.contains(&0) {
         return Err("it contains a zero byte".to_owned());
     }
-    String::from_utf8(out).map_err(|_| "it is no UTF-8".to_owned())
+    String::from_utf8(out).map_err(|_| "it is not UTF-8".to_owned())
 }
 
 fn encode(text: &str) -> String {

@@ -120,7 +120,7 @@ impl CacheMedia {
                 return Err(format!("{error}; mend that, or name other media with --cache"));
             }
             let medium = spec.name();
-            tracing::error!(medium, %error, "a cache medium cannot be used: remove it, or add it again");
+            tracing::error!(medium, %error, "medium_unusable: remove it, or add it again");
             kept.insert(spec.path, Refused { size_bytes: spec.size_bytes, reason: error.to_string() });
         }
         Ok(CacheMedia {
@@ -172,7 +172,7 @@ impl CacheMedia {
         self.group.add(spec).await.map_err(|error| self.refusal(&error))?;
         self.refused().remove(&path);
         self.remember(&mut said, &path, Some(request.size_bytes), "in use")?;
-        tracing::info!(medium = name, "cache medium added");
+        tracing::info!(medium = name, "medium_added");
         self.find(&name)
             .ok_or_else(|| ApiError::internal(format!("cache medium '{name}' is there and cannot be found")))
     }
@@ -192,7 +192,7 @@ impl CacheMedia {
             Ok(Err(error)) => return Err(self.refusal(&error)),
         };
         self.remember(&mut said, &path, None, "not in use any more")?;
-        tracing::info!(medium = name, "cache medium removed");
+        tracing::info!(medium = name, "medium_removed");
         Ok(if is_leaving { self.find(&name) } else { None })
     }
 
@@ -296,14 +296,14 @@ fn read_said(record: &Path) -> Said {
         return Said::default();
     }
     state::read_record(record).unwrap_or_else(|reason| {
-        tracing::error!(reason, "what was said of cache media is lost: the node uses those of --cache");
+        tracing::error!(reason, "media_record_damaged: the node uses the media of --cache");
         Said::default()
     })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, ApiError> {
     if !path.is_absolute() {
-        let message = format!("'{}' is no absolute path", path.display());
+        let message = format!("'{}' is not an absolute path", path.display());
         return Err(ApiError::bad_request("not_absolute", message)
             .with_hint("say where on the node it is, such as /srv/chunks"));
     }

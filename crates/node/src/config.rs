@@ -54,9 +54,9 @@ pub struct ComputeArgs {
     /// counts more, also at the next start
     #[arg(long, value_name = "PATH=SIZE")]
     pub cache: Vec<CacheMedium>,
-    /// How long an image stays attached that was attached because a VM or an export needed it and that nobody on this
-    /// node uses any more; 0s detaches it at once, `forever` leaves it. A VM that is created meanwhile finds it with
-    /// all that was fetched of it. What `virtman image attach` attached stays until `virtman image detach`
+    /// Idle time before an automatically attached image is detached (0s: at once; `forever`: never). A VM that is
+    /// created meanwhile finds the image with all that was fetched of it. What `virtman image attach` attached stays
+    /// until `virtman image detach`
     #[arg(long, default_value = "10m", value_name = "TIME")]
     pub keep_warm: IdleTimeout,
     /// Where this host stands, as ZONE/RACK/HOST
@@ -68,7 +68,7 @@ pub struct ComputeArgs {
     /// How long a guest's read may wait for a chunk before it fails, such as 5m; for ever if absent
     #[arg(long, value_parser = control::units::parse_duration, value_name = "TIME")]
     pub fetch_timeout: Option<Duration>,
-    /// What fetches that nobody waits for may take per second, such as 10M; no bound if absent
+    /// Bandwidth limit of background fetches per second, such as 10M; unlimited if absent
     #[arg(long, value_name = "SIZE")]
     pub background_rate: Option<ByteSize>,
     /// Also export disks and images over NBD on this TCP address (TLS with client certificates)

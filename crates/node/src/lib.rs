@@ -209,7 +209,7 @@ pub async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         None => None,
     };
 
-    tracing::info!(node = %name, address, "node is ready");
+    tracing::info!(node = %name, address, "node_ready: node is ready");
     started.announce();
     let introduction = Introduction { address, location: args.location.clone() };
     let identity_dir = layout.identity();
@@ -240,7 +240,7 @@ pub async fn run(dir: &Path, args: &ComputeArgs) -> Result<(), String> {
         control::daemon::stop_on_signal(shutdown.clone()),
     );
     cache.group().settled().await;
-    tracing::info!("node has stopped; guests run on and reconnect when it is back");
+    tracing::info!("node_stopped: guests run on and reconnect when it is back");
     Ok(())
 }
 
@@ -266,7 +266,7 @@ async fn identity(layout: &Layout, args: &ComputeArgs) -> Result<Identity, Strin
     replace(&layout.dir().join(VOLT_ADDRESS_FILE), address.as_bytes(), Secrecy::Public)
         .map_err(|e| format!("cannot write Volt's address: {e}"))?;
     identity.save(&dir).map_err(|e| e.to_string())?;
-    tracing::info!(node = %name, "joined the cluster");
+    tracing::info!(node = %name, "cluster_joined");
     Ok(identity)
 }
 
@@ -314,7 +314,7 @@ fn serve_children(
         let (own, images, links) = (own.clone(), Arc::clone(&images), Arc::clone(&links));
         Box::pin(async move {
             let Principal::Node(child) = peer else {
-                tracing::warn!(%peer, "refused a link: only nodes fetch chunks");
+                tracing::warn!(%peer, "link_refused: only nodes fetch chunks");
                 return;
             };
             #[cfg(feature = "faults")]

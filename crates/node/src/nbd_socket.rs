@@ -60,7 +60,7 @@ impl NbdSocket {
 impl Drop for NbdSocket {
     fn drop(&mut self) {
         if let Err(error) = remove_if_there(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove an export's socket");
+            tracing::warn!(path = %self.path.display(), %error, "socket_not_removed");
         }
     }
 }
@@ -143,7 +143,7 @@ pub(crate) async fn accept_all(
             let stream = match listener.connection().await {
                 Ok(stream) => stream,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept an NBD connection");
+                    tracing::warn!(%error, "connection_not_accepted: NBD");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }

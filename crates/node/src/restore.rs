@@ -31,7 +31,7 @@ pub(crate) async fn restore(vms: &Vms, guests: &Guests, outgoing: &OutgoingVms) 
     for dir in state::sweep(&vms.layout.vms())? {
         if state::is_absent(&dir.join(vms::RECORD)) {
             if state::is_absent(&dir.join(target::RECORD)) {
-                tracing::info!(dir = %dir.display(), "removing what an unfinished create or destroy left");
+                tracing::info!(dir = %dir.display(), "leftovers_removed: a create or destroy was not finished");
                 fs::remove_dir_all(&dir)?;
                 continue;
             }
@@ -41,13 +41,13 @@ pub(crate) async fn restore(vms: &Vms, guests: &Guests, outgoing: &OutgoingVms) 
                     restored.incoming.push(coming);
                 }
                 Ok(_) => {
-                    tracing::info!(dir = %dir.display(), "removing what an unfinished move left");
+                    tracing::info!(dir = %dir.display(), "leftovers_removed: a move was not finished");
                     target::end_guest(&dir).await;
                     fs::remove_dir_all(&dir)?;
                 }
                 Err(reason) => {
                     restored.complete = false;
-                    tracing::error!(dir = %dir.display(), reason, "a VM that was coming cannot be opened; its files are left as they are");
+                    tracing::error!(dir = %dir.display(), reason, "vm_not_restored: it was coming; its files are left as they are");
                 }
             }
             continue;
@@ -59,7 +59,7 @@ pub(crate) async fn restore(vms: &Vms, guests: &Guests, outgoing: &OutgoingVms) 
             }
             Err(reason) => {
                 restored.complete = false;
-                tracing::error!(dir = %dir.display(), reason, "a VM cannot be opened; its files are left as they are");
+                tracing::error!(dir = %dir.display(), reason, "vm_not_restored: its record is damaged; its files are left as they are");
             }
         }
     }
@@ -77,7 +77,7 @@ pub(crate) async fn restore(vms: &Vms, guests: &Guests, outgoing: &OutgoingVms) 
                 opened.push(vm);
             }
             Err(reason) => {
-                tracing::error!(vm = %name, reason, "a VM's disk cannot be opened; its files are left as they are");
+                tracing::error!(vm = %name, reason, "vm_not_restored: its disk cannot be opened; its files are left as they are");
             }
         }
     }
@@ -92,7 +92,7 @@ fn open(vms: &Vms, record: VmRecord) -> Result<Arc<Vm>, String> {
     let top = vms.layers.open_top(record.top)?;
     let vm = Vm::open(record, &dir, top, &socket)?;
     if let Some(guest) = Qemu::adopt(&dir) {
-        tracing::info!(vm = %vm.name(), pid = guest.pid(), "guest still runs");
+        tracing::info!(vm = %vm.name(), pid = guest.pid(), "guest_adopted: it still runs");
         guest.recover();
         watch(&vm, Arc::new(guest), dir);
     }

@@ -31,6 +31,7 @@ use control::api::compute::{
 };
 use control::api::details::VmDetails;
 use control::api::export::{ExportAccess, ExportName, ExportView};
+use control::api::openapi_document;
 use control::api::qcow2::{ExportSnapshot, ImportVm, SnapshotExported, VmImported};
 use control::http::{ApiError, Json, Path, Peer, Query, lines};
 use identity::Principal;
@@ -43,7 +44,7 @@ type Answer<T> = Result<Json<T>, ApiError>;
 
 /// The routes of a node.
 pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
-    OpenApiRouter::new()
+    OpenApiRouter::with_openapi(openapi_document("VirtMan node API"))
         .routes(routes!(status))
         .routes(routes!(cache, add_medium))
         .routes(routes!(remove_medium))
@@ -88,7 +89,9 @@ async fn cache(State(node): Shared, peer: Peer) -> Answer<Vec<MediumView>> {
     Ok(Json(node.cache.list()))
 }
 
-/// Adds a medium to the node's cache group, with the chunks that are on it. Repeating it changes nothing.
+/// Adds a medium to the node's cache group, with the chunks that are on it.
+///
+/// Repeating it changes nothing.
 #[utoipa::path(put, path = "/v1/cache", request_body = AddMedium,
     responses((status = 200, body = MediumView), (status = 400), (status = 409)))]
 async fn add_medium(State(node): Shared, peer: Peer, Json(request): Json<AddMedium>) -> Answer<MediumView> {
@@ -96,8 +99,10 @@ async fn add_medium(State(node): Shared, peer: Peer, Json(request): Json<AddMedi
     run_uncancelled(async move { node.cache.add(&request).await.map(Json) }).await
 }
 
-/// Removes a medium from the node's cache group; its file stays. Answers with the medium if reads of it are still
-/// on their way, else with `null`. The path is in the body, as no address holds every path; hence no `DELETE`.
+/// Removes a medium from the node's cache group; its file stays.
+///
+/// Answers with the medium if reads of it are still on their way, else with `null`. The path is in the body, as no
+/// address holds every path; hence no `DELETE`.
 #[utoipa::path(post, path = "/v1/cache/remove", request_body = RemoveMedium,
     responses((status = 200, body = Option<MediumView>), (status = 404), (status = 409)))]
 async fn remove_medium(
@@ -116,8 +121,10 @@ async fn images(State(node): Shared, peer: Peer) -> Answer<Vec<NodeImage>> {
     Ok(Json(node.images.images.all().iter().map(|attached| node.images.describe(attached)).collect()))
 }
 
-/// Makes the node the origin of an image. Answers with a line of progress now and then, the last of which
-/// says what came of it. A client that hangs up cancels it.
+/// Makes the node the origin of an image.
+///
+/// Answers with a line of progress now and then, the last of which says what came of it. A client that hangs up cancels
+/// it.
 #[utoipa::path(post, path = "/v1/images/{image}", params(("image" = String, Path,)), request_body = AddImage,
     responses((status = 200, body = Progress<NodeImage>, content_type = "application/x-ndjson")))]
 async fn add_image(
@@ -131,7 +138,9 @@ async fn add_image(
     Ok(with_progress(shutdown, |progress| async move { node.origins.add(&name, request, progress).await }))
 }
 
-/// Reads an image of which the node is the origin again, and compares every chunk. Answers like adding.
+/// Reads an image of which the node is the origin again, and compares every chunk.
+///
+/// Answers like adding.
 #[utoipa::path(post, path = "/v1/images/{image}/verify", params(("image" = String, Path,)),
     responses((status = 200, body = Progress<ImageVerified>, content_type = "application/x-ndjson")))]
 async fn verify_image(
@@ -174,7 +183,9 @@ struct Attaching {
     fill: bool,
 }
 
-/// Attaches an image. It stays attached until it is detached here.
+/// Attaches an image.
+///
+/// It stays attached until it is detached here.
 #[utoipa::path(put, path = "/v1/attached/{image}", params(("image" = String, Path,), ("fill" = Option<bool>, Query,)),
     responses((status = 200, body = NodeImage), (status = 404), (status = 409), (status = 503)))]
 async fn attach_image(
@@ -230,7 +241,9 @@ async fn vm_details(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -
     tokio::task::block_in_place(|| node.details.of_vm(&name)).map(Json)
 }
 
-/// Gives a new VM a disk that goes on where a qcow2 file ends. Answers like adding an image.
+/// Gives a new VM a disk that goes on where a qcow2 file ends.
+///
+/// Answers like adding an image.
 #[utoipa::path(post, path = "/v1/vms/{vm}/import", params(("vm" = String, Path,)), request_body = ImportVm,
     responses((status = 200, body = Progress<VmImported>, content_type = "application/x-ndjson")))]
 async fn import_vm(
@@ -246,7 +259,9 @@ async fn import_vm(
     }))
 }
 
-/// Gives a VM a private disk on an image. Repeating it changes nothing.
+/// Gives a VM a private disk on an image.
+///
+/// Repeating it changes nothing.
 #[utoipa::path(put, path = "/v1/vms/{vm}", params(("vm" = String, Path,)), request_body = CreateVm,
     responses((status = 200, body = Vm), (status = 404), (status = 409)))]
 async fn create_vm(
@@ -267,8 +282,10 @@ struct Destruction {
     instance_only: bool,
 }
 
-/// Removes a VM with its disk. A running guest is ended. An image that was attached for VMs and that nobody on the node
-/// uses any more is detached after a while, unless only the instance is to go.
+/// Removes a VM with its disk.
+///
+/// A running guest is ended. An image that was attached for VMs and that nobody on the node uses any more is detached
+/// after a while, unless only the instance is to go.
 #[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path,), ("instance_only" = Option<bool>, Query,)),
     responses((status = 204), (status = 404)))]
 async fn destroy_vm(
@@ -291,7 +308,9 @@ async fn last_start(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -
     node.guests.last_start(&name).map(Json)
 }
 
-/// Starts a guest on a VM's disk. If one runs, that is it.
+/// Starts a guest on a VM's disk.
+///
+/// If one runs, that is it.
 #[utoipa::path(post, path = "/v1/vms/{vm}/start", params(("vm" = String, Path,)), request_body = StartVm,
     responses((status = 200, body = VmStarted), (status = 404)))]
 async fn start_vm(
@@ -367,7 +386,9 @@ async fn delete_snapshot(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Sets a VM's disk back to a snapshot. Its guest must not run; whoever has the disk open is disconnected.
+/// Sets a VM's disk back to a snapshot.
+///
+/// Its guest must not run; whoever has the disk open is disconnected.
 #[utoipa::path(post, path = "/v1/vms/{vm}/snapshots/{snapshot}/revert",
     params(("vm" = String, Path,), ("snapshot" = String, Path,)),
     responses((status = 200, body = Vm), (status = 404), (status = 409)))]
@@ -380,8 +401,9 @@ async fn revert_vm(
     run_uncancelled(async move { node.snapshots.revert(&name, &snapshot).await.map(Json) }).await
 }
 
-/// Writes a snapshot as a qcow2 file on the node, and takes it first if that is asked for. Answers like adding an
-/// image.
+/// Writes a snapshot as a qcow2 file on the node, and takes it first if that is asked for.
+///
+/// Answers like adding an image.
 #[utoipa::path(post, path = "/v1/vms/{vm}/snapshots/{snapshot}/export",
     params(("vm" = String, Path,), ("snapshot" = String, Path,)), request_body = ExportSnapshot,
     responses((status = 200, body = Progress<SnapshotExported>, content_type = "application/x-ndjson")))]
@@ -411,7 +433,9 @@ async fn clone_vm(
     run_uncancelled(async move { node.clones.clone_here(&name, &request).await.map(Json) }).await
 }
 
-/// Makes an image of the present state of a VM's disk, whose origin the node is. Answers like adding an image.
+/// Makes an image of the present state of a VM's disk, whose origin the node is.
+///
+/// Answers like adding an image.
 #[utoipa::path(post, path = "/v1/vms/{vm}/commit", params(("vm" = String, Path,)), request_body = CommitVm,
     responses((status = 200, body = Progress<NodeImage>, content_type = "application/x-ndjson")))]
 async fn commit_vm(
@@ -425,8 +449,10 @@ async fn commit_vm(
     Ok(with_progress(shutdown, |progress| async move { node.clones.commit(&name, request, progress).await }))
 }
 
-/// Moves a VM to another node, which was told to expect it; its guest runs on there if it runs. Answers like adding an
-/// image. A client that hangs up cancels it as long as the disk is hashed; from then on it is carried out.
+/// Moves a VM to another node, which was told to expect it; its guest runs on there if it runs.
+///
+/// Answers like adding an image. A client that hangs up cancels it as long as the disk is hashed; from then on it is
+/// carried out.
 #[utoipa::path(post, path = "/v1/vms/{vm}/migrate", params(("vm" = String, Path,)), request_body = MigrateVm,
     responses((status = 200, body = Progress<Migrated>, content_type = "application/x-ndjson")))]
 async fn migrate_vm(
@@ -448,7 +474,7 @@ async fn migrate_vm(
 async fn moving(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<MovingState> {
     match peer {
         Peer::Remote(Principal::Node(to)) => Ok(Json(node.outgoing.moving_state(&name, &to))),
-        other => Err(ApiError::forbidden("not_a_node", format!("{other} is no node"))),
+        other => Err(ApiError::forbidden("not_a_node", format!("{other} is not a node"))),
     }
 }
 
@@ -466,7 +492,9 @@ async fn expect_vm(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Prepares for a VM. For the node that brings it, as are the next three.
+/// Prepares for a VM.
+///
+/// For the node that brings it, as are the next three.
 #[utoipa::path(post, path = "/v1/incoming/{vm}/receive", params(("vm" = String, Path,)), request_body = HandOver,
     responses((status = 204), (status = 403), (status = 409)))]
 async fn receive_vm(
@@ -517,8 +545,9 @@ async fn exports(State(node): Shared, peer: Peer) -> Answer<Vec<ExportView>> {
     Ok(Json(node.exports.describe()))
 }
 
-/// Exports a VM's disk, or an image, read-only, over a protocol. An image is attached first. Other access than
-/// before ends the sessions that there are; repeating it changes nothing.
+/// Exports a VM's disk, or an image, read-only, over a protocol.
+///
+/// An image is attached first. Other access than before ends the sessions that there are; repeating it changes nothing.
 #[utoipa::path(put, path = "/v1/exports/{name}", params(("name" = String, Path,)), request_body = ExportAccess,
     responses((status = 200, body = ExportView), (status = 400), (status = 404), (status = 409)))]
 async fn add_export(
@@ -531,7 +560,9 @@ async fn add_export(
     run_uncancelled(async move { node.vm_service.export(&name, request).await.map(Json) }).await
 }
 
-/// Ends the export of a VM's disk or an image, but for NBD's. Its sessions have ended when this answers.
+/// Ends the export of a VM's disk or an image, but for NBD's.
+///
+/// Its sessions have ended when this answers.
 #[utoipa::path(delete, path = "/v1/exports/{name}", params(("name" = String, Path,)),
     responses((status = 204), (status = 404)))]
 async fn remove_export(

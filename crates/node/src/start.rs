@@ -53,7 +53,7 @@ impl Started {
         let records = match layout.sync_records() {
             Ok(()) => Records::Complete,
             Err(error) => {
-                tracing::error!(dir = %layout.dir().display(), %error, "records cannot be made durable");
+                tracing::error!(dir = %layout.dir().display(), %error, "records_not_synced");
                 Records::Incomplete
             }
         };
@@ -79,7 +79,7 @@ impl Started {
                 Ok(WithImages(self))
             }
             Err(reason) => {
-                tracing::error!(reason, "what an image was derived from is not known");
+                tracing::error!(reason, "derived_image_damaged: what it was derived from is not known");
                 Ok(WithImages(Started { records: Records::Incomplete, ..self }))
             }
         }
@@ -101,7 +101,7 @@ impl WithImages {
         for coming in found.incoming {
             let name = coming.record.name.clone();
             if let Err(reason) = incoming.restore(coming) {
-                tracing::error!(vm = %name, reason, "a VM that was coming cannot be opened");
+                tracing::error!(vm = %name, reason, "vm_not_restored: it was coming");
             }
         }
         Ok(WithVms)

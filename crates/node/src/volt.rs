@@ -152,9 +152,9 @@ impl VoltLink {
                 Err(error) => error.to_string(),
             };
             if self.connected.swap(false, Ordering::Relaxed) {
-                tracing::warn!(error, "lost Volt; this node goes on with what it has attached");
+                tracing::warn!(error, "volt_lost: this node goes on with what it has attached");
             } else {
-                tracing::info!(error, "cannot reach Volt yet");
+                tracing::info!(error, "volt_unreachable");
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
@@ -188,7 +188,7 @@ impl VoltLink {
         }
         self.connected.store(true, Ordering::Relaxed);
         *pause = RETRY_MIN;
-        tracing::info!("connected to Volt");
+        tracing::info!("volt_connected");
 
         let mut beat = tokio::time::interval(lease / BEATS_PER_LEASE);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -210,14 +210,14 @@ impl VoltLink {
     /// is dropped with a word in the log: links defend themselves, Volt only learns of it later.
     pub(crate) async fn report(&self, mut reports: mpsc::Receiver<Report>) {
         while let Some(report) = reports.recv().await {
-            tracing::warn!(?report, "noticed about a parent");
+            tracing::warn!(?report, "parent_noticed");
             let told = match report {
                 Report::Lied { node: parent, image, chunk } => NodeReport::Lied { parent, image, chunk },
                 Report::Lost { node: parent } => NodeReport::Lost { parent },
                 Report::Back { node: parent } => NodeReport::Back { parent },
             };
             if let Err(error) = self.ask::<()>("report", &told).await {
-                tracing::warn!(%error, "Volt could not be told");
+                tracing::warn!(%error, "volt_not_told");
             }
         }
     }
@@ -231,7 +231,7 @@ impl VoltLink {
                 match self.ask::<()>("records", &request).await {
                     Ok(()) => break,
                     Err(ClientError::Refused(refusal)) => {
-                        tracing::info!(%image, %refusal, "Volt has no use for the record of a boot");
+                        tracing::info!(%image, %refusal, "boot_record_refused");
                         break;
                     }
                     Err(error) => {
@@ -257,8 +257,8 @@ impl VoltLink {
                 credentials.replace(identity).map_err(|e| e.to_string())
             };
             match renewed.await {
-                Ok(()) => tracing::info!("certificate renewed"),
-                Err(error) => tracing::warn!(error, "the certificate could not be renewed yet"),
+                Ok(()) => tracing::info!("certificate_renewed"),
+                Err(error) => tracing::warn!(error, "certificate_not_renewed"),
             }
         }
     }

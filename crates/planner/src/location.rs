@@ -15,10 +15,10 @@ const LABELS_MAX: usize = 3;
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Location(String);
 
-/// A text is no location.
+/// A text is not a location.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "'{0}' is no location: use up to {LABELS_MAX} labels (zone/rack/host), each of at most {NAME_BYTES_MAX} of a-z, A-Z, 0-9, '.', '_' and '-'"
+    "'{0}' is not a location: use up to {LABELS_MAX} labels (zone/rack/host), each of at most {NAME_BYTES_MAX} of a-z, A-Z, 0-9, '.', '_' and '-'"
 )]
 pub struct ParseLocationError(String);
 

@@ -87,7 +87,7 @@ impl FromStr for AccelMode {
             "auto" => Ok(AccelMode::Auto),
             "kvm" => Ok(AccelMode::Only(Accel::Kvm)),
             "tcg" => Ok(AccelMode::Only(Accel::Tcg)),
-            _ => Err(format!("'{text}' is no way to run guests: use auto, kvm or tcg")),
+            _ => Err(format!("'{text}' is not a way to run guests: use auto, kvm or tcg")),
         }
     }
 }

@@ -107,7 +107,7 @@ impl Notes {
         if let Err(error) = std::fs::remove_file(&self.file)
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::warn!(vm = %self.vm, %error, "that a guest is thawed cannot be noted");
+            tracing::warn!(vm = %self.vm, %error, "guest_thaw_not_recorded");
         }
     }
 }
@@ -191,7 +191,7 @@ impl Frozen {
             }
             Err(error) => {
                 if let Err(thaw) = frozen.thaw(THAW_TIMEOUT).await {
-                    tracing::warn!(%vm, %thaw, "a guest that could not be frozen may be so in part");
+                    tracing::warn!(%vm, %thaw, "guest_partly_frozen");
                 }
                 return Err(error);
             }
@@ -326,7 +326,7 @@ impl Agent {
         }
     }
 
-    /// The next line; null if it is no JSON.
+    /// The next line; null if it is not JSON.
     async fn answer(&mut self) -> io::Result<Value> {
         let mut line = Vec::new();
         match (&mut self.lines).take(ANSWER_BYTES_MAX).read_until(b'\n', &mut line).await? {

@@ -116,7 +116,7 @@ impl TryFrom<String> for MachineType {
             && version.chars().all(|c| c.is_ascii_digit() || c == '.');
         match versioned && name.len() <= NAME_BYTES_MAX {
             true => Ok(MachineType(name)),
-            false => Err(format!("{name:?} is no machine type of the kind '{VERSIONED}10.0'")),
+            false => Err(format!("{name:?} is not a machine type of the kind '{VERSIONED}10.0'")),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Moves a running guest from one QEMU to another: the steps, for a caller that takes care of the disk.
 //!
 //! The memory goes through a UNIX socket on either side, as one stream in both directions, which the caller
-//! carries from one to the other. The disk is no part of it: each side has an export of its own, and what is
+//! carries from one to the other. The disk is not part of it: each side has an export of its own, and what is
 //! behind that of the destination has to become what is behind that of the source while the guest stands still.
 //!
 //! | step | at the source | at the destination |

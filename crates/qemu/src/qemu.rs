@@ -142,7 +142,7 @@ impl Qemu {
             Ok(record) => record,
             Err(error) => {
                 let file = files.record();
-                tracing::error!(file = %file.display(), %error, "how a guest was started is not known; it runs on");
+                tracing::error!(file = %file.display(), %error, "guest_record_damaged: it runs on");
                 StartRecord::of_unknown_start(&files, &process)?
             }
         };

@@ -151,7 +151,7 @@ impl Qmp {
             _ => return Err(VmError::Gone),
         }
         serde_json::from_slice(&std::mem::take(&mut self.partial))
-            .map_err(|error| VmError::Control(format!("its answer is no JSON: {error}")))
+            .map_err(|error| VmError::Control(format!("its answer is not JSON: {error}")))
     }
 }
 

@@ -75,13 +75,13 @@ impl FromStr for Ready {
                     Err(format!("'{pattern}' matches a console that printed nothing"))
                 }
                 Ok(regex) => Ok(Ready::Console(regex)),
-                Err(error) => Err(format!("'{pattern}' is no regular expression: {error}")),
+                Err(error) => Err(format!("'{pattern}' is not a regular expression: {error}")),
             },
             Some(("tcp", port)) => match port.parse() {
                 Ok(port) if port > 0 => Ok(Ready::Tcp(port)),
-                _ => Err(format!("'{port}' is no TCP port: use 1 to 65535")),
+                _ => Err(format!("'{port}' is not a TCP port: use 1 to 65535")),
             },
-            _ => Err(format!("'{text}' is no sign of readiness: use console:REGEX, agent or tcp:PORT")),
+            _ => Err(format!("'{text}' is not a sign of readiness: use console:REGEX, agent or tcp:PORT")),
         }
     }
 }

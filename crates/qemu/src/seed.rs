@@ -132,7 +132,7 @@ fn checked_text(bytes: &[u8]) -> Result<String, SeedError> {
     }
     match std::str::from_utf8(bytes) {
         Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
-        _ => Err(SeedError::Unfit("the user data is no UTF-8 text".to_owned())),
+        _ => Err(SeedError::Unfit("the user data is not UTF-8 text".to_owned())),
     }
 }
 
@@ -143,7 +143,7 @@ fn checked_key(key: &str) -> Result<&str, SeedError> {
     if key.len() > SSH_KEY_BYTES_MAX || words < 2 || key.chars().any(char::is_control) {
         let shown: String = key.chars().take(40).flat_map(char::escape_debug).collect();
         return Err(SeedError::Unfit(format!(
-            "'{shown}' is no SSH public key: give one line such as 'ssh-ed25519 AAAA... me@host'"
+            "'{shown}' is not an SSH public key: give one line such as 'ssh-ed25519 AAAA... me@host'"
         )));
     }
     Ok(key)

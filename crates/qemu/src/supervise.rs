@@ -47,7 +47,7 @@ impl Qemu {
         tokio::select! {
             () = self.watch(room) => {}
             ended = self.exited() => if let Err(error) = ended {
-                tracing::warn!(vm = %self.name(), %error, "cannot watch a guest's process");
+                tracing::warn!(vm = %self.name(), %error, "guest_not_watched");
             }
         }
     }

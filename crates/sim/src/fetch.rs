@@ -190,7 +190,7 @@ impl World {
     pub(crate) fn arrived(&mut self, ix: NodeIx, path: PathId, chunk: &Chunk) {
         let now = self.queue.now();
         let Some(place) = self.content.find(&chunk.hash()) else {
-            return self.checks.violated(format!("{:?} is no chunk of the image", chunk.hash()));
+            return self.checks.violated(format!("{:?} is not a chunk of the image", chunk.hash()));
         };
         let node = &mut self.nodes[ix.at()];
         let kept = match self.scenario.bug {

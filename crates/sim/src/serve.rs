@@ -15,7 +15,7 @@ impl World {
         match *event {
             ServerEvent::Wanted { id, chunk, priority, .. } => {
                 let Some(chunk) = self.content.find(&chunk) else {
-                    return self.checks.violated("a child wants what is no chunk of the image".to_owned());
+                    return self.checks.violated("a child wants what is not a chunk of the image".to_owned());
                 };
                 self.links[link.at()].serving.insert(id, chunk);
                 if self.fetch(node, chunk, priority, Waiter::Child(link, id)) == Got::Here {

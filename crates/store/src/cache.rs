@@ -83,7 +83,7 @@ pub enum CacheError {
     #[error("cache medium '{0}' is the last one that works: add another first")]
     Last(String),
     /// The medium holds something that is not a cache and that we will not overwrite.
-    #[error("'{0}' holds data that is no VirtMan cache; erase it first if it may be used as one")]
+    #[error("'{0}' holds data that is not a VirtMan cache; erase it first if it may be used as one")]
     Foreign(String),
     /// The operating system refused.
     #[error("cache medium '{medium}': {source}")]

@@ -229,7 +229,7 @@ impl Overlay {
         let blocks = blocks.unwrap_or_else(|| Overlay::empty_map(size_bytes));
         let lost = || {
             let file = dir.join(files::LIVE);
-            tracing::warn!(file = %file.display(), "damaged: if the machine ran on, what was not flushed is lost");
+            tracing::warn!(file = %file.display(), "overlay_damaged: if the machine ran on, what was not flushed is lost");
         };
         let unsynced = UnsyncedMap::open(live, boot, lost, |word| blocks.restore_unsynced(word))
             .map_err(io(files::LIVE))?;

@@ -160,7 +160,7 @@ impl Cluster {
         let mut inner = self.lock();
         if inner.streams.get(&node).is_some_and(|stream| stream.id == id) {
             inner.streams.remove(&node);
-            tracing::warn!(%node, "node lost: its connection ended and did not come back");
+            tracing::warn!(%node, "node_lost: its connection ended and did not come back");
             inner.apply(self.now(), Event::NodeDown { node });
         }
     }
@@ -176,17 +176,17 @@ impl Inner {
                     self.push(&node, Push::Place { image, placement });
                 }
                 Action::Released { node, image } => {
-                    tracing::info!(%node, %image, "left");
+                    tracing::info!(%node, %image, "image_left");
                     self.push(&node, Push::Released { image });
                 }
-                Action::Dead { node } => tracing::warn!(%node, "node is dead; its children were moved"),
+                Action::Dead { node } => tracing::warn!(%node, "node_expired: its children were moved"),
                 Action::Suspect { node } => {
-                    tracing::warn!(%node, "most children cannot reach this node; it gets no new ones for now");
+                    tracing::warn!(%node, "node_suspected: most children cannot reach it; it gets no new ones for now");
                 }
                 Action::Quarantine { node } => {
                     tracing::error!(
                         %node,
-                        "node sent wrong bytes and serves nobody from now on; check its disks and memory, then run 'virtman volt pardon'"
+                        "node_quarantined: it sent wrong bytes and serves nobody from now on; check its disks and memory, then run 'virtman volt pardon'"
                     );
                     notices.push(Notice::Quarantined(node));
                 }
@@ -211,7 +211,7 @@ impl Inner {
     fn push(&mut self, node: &NodeName, push: Push) {
         let Some(stream) = self.streams.get(node) else { return };
         if let Err(mpsc::error::TrySendError::Full(_)) = stream.sender.try_send(push) {
-            tracing::warn!(%node, "node does not read its pushes: disconnected, to start afresh");
+            tracing::warn!(%node, "node_disconnected: it does not read its pushes, and has to start afresh");
             self.streams.remove(node);
         }
     }

@@ -57,7 +57,7 @@ impl Volt {
             if let Notice::Quarantined(node) = notice
                 && let Err(error) = self.catalog.update_node(node, |record| record.quarantined = true)
             {
-                tracing::error!(%node, %error, "a quarantine cannot be recorded: it ends when Volt restarts");
+                tracing::error!(%node, %error, "quarantine_not_recorded: it ends when Volt restarts");
             }
         }
         notices
@@ -80,7 +80,7 @@ impl Volt {
                 Ok(false) => Admission::Revoked,
                 Err(error) => {
                     // Whoever has a certificate was a member; a failing disk must not end the cluster.
-                    tracing::error!(%node, %error, "cannot look up whether this node was removed");
+                    tracing::error!(%node, %error, "node_not_looked_up: it is not known whether it was removed");
                     Admission::Admit
                 }
             },
@@ -162,7 +162,7 @@ pub async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
     let join = enroll::join_router(Arc::clone(&volt.authority), Arc::clone(&volt) as _);
     let tls = TlsServer::new(acceptor, api.clone()).with_join(join).with_removals(removed);
 
-    tracing::info!(address = %args.listen, "Volt is ready");
+    tracing::info!(address = %args.listen, "volt_ready: Volt is ready");
     control::daemon::ready();
     tokio::join!(
         tls.serve(tcp, shutdown.clone()),
@@ -170,7 +170,7 @@ pub async fn run(dir: &Path, args: &VoltArgs) -> Result<(), String> {
         tick(&volt, args.lease / TICKS_PER_LEASE),
         control::daemon::stop_on_signal(shutdown.clone()),
     );
-    tracing::info!("Volt has stopped");
+    tracing::info!("volt_stopped");
     Ok(())
 }
 

@@ -37,7 +37,7 @@ type Answer<T> = Result<Json<T>, ApiError>;
 
 /// The routes for requests that carry a certificate or came through the local socket.
 pub(crate) fn routes() -> OpenApiRouter<Arc<Volt>> {
-    OpenApiRouter::new()
+    OpenApiRouter::with_openapi(control::api::openapi_document("VirtMan Volt API"))
         .routes(routes!(status))
         .routes(routes!(images))
         .routes(routes!(image, register_image, remove_image))
@@ -126,11 +126,13 @@ async fn register_image(
         shaping: None,
     };
     let record = volt.catalog.add_image(&record, &origin)?;
-    tracing::info!(image = %record.name, id = %record.id, %origin, "image registered");
+    tracing::info!(image = %record.name, id = %record.id, %origin, "image_registered");
     Ok(Json(record))
 }
 
-/// Removes an image's metadata. Nodes that use it go on; nobody can attach it by this name any more.
+/// Removes an image's metadata.
+///
+/// Nodes that use it go on; nobody can attach it by this name any more.
 #[utoipa::path(delete, path = "/v1/images/{image}", params(("image" = String, Path,)),
     responses((status = 200, body = ImageRecord), (status = 404)))]
 async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>) -> Answer<ImageRecord> {
@@ -151,7 +153,7 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
         volt.profiles.forget(&record.id)?;
         volt.apply(Event::Tune { image: record.id, shaping: None });
     }
-    tracing::info!(image = %name, by = %peer, "image removed from the catalog");
+    tracing::info!(image = %name, by = %peer, "image_removed: it is no longer in the catalog");
     Ok(Json(record))
 }
 
@@ -170,7 +172,9 @@ async fn tree(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Ans
     Ok(Json(TreeView { image, shape, stripes }))
 }
 
-/// Says how an image's hierarchy gets its shape. Where that makes another shape, its nodes get new places.
+/// Says how an image's hierarchy gets its shape.
+///
+/// Where that makes another shape, its nodes get new places.
 #[utoipa::path(put, path = "/v1/images/{image}/shape", params(("image" = String, Path,)),
     request_body = TuneImage, responses((status = 200, body = ImageRecord), (status = 404)))]
 async fn tune(
@@ -182,7 +186,7 @@ async fn tune(
     peer.must_be_admin()?;
     let record = volt.catalog.tune_image(&image, request.shaping)?;
     volt.apply(Event::Tune { image: record.id, shaping: record.shaping });
-    tracing::info!(%image, shaping = ?request.shaping, by = %peer, "image tuned");
+    tracing::info!(%image, shaping = ?request.shaping, by = %peer, "image_tuned");
     Ok(Json(record))
 }
 
@@ -206,7 +210,7 @@ async fn new_token(State(volt): Shared, peer: Peer, Json(request): Json<NewToken
     let expires = now + valid;
     let token = volt.new_join_token()?;
     volt.catalog.add_token(&token.grant(expires, request.node.clone()), now)?;
-    tracing::info!(by = %peer, "join token issued");
+    tracing::info!(by = %peer, "join_token_issued");
     Ok(Json(TokenIssued { token: token.to_string(), expires_unix_ms: unix_ms(expires) }))
 }
 
@@ -234,11 +238,13 @@ async fn register_node(
             format!("the cluster has {} nodes and takes no more", planner::NODES_MAX),
         ));
     }
-    tracing::info!(%node, address = request.address, "node registered");
+    tracing::info!(%node, address = request.address, "node_registered");
     Ok(Json(Registered { lease_ms: u64::try_from(volt.cluster.lease().as_millis()).unwrap_or(u64::MAX) }))
 }
 
-/// Removes a node from the cluster. Its certificate is refused from now on, by all.
+/// Removes a node from the cluster.
+///
+/// Its certificate is refused from now on, by all.
 #[utoipa::path(delete, path = "/v1/nodes/{node}", params(("node" = String, Path,)),
     responses((status = 204), (status = 404)))]
 async fn remove_node(
@@ -248,7 +254,7 @@ async fn remove_node(
 ) -> Result<StatusCode, ApiError> {
     peer.must_be_admin()?;
     volt.remove_node(&node)?;
-    tracing::info!(%node, by = %peer, "node removed from the cluster");
+    tracing::info!(%node, by = %peer, "node_removed");
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -259,7 +265,7 @@ async fn pardon(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> 
     peer.must_be_admin()?;
     volt.catalog.update_node(&node, |record| record.quarantined = false)?;
     volt.apply(Event::Pardon { node: node.clone() });
-    tracing::info!(%node, by = %peer, "node pardoned");
+    tracing::info!(%node, by = %peer, "node_pardoned");
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -310,13 +316,13 @@ async fn attach(
     {
         return Err(ApiError::forbidden(
             "not_its_origin",
-            format!("node {node} is no origin of {}: it must register the image first", request.image),
+            format!("node {node} is not an origin of {}: it must register the image first", request.image),
         ));
     }
     let event = Event::Attach { node: node.clone(), image: id, role: request.role, current: request.current };
     require_registered(&volt.apply(event), &node)?;
     let placement = volt.cluster.placement(&node, &id).unwrap_or_default();
-    tracing::info!(%node, image = request.image, role = ?request.role, "attached");
+    tracing::info!(%node, image = request.image, role = ?request.role, "image_placed: a node attached it");
     // An image without a name has no profile either.
     let profile = image.as_ref().map(|image| volt.profiles.offer(&image.id)).unwrap_or_default();
     Ok(Json(Attachment { image, placement, profile }))
@@ -336,8 +342,10 @@ async fn detach(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// A node has no use for an image. It keeps its place until a push releases it: once everybody below wants to leave as
-/// well, or after a lease, when its children have other parents. Attaching the image again takes it back.
+/// A node has no use for an image.
+///
+/// It keeps its place until a push releases it: once everybody below wants to leave as well, or after a lease, when its
+/// children have other parents. Attaching the image again takes it back.
 #[utoipa::path(post, path = "/v1/nodes/{node}/leave", params(("node" = String, Path,)),
     request_body = DetachImage, responses((status = 204), (status = 409)))]
 async fn leave(
@@ -363,14 +371,16 @@ async fn report(
     require_self(&peer, &node)?;
     match report {
         NodeReport::Lied { parent, image, chunk } => {
-            tracing::error!(by = %node, %parent, %image, %chunk, "a node sent wrong bytes");
+            tracing::error!(by = %node, %parent, %image, %chunk, "wrong_bytes_reported");
             volt.apply(Event::Blame { by: node, liar: parent, image, chunk });
         }
         NodeReport::Lost { parent } => {
-            tracing::warn!(by = %node, %parent, "a node cannot reach its parent");
+            tracing::warn!(by = %node, %parent, "parent_unreachable: a node cannot reach its parent");
             volt.apply(Event::Lost { by: node, parent });
         }
-        NodeReport::Back { parent } => tracing::info!(by = %node, %parent, "a node reaches its parent again"),
+        NodeReport::Back { parent } => {
+            tracing::info!(by = %node, %parent, "parent_reachable: a node reaches its parent again")
+        }
     }
     Ok(StatusCode::NO_CONTENT)
 }
@@ -414,7 +424,7 @@ impl From<CatalogError> for ApiError {
                 .with_hint("'virtman status' shows which nodes have joined"),
             CatalogError::TooManyTokens => ApiError::conflict("too_many_tokens", text),
             CatalogError::Storage(_) => {
-                tracing::error!(%text, "catalog");
+                tracing::error!(%text, "catalog_failed");
                 ApiError::internal(text)
             }
         }

@@ -189,7 +189,7 @@ async fn over_link(ends: Arc<Ends>) -> io::Result<()> {
     tasks.spawn(async move {
         let stream = parent.accept(&listener).await?;
         let sources = Arc::new(parent.chunks.clone());
-        // The child ends the link by going away, which is no failure of the transfer.
+        // The child ends the link by going away, which is not a failure of the transfer.
         let _ = link::serve(stream, &name("parent"), name("child"), sources, ScopedStats::default()).await;
         Ok(())
     });

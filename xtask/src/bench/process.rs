@@ -23,7 +23,7 @@ pub(super) fn output(command: &mut Command) -> Outcome<String> {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("{name} failed ({}): {}", output.status, said.trim()));
     }
-    String::from_utf8(output.stdout).map_err(|_| format!("{name} printed something that is no text"))
+    String::from_utf8(output.stdout).map_err(|_| format!("{name} printed something that is not text"))
 }
 
 /// A background process, killed when dropped.
@@ -57,7 +57,7 @@ impl Daemon {
         cpu_seconds(&self.child.id().to_string())
     }
 
-    /// Its resident memory: all, and the part that is no file's.
+    /// Its resident memory: all, and the part that is not of a file.
     pub(super) fn memory(&self) -> Outcome<Memory> {
         let path = format!("/proc/{}/status", self.child.id());
         let text = fs::read_to_string(&path).map_err(|e| format!("cannot read {path}: {e}"))?;

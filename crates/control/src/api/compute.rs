@@ -413,7 +413,7 @@ pub struct MediumView {
     pub state: MediumState,
     /// How many reads and writes of it failed or brought wrong bytes, since it was added or the daemon started.
     pub failures: u32,
-    /// What went wrong last; that it is full is told here too, and is no failure.
+    /// What went wrong last; that it is full is told here too, and is not a failure.
     pub reason: Option<String>,
 }
 

@@ -23,6 +23,12 @@ pub fn unix_ms(time: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// An OpenAPI document of this title and our version, for routes to be added to.
+pub fn openapi_document(title: &str) -> utoipa::openapi::OpenApi {
+    let info = utoipa::openapi::InfoBuilder::new().title(title).version(env!("CARGO_PKG_VERSION")).build();
+    utoipa::openapi::OpenApiBuilder::new().info(info).build()
+}
+
 /// Serves an OpenAPI document at `/v1/openapi.json`.
 pub fn openapi_router(document: utoipa::openapi::OpenApi) -> axum::Router {
     axum::Router::new().route("/v1/openapi.json", axum::routing::get(async move || axum::Json(document)))

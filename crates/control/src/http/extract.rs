@@ -27,7 +27,7 @@ impl Peer {
         match self {
             Peer::Local | Peer::Remote(Principal::Admin(_)) => Ok(()),
             Peer::Remote(other) => {
-                Err(ApiError::forbidden("not_an_admin", format!("{other} is no administrator")))
+                Err(ApiError::forbidden("not_an_admin", format!("{other} is not an administrator")))
             }
         }
     }

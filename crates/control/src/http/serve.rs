@@ -79,7 +79,7 @@ pub struct UnixServer {
 pub fn bind_unix(path: &Path) -> io::Result<UnixServer> {
     let in_use = |why: &str| io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {why}", path.display()));
     match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => return Err(in_use("is there and is no socket")),
+        Ok(found) if !found.file_type().is_socket() => return Err(in_use("is there and is not a socket")),
         // Two daemons that start at once could both get here; the lock of their state keeps them apart.
         Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
             return Err(in_use("another virtman listens here"));
@@ -115,7 +115,7 @@ impl Drop for UnixServer {
     }
 }
 
-/// Takes over a connection that is no HTTP; the connection is closed when the future is dropped at shutdown.
+/// Takes over a connection that is not HTTP; the connection is closed when the future is dropped at shutdown.
 pub type OnConnection = Arc<dyn Fn(Principal, TlsStream<TcpStream>) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// What one TLS port serves.

@@ -98,7 +98,7 @@ pub fn derive(
     let novelty = layout::publish(unfinished, images_dir, id).map_err(unwritable)?;
     let bytes_changed = finished.counts.changed * CHUNK_BYTES as u64;
     let base = request.base.id();
-    tracing::info!(image = %id, %base, location = request.location, bytes_changed, ?novelty, "image derived");
+    tracing::info!(image = %id, %base, location = request.location, bytes_changed, ?novelty, "image_derived");
     let dir = images_dir.join(id.to_string());
     Ok(Some(Derived { id, root: finished.root, dir, novelty, bytes_changed, bytes_read }))
 }

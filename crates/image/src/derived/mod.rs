@@ -245,7 +245,7 @@ impl Shared {
             %image,
             location,
             %reason,
-            "the disk no longer gives what an image was derived from it: put it back as it was, or derive the image again"
+            "origin_changed: the disk no longer gives what an image was derived from it: put it back as it was, or derive the image again"
         );
     }
 }

@@ -28,7 +28,7 @@ pub struct RootPage {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
     /// The bytes are something else.
-    #[error("this is no root page of an image: it does not begin with the root page's magic")]
+    #[error("this is not a root page of an image: it does not begin with the root page's magic")]
     Magic,
     /// A later version of the format.
     #[error("the root page has version {0}, but only version {VERSION} is known here: use a newer virtman")]

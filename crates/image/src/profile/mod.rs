@@ -36,12 +36,12 @@ pub struct BootProfile {
     chunks: Box<[ChunkIndex]>,
 }
 
-/// What is no boot profile, or none for this image. The texts are for whoever named the file; to a program
+/// What is not a boot profile, or none for this image. The texts are for whoever named the file; to a program
 /// all variants mean the same: do not use it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProfileError {
     /// The bytes are something else.
-    #[error("this is no boot profile: it does not begin with a boot profile's magic")]
+    #[error("this is not a boot profile: it does not begin with a boot profile's magic")]
     Magic,
     /// A later version of the format.
     #[error("the boot profile has version {0}, but only version {version} is known here: use a newer virtman", version = file::VERSION)]

@@ -108,7 +108,7 @@ impl fmt::Display for Format {
 
 /// A word is not the name of a format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no image format that can be read here: use raw, qcow2, vmdk or vhdx")]
+#[error("'{0}' is not an image format that can be read here: use raw, qcow2, vmdk or vhdx")]
 pub struct ParseFormatError(String);
 
 impl FromStr for Format {

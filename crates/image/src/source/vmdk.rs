@@ -32,7 +32,7 @@ struct Gate<'a> {
 impl Gate<'_> {
     fn admit(&mut self, options: &StorageOpenOptions) -> Result<File, ImportError> {
         let name = options.get_filename().and_then(Path::to_str);
-        let name = name.ok_or_else(|| ImportError::damaged(self.image, "an extent's name is no text"))?;
+        let name = name.ok_or_else(|| ImportError::damaged(self.image, "an extent's name is not text"))?;
         let path = self.allowed.admit_reference(self.image, name)?;
         self.parts.push(FilePart::of(&path)?);
         storage(&path)
@@ -112,7 +112,7 @@ pub(super) fn admit_extents(
     let extents = VmdkFileReader::extent_dependencies(path).map_err(|e| ImportError::damaged(path, e))?;
     for extent in extents {
         let name =
-            extent.to_str().ok_or_else(|| ImportError::damaged(path, "an extent's name is no text"))?;
+            extent.to_str().ok_or_else(|| ImportError::damaged(path, "an extent's name is not text"))?;
         parts.push(FilePart::of(&allowed.admit_reference(path, name)?)?);
     }
     Ok(())

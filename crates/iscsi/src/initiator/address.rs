@@ -28,9 +28,9 @@ pub struct Address {
     pub lun: u16,
 }
 
-/// A text is no address of a logical unit. The text is not shown: there may be a secret in it.
+/// A text is not an address of a logical unit. The text is not shown: there may be a secret in it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("this is no iSCSI address: {0}; use iscsi://[USER@]HOST[:PORT]/TARGET/LUN")]
+#[error("this is not an iSCSI address: {0}; use iscsi://[USER@]HOST[:PORT]/TARGET/LUN")]
 pub struct AddressError(String);
 
 impl Address {
@@ -130,7 +130,7 @@ pub(super) fn portal_of(text: &str) -> Result<(String, u16), String> {
     let port = match port.strip_prefix(':') {
         None if port.is_empty() => PORT_DEFAULT,
         Some(port) => port.parse().ok().filter(|p| *p != 0).ok_or("its port is none of 1 to 65535")?,
-        None => return Err("something stands behind the brackets that is no port".to_owned()),
+        None => return Err("something stands behind the brackets that is not a port".to_owned()),
     };
     Ok((host.to_owned(), port))
 }

@@ -73,7 +73,10 @@ impl Connector {
 /// The portal that a redirection names.
 fn moved(portal: &str) -> Result<(String, u16), ConnectError> {
     portal_of(portal).map_err(|why| {
-        ConnectError::Protocol(format!("it was redirected to '{}', which is no portal: {why}", shown(portal)))
+        ConnectError::Protocol(format!(
+            "it was redirected to '{}', which is not a portal: {why}",
+            shown(portal)
+        ))
     })
 }
 
@@ -101,7 +104,7 @@ pub(super) async fn run(connector: Connector, first: Wire, unit: Unit, mut jobs:
             return;
         };
         let (target, outstanding) = (connector.target(), wire.session.len());
-        tracing::warn!(target_name = target, outstanding, %error, "lost an iSCSI session, logging in again");
+        tracing::warn!(target_name = target, outstanding, %error, "iscsi_session_lost: logging in again");
         if error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<Breach>) {
             wire.log_out().await;
         }
@@ -110,7 +113,7 @@ pub(super) async fn run(connector: Connector, first: Wire, unit: Unit, mut jobs:
             Ok(again) => again,
             Err(End::Unwanted) => return,
             Err(End::Useless(why)) => {
-                tracing::error!(target_name = target, why, "an iSCSI disk is of no more use");
+                tracing::error!(target_name = target, why, "iscsi_disk_failed");
                 return fail_all(pending, &mut jobs, &why).await;
             }
         };
@@ -162,7 +165,7 @@ async fn reconnect(
                     return Err(End::Useless(resized(unit.size_bytes, now.size_bytes)));
                 }
                 Ok((wire, now)) if unit.can_be(&now) => {
-                    tracing::info!(target_name = connector.target(), "logged in to the iSCSI target again");
+                    tracing::info!(target_name = connector.target(), "iscsi_session_back");
                     return Ok(wire);
                 }
                 Ok(_) => "there is another logical unit now, or it can do less".to_owned(),
@@ -172,7 +175,7 @@ async fn reconnect(
         };
         // A target that is away says the same each time; what is new is told to a person.
         if told.as_ref() != Some(&why) {
-            tracing::warn!(target_name = connector.target(), why, "the iSCSI target is away");
+            tracing::warn!(target_name = connector.target(), why, "iscsi_target_away");
             told = Some(why);
         }
     }

@@ -72,7 +72,7 @@ fn targets_of(answer: &[u8]) -> Option<Vec<Discovered>> {
             "TargetAddress" => {
                 let portal = value.split(',').next().unwrap_or_default();
                 let target = targets.last_mut()?;
-                // What is no portal is of no use to anybody, and might not be fit to be shown.
+                // What is not a portal is of no use to anybody, and might not be fit to be shown.
                 if portal_of(portal).is_ok() {
                     target.portals.push(portal.to_owned());
                 }

@@ -157,7 +157,8 @@ impl<'a> Login<'a> {
             return Ok(Step::Send(self.request(false), Vec::new()));
         }
         let text = std::mem::take(&mut self.text);
-        let pairs = text::pairs(&text).map_err(|_| LoginFault::Protocol("its text is no text of a login"))?;
+        let pairs =
+            text::pairs(&text).map_err(|_| LoginFault::Protocol("its text is not text of a login"))?;
         let mut out = Vec::new();
         if self.stage == stage::SECURITY {
             self.secure(&pairs, &mut out)?;

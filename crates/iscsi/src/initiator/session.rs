@@ -76,7 +76,7 @@ pub(super) type Hold = Arc<OwnedRwLockWriteGuard<()>>;
 /// The connection is of no more use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Breach {
-    /// What comes is no PDU.
+    /// What comes is not a PDU.
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// The target broke the protocol.

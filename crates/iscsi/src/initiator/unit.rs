@@ -135,7 +135,7 @@ fn is_disk(inquiry: &[u8]) -> Result<(), ConnectError> {
     match inquiry.first().map(|first| (first >> 5, first & 0x1f)) {
         Some((0, 0)) => Ok(()),
         Some((0, kind)) => {
-            let why = format!("it is no disk, but a device of the SCSI type {kind:#04x}");
+            let why = format!("it is not a disk, but a device of the SCSI type {kind:#04x}");
             Err(ConnectError::Unusable(why))
         }
         _ => Err(ConnectError::NoUnit),

@@ -202,7 +202,7 @@ impl Unit {
         entry: &Entry,
     ) -> Result<Begin, Fault> {
         if entry.effect == Effect::Writes && self.is_protected(state) {
-            // Flushing a disk that takes no writes is no write.
+            // Flushing a disk that takes no writes is not a write.
             if entry.command != Command::SynchronizeCache {
                 return Err(Sense::WRITE_PROTECTED.into());
             }

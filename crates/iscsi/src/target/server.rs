@@ -117,19 +117,19 @@ impl Server {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => {
                         let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
-                            tracing::warn!(%peer, "an initiator was turned away: {CONNECTIONS_MAX} are connected");
+                            tracing::warn!(%peer, "initiator_refused: {CONNECTIONS_MAX} are connected");
                             continue;
                         };
                         let server = self.clone();
                         connections.spawn(async move {
                             if let Err(error) = server.serve_connection(stream, group).await {
-                                tracing::info!(%peer, %error, "an iSCSI connection ended");
+                                tracing::info!(%peer, %error, "iscsi_connection_ended");
                             }
                             drop(permit);
                         });
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "an iSCSI portal cannot accept now");
+                        tracing::warn!(%error, "connection_not_accepted: iSCSI");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -218,7 +218,7 @@ impl Server {
         let membership = self.registry.join(key, ends.peer, agreed.authentication).await?;
         let nexus = Nexus { id: membership.nexus, initiator, target: Arc::new(port) };
         membership.attach(&nexus);
-        tracing::info!(initiator = %agreed.initiator, target = %nexus.target.name, "an initiator logged in");
+        tracing::info!(initiator = %agreed.initiator, target = %nexus.target.name, "initiator_logged_in");
         Some(self.session(agreed, Peer::Target(membership, nexus), ends))
     }
 

@@ -37,7 +37,7 @@ pub struct PathId(u64);
 pub struct Settings {
     /// Which of several good parents is asked.
     pub multipath: Multipath,
-    /// What background fetches may take, in bytes per second; [`None`] is no bound.
+    /// What background fetches may take, in bytes per second; [`None`] is not a bound.
     pub background_bytes_per_second: Option<u64>,
 }
 

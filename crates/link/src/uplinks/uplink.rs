@@ -309,7 +309,7 @@ impl Task {
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         if self.lost == Reported::No {
             self.lost = Reported::Yes;
-            tracing::info!(parent = %self.parent.node, %why, "the parent is lost");
+            tracing::info!(parent = %self.parent.node, %why, "parent_lost");
             uplinks.report(Report::Lost { node: self.parent.node.clone() });
         } else {
             tracing::debug!(parent = %self.parent.node, %why, "the parent is still lost");
@@ -319,7 +319,7 @@ impl Task {
     fn blame(&mut self, image: ImageId, chunk: ChunkHash) {
         let until = self.paths.lock().lied(self.path, self.clock.now());
         self.queue.close();
-        tracing::warn!(parent = %self.parent.node, %chunk, "the parent sent a wrong chunk and is banned");
+        tracing::warn!(parent = %self.parent.node, %chunk, "parent_banned: it sent a wrong chunk");
         let Some(uplinks) = self.uplinks.upgrade() else { return };
         uplinks.ban(&self.parent.node, until);
         uplinks.report(Report::Lied { node: self.parent.node.clone(), image, chunk });
@@ -329,7 +329,7 @@ impl Task {
         self.paths.lock().greeted(self.path, self.clock.now());
         self.queue.open();
         let Some(uplinks) = self.uplinks.upgrade() else { return };
-        tracing::info!(parent = %self.parent.node, "the parent is up");
+        tracing::info!(parent = %self.parent.node, "parent_up");
         if self.lost == Reported::Yes {
             self.lost = Reported::No;
             uplinks.report(Report::Back { node: self.parent.node.clone() });
@@ -347,7 +347,7 @@ impl Task {
             _ => return,
         };
         self.lost = lost;
-        tracing::info!(parent = %self.parent.node, ?report, "the parent does not deliver, or does again");
+        tracing::info!(parent = %self.parent.node, ?report, "parent_changed: it does not deliver, or does again");
         if let Some(uplinks) = self.uplinks.upgrade() {
             uplinks.report(report);
         }

@@ -168,7 +168,7 @@ async fn a_raised_request_is_raised_at_the_source() {
     near.write_all_buf(&mut child.poll_transmit(Duration::ZERO).unwrap()).await.unwrap();
     assert_eq!(seen.recv().await, Some(Priority::Guest));
     drop(near);
-    assert!(served.await.unwrap().is_ok(), "a child that leaves is no error");
+    assert!(served.await.unwrap().is_ok(), "a child that leaves is not an error");
     assert_eq!(seen.recv().await, None, "the end of the link drops what it fetched");
 }
 

@@ -129,7 +129,7 @@ pub(super) async fn run(
             Ok(()) => return,
             Err(error) => {
                 let (export, outstanding) = (&connector.export, pending.len());
-                tracing::warn!(export, outstanding, %error, "lost an NBD connection, dialling again");
+                tracing::warn!(export, outstanding, %error, "nbd_connection_lost: dialling again");
             }
         }
     }
@@ -168,7 +168,7 @@ async fn reconnect(
         tokio::select! {
             connected = attempt => match connected {
                 Ok(connected) => {
-                    tracing::info!(export = connector.export, "connected to the NBD server");
+                    tracing::info!(export = connector.export, "nbd_connected");
                     return Some(connected);
                 }
                 Err(error) => {

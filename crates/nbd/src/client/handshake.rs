@@ -150,7 +150,7 @@ impl Handshake {
             return Ok((0, Progress::Incomplete));
         };
         if init != INIT_MAGIC || option != OPTION_MAGIC {
-            return Err(BadReply("it is no NBD server of the newstyle kind").into());
+            return Err(BadReply("it is not an NBD server of the newstyle kind").into());
         }
         let Some(flags) = fields.u16() else { return Ok((0, Progress::Incomplete)) };
         if flags & FLAG_FIXED_NEWSTYLE == 0 {

@@ -80,7 +80,7 @@ impl Portals {
         }
         let all = async {
             while let Some(ended) = portals.join_next().await {
-                tracing::error!(?ended, "an iSCSI portal serves no more");
+                tracing::error!(?ended, "portal_ended");
             }
         };
         shutdown.run_until_cancelled(all).await;
@@ -154,7 +154,7 @@ impl IscsiExports {
                 self.forget(name)?;
                 return Err(error);
             }
-            tracing::info!(export = %name, "exported over iSCSI");
+            tracing::info!(export = %name, "export_started: exported over iSCSI");
         }
         Ok(self.view(&record))
     }
@@ -167,7 +167,7 @@ impl IscsiExports {
         }
         self.server.remove(&self.target(name)).await;
         self.forget(name)?;
-        tracing::info!(export = %name, "no longer exported over iSCSI");
+        tracing::info!(export = %name, "export_ended: no longer exported over iSCSI");
         Ok(true)
     }
 
@@ -302,20 +302,20 @@ impl Protocol for IscsiExports {
     fn restore(&self, disks: &Disks) -> io::Result<()> {
         let files = state::sweep(&self.dir)?;
         if !files.is_empty() && self.portals.is_empty() {
-            tracing::warn!(exports = files.len(), "iSCSI exports are not served: there is no --iscsi-listen");
+            tracing::warn!(exports = files.len(), "exports_not_served: there is no --iscsi-listen");
         }
         for file in files {
             let restored =
                 state::read_record::<ExportRecord>(&file).and_then(|record| match disks.find(&record.name) {
                     Some(exported) => self.serve(record, exported).map_err(|e| e.message),
                     None if disks.is_gone(&record.name) => {
-                        tracing::info!(export = %record.name, "removing what an unfinished destroy left");
+                        tracing::info!(export = %record.name, "leftovers_removed: an unfinished destroy left an export");
                         fs::remove_file(&file).map_err(|e| e.to_string())
                     }
                     None => Err(format!("'{}' is not open", record.name)),
                 });
             if let Err(reason) = restored {
-                tracing::error!(file = %file.display(), reason, "a disk cannot be exported again");
+                tracing::error!(file = %file.display(), reason, "export_not_restored");
             }
         }
         Ok(())

@@ -43,7 +43,7 @@ impl TcpExports {
                 let (peer, stream) = acceptor.accept_starttls(stream).await.map_err(io::Error::other)?;
                 match peer {
                     Principal::Admin(_) => Ok(Box::new(stream) as BoxStream),
-                    other => Err(io::Error::other(format!("{other} is no administrator"))),
+                    other => Err(io::Error::other(format!("{other} is not an administrator"))),
                 }
             })
         }));

@@ -113,7 +113,7 @@ impl Attached {
         if state.placement == placement {
             return false;
         }
-        tracing::info!(image = %self.id.short(), parents = ?parent_names(&placement), "new parents");
+        tracing::info!(image = %self.id.short(), parents = ?parent_names(&placement), "parents_changed");
         if let Upstream::Relay(fetcher) = self.upstream.current() {
             fetcher.set_parents(&parents_of(&placement));
         }

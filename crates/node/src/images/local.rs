@@ -93,7 +93,7 @@ impl LocalImages {
     pub(super) fn remove_unrecorded(&self, is_recorded: impl Fn(&ImageId) -> bool) -> io::Result<()> {
         for id in image::list(&self.dir)? {
             if !is_recorded(&id) {
-                tracing::warn!(%id, "removing an image that was imported and never registered");
+                tracing::warn!(%id, "leftovers_removed: an image was imported and never registered");
                 image::remove(&self.dir, id)?;
             }
         }

@@ -303,7 +303,7 @@ impl Images {
             return;
         }
         if let Err(reason) = self.save(&attached) {
-            tracing::error!(image = %id, reason, "a placement cannot be remembered; after a restart the old one is used until Volt is reached");
+            tracing::error!(image = %id, reason, "placement_not_recorded: after a restart the old one is used until Volt is reached");
         }
     }
 

@@ -64,10 +64,10 @@ async fn prefetch(path: FetchPath, chunks: u64, resident: &AtomicU64) {
         }
         let image = path.volume.id().short();
         if failed == 0 {
-            tracing::info!(image, chunks, "the whole image is here");
+            tracing::info!(image, chunks, "image_prefetched");
             return;
         }
-        tracing::info!(image, failed, "chunks of an image that is being prefetched cannot be had yet");
+        tracing::info!(image, failed, "prefetch_incomplete: some chunks cannot be had yet");
         tokio::time::sleep(PASS_PAUSE).await;
     }
 }

@@ -23,7 +23,7 @@ pub(crate) fn restore(images: &Images) -> io::Result<()> {
         for file in if stuck { &waiting } else { &ready } {
             if let Err(reason) = restore_one(images, file) {
                 images.unrestored.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(file = %file.display(), reason, "an image cannot be attached again");
+                tracing::error!(file = %file.display(), reason, "image_not_restored");
             }
         }
         files = if stuck { Vec::new() } else { waiting };

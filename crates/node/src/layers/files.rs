@@ -1,6 +1,6 @@
 //! Layers on disk: a directory each, with an overlay and a record of what the layer stands on.
 //!
-//! Crash: a layer that was being made may be torn, its record too; nothing names it yet, so that is no damage. A layer
+//! Crash: a layer that was being made may be torn, its record too; nothing names it yet, so that is not damage. A layer
 //! goes with its record first, so that what is left of it is swept away at the next start. All of this blocks its thread.
 
 use std::fs;

@@ -9,7 +9,7 @@
 //! record that names it is written.
 //! Crash: what no record names is swept away at the next start, unless a record cannot be read: then all that was
 //! there stays as it is, since that record may name it, and neither goes nor is merged until a start at which all can.
-//! A layer that was being made may be torn, its record too; nothing names it yet, so that is no damage.
+//! A layer that was being made may be torn, its record too; nothing names it yet, so that is not damage.
 //! Retries: none. Opening, making and removing block the thread.
 
 mod files;
@@ -90,13 +90,13 @@ impl Layers {
         let mut forest = self.forest();
         let torn = if certain { forest.take_torn() } else { Vec::new() };
         for id in &torn {
-            tracing::info!(layer = %id, "removing a layer that was being made");
+            tracing::info!(layer = %id, "leftovers_removed: a layer was being made");
         }
         for Damaged { dir, reason, .. } in &forest.damaged {
-            tracing::error!(dir = %dir.display(), reason, "a layer cannot be used; no layer is removed until it is mended or moved away");
+            tracing::error!(dir = %dir.display(), reason, "layer_damaged: no layer is removed until it is mended or moved away");
         }
         if !certain || !forest.damaged.is_empty() {
-            tracing::warn!("all layers are kept as they are: some records that may name them cannot be read");
+            tracing::warn!("layers_kept: some records that may name them cannot be read");
             forest.hold_all();
         }
         let all: Vec<LayerId> = forest.layers.keys().copied().collect();

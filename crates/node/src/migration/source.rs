@@ -105,7 +105,7 @@ impl OutgoingVms {
         drop(moving);
         let mut migrated = outcome?;
         migrated.total_ms = millis(began.elapsed());
-        tracing::info!(vm = %name, to = %to.node, pause_ms = migrated.pause_ms, "a VM was moved");
+        tracing::info!(vm = %name, to = %to.node, pause_ms = migrated.pause_ms, "vm_moved");
         Ok(migrated)
     }
 
@@ -139,7 +139,7 @@ impl OutgoingVms {
         if let Some(guest) = vm.running()
             && let Err(error) = guest.kill().await
         {
-            tracing::error!(vm = %name, %error, "a guest that was moved cannot be ended here; it stands still");
+            tracing::error!(vm = %name, %error, "guest_not_ended: it was moved, and stands still here");
         }
         Ok(())
     }
@@ -153,7 +153,7 @@ impl OutgoingVms {
         if let Some(record) = moved
             && let Err(error) = self.vms.remove_files(record).await
         {
-            tracing::warn!(vm = %name, %error, "what is left of a VM that was moved cannot be removed");
+            tracing::warn!(vm = %name, %error, "leftovers_kept: a VM was moved, and its files cannot be removed");
         }
         Ok(vm)
     }
@@ -166,9 +166,9 @@ impl OutgoingVms {
             for record in moved {
                 let Some(to) = &record.moved_to else { continue };
                 match self.hand_over(&record.name, to).await {
-                    Ok(_) => tracing::info!(vm = %record.name, to = %to.node, "a VM was handed over"),
+                    Ok(_) => tracing::info!(vm = %record.name, to = %to.node, "vm_handed_over"),
                     Err(error) => {
-                        tracing::warn!(vm = %record.name, to = %to.node, %error, "a VM cannot be handed over yet");
+                        tracing::warn!(vm = %record.name, to = %to.node, %error, "vm_not_handed_over: it is tried again and again");
                     }
                 }
             }
@@ -355,7 +355,7 @@ impl Move<'_> {
             }
         };
         let began = Instant::now();
-        tracing::info!(vm = %self.name(), progress = ?paused.progress(), rounds = sent.rounds, "the guest stands still");
+        tracing::info!(vm = %self.name(), progress = ?paused.progress(), rounds = sent.rounds, "move_paused_guest: the last of its disk is sent");
         self.reached("paused");
         if let Err(error) = self.round(since, &mut sent).await {
             if let Err(error) = paused.cancel().await {
@@ -443,7 +443,7 @@ impl Move<'_> {
                 tokio::io::copy_bidirectional(&mut local, &mut remote).await
             };
             if let Err(error) = carried.await {
-                tracing::warn!(vm = %name, %error, "a guest's memory does not arrive");
+                tracing::warn!(vm = %name, %error, "memory_not_sent");
             }
         }))
     }

@@ -213,11 +213,11 @@ pub(crate) fn on_move(incoming: Arc<IncomingVms>) -> OnConnection {
         let incoming = Arc::clone(&incoming);
         Box::pin(async move {
             let Principal::Node(from) = peer else {
-                tracing::warn!(%peer, "refused a VM: only nodes bring them");
+                tracing::warn!(%peer, "vm_refused: only nodes bring VMs");
                 return;
             };
             if let Err(reason) = bring(&incoming, &from, &mut stream).await {
-                tracing::warn!(%from, reason, "what a node brought of a VM is not here");
+                tracing::warn!(%from, reason, "vm_cargo_lost");
             }
         })
     })
@@ -243,7 +243,7 @@ async fn bring(
 fn node_of(peer: &Peer) -> Result<&NodeName, ApiError> {
     match peer {
         Peer::Remote(Principal::Node(node)) => Ok(node),
-        other => Err(ApiError::forbidden("not_a_node", format!("{other} is no node"))),
+        other => Err(ApiError::forbidden("not_a_node", format!("{other} is not a node"))),
     }
 }
 
@@ -292,7 +292,7 @@ impl IncomingVms {
         self.services.vms.layers.add_refs(record.layers());
         self.expected().remove(name);
         self.coming().insert(name.clone(), Arc::new(coming));
-        tracing::info!(vm = %name, %node, "a VM is coming");
+        tracing::info!(vm = %name, %node, "vm_incoming");
         reached(&self.services.vms.layout, "receiving");
         Ok(())
     }
@@ -476,13 +476,13 @@ impl IncomingVms {
         self.services.vms.insert(Arc::clone(&vm));
         self.coming().remove(name);
         if let Err(error) = fs::remove_file(dir.join(RECORD)) {
-            tracing::warn!(vm = %name, %error, "what is left of a move cannot be removed");
+            tracing::warn!(vm = %name, %error, "leftovers_kept: the record of a move cannot be removed");
         }
         if let Some(qemu) = &coming.qemu {
             watch(&vm, Arc::clone(qemu), dir);
             self.services.guests.let_arrived_go_on(&vm).await;
         }
-        tracing::info!(vm = %name, %from, "a VM was taken over");
+        tracing::info!(vm = %name, %from, "vm_taken_over");
         Ok(self.services.vms.describe(&vm))
     }
 
@@ -500,14 +500,14 @@ impl IncomingVms {
         if let Some(qemu) = &coming.qemu
             && let Err(error) = qemu.kill().await
         {
-            tracing::warn!(vm = %name, %error, "a guest that did not come cannot be ended");
+            tracing::warn!(vm = %name, %error, "guest_not_ended: its move was given up");
         }
         coming.vm.close_export();
         remove_dir(&self.services.vms.dir(name));
         if let Err(error) = self.services.vms.release_refs(coming.vm.record().layers().collect()).await {
-            tracing::warn!(vm = %name, %error, "layers of a VM that does not come stay until the next start");
+            tracing::warn!(vm = %name, %error, "leftovers_kept: layers of a VM that does not come stay until the next start");
         }
-        tracing::info!(vm = %name, from = %coming.from.node, "a VM does not come");
+        tracing::info!(vm = %name, from = %coming.from.node, "vm_not_coming");
     }
 
     /// Asks the sources of VMs that are coming what became of them, until dropped.
@@ -524,12 +524,12 @@ impl IncomingVms {
                     }
                     Ok(MovingState::Moved) => {
                         if let Err(error) = self.take(&name, &coming.from.node).await {
-                            tracing::warn!(vm = %name, %error, "a VM that is ours cannot be taken over yet");
+                            tracing::warn!(vm = %name, %error, "vm_not_taken_over: it is tried again and again");
                         }
                     }
                     Ok(MovingState::Not) => self.forget(&name).await,
                     Err(error) if coming.phase() == Phase::Arriving && coming.silent_for() > SILENCE_MAX => {
-                        tracing::warn!(vm = %name, %error, "the node that a VM comes from is silent");
+                        tracing::warn!(vm = %name, %error, "vm_source_silent");
                         self.forget(&name).await;
                     }
                     Err(_) => {}
@@ -551,7 +551,7 @@ pub(crate) async fn end_guest(dir: &Path) {
     if let Some(qemu) = Qemu::adopt(dir)
         && let Err(error) = qemu.kill().await
     {
-        tracing::warn!(dir = %dir.display(), %error, "a guest cannot be ended");
+        tracing::warn!(dir = %dir.display(), %error, "guest_not_ended");
     }
 }
 
@@ -559,6 +559,6 @@ fn remove_dir(dir: &Path) {
     if let Err(error) = fs::remove_dir_all(dir)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(dir = %dir.display(), %error, "what is left of a VM cannot be removed");
+        tracing::warn!(dir = %dir.display(), %error, "leftovers_kept: files of a VM cannot be removed");
     }
 }

@@ -53,7 +53,7 @@ impl IdleImages {
         let _one_at_a_time = self.service.images.changing.lock().await;
         let Some(attached) = self.service.images.by_id(id) else { return };
         if let Err(reason) = self.service.images.retain(&attached, change(attached.retention())) {
-            tracing::warn!(image = %id.short(), reason, "how long an image stays attached is forgotten with the daemon");
+            tracing::warn!(image = %id.short(), reason, "retention_not_recorded: it is forgotten with the daemon");
         }
     }
 
@@ -80,11 +80,11 @@ impl IdleImages {
             Step::Detach => {
                 for name in attached.names() {
                     if let Err(error) = self.service.release(attached, &name).await {
-                        tracing::warn!(image = %name, %error, "an image that nobody uses stays attached");
+                        tracing::warn!(image = %name, %error, "image_not_detached: nobody uses it");
                         return;
                     }
                 }
-                tracing::info!(image, "nobody uses the image any more");
+                tracing::info!(image, "image_idle_detached");
             }
         }
     }

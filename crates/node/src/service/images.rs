@@ -71,7 +71,7 @@ impl ImageService {
         let record = answer.image.ok_or_else(|| {
             ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
         })?;
-        tracing::info!(image = %name, id = %record.id.short(), "image attached");
+        tracing::info!(image = %name, id = %record.id.short(), "image_attached");
         let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
         attached.map(ImageGuard::new).map_err(ApiError::internal)
     }
@@ -175,11 +175,11 @@ impl ImageService {
         if attached.names() == [name.clone()]
             && let Err(error) = self.volt.detach(attached.id).await
         {
-            tracing::warn!(image = %name, %error, "Volt could not be told of a detach");
+            tracing::warn!(image = %name, %error, "detach_not_told: Volt learns it when this node registers again");
         }
         match self.images.detach(attached, name).map_err(ApiError::internal)? {
             Detached::Name => {}
-            Detached::Image => tracing::info!(image = %name, "image detached"),
+            Detached::Image => tracing::info!(image = %name, "image_detached"),
             Detached::InUse => {
                 self.stay_attached(attached).await;
                 return Err(ApiError::conflict("image_in_use", format!("'{name}' is about to be used")));

@@ -118,7 +118,7 @@ impl OriginService {
 
     fn forget_unused_remotes(&self) {
         if let Err(error) = tokio::task::block_in_place(|| self.images.forget_unused_remotes()) {
-            tracing::warn!(%error, "what opens a remote disk that is not used any more cannot be removed");
+            tracing::warn!(%error, "leftovers_kept: what opens a remote disk that is not used any more cannot be removed");
         }
     }
 
@@ -135,7 +135,7 @@ impl OriginService {
             let (dir, id) = (self.images.local.dir().to_owned(), made.id);
             let removed = blocking(move || image::remove(&dir, id).map_err(|e| e.to_string()));
             if let Err(error) = removed.await {
-                tracing::warn!(id = %made.id, %error, "cannot remove an image that could not be registered");
+                tracing::warn!(id = %made.id, %error, "leftovers_kept: an image could not be registered, nor removed");
             }
         }
         served
@@ -150,7 +150,7 @@ impl OriginService {
         let record = ImageRecord { name: name.clone(), ..record };
         let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
         let attached = attached.map_err(ApiError::internal)?;
-        tracing::info!(image = %name, id = %record.id, "this node is an origin of the image");
+        tracing::info!(image = %name, id = %record.id, "origin_ready: this node is an origin of the image");
         Ok(attached)
     }
 
@@ -163,8 +163,11 @@ impl OriginService {
             )
         })?;
         if attached.role() != Role::Origin {
-            return Err(ApiError::conflict("not_its_origin", format!("this node is no origin of '{name}'"))
-                .with_hint("see 'virtman image show', and use --node"));
+            return Err(ApiError::conflict(
+                "not_its_origin",
+                format!("this node is not an origin of '{name}'"),
+            )
+            .with_hint("see 'virtman image show', and use --node"));
         }
         self.service.must_be_unused(&attached, name)?;
         if force == Force::No {
@@ -244,8 +247,8 @@ impl OriginService {
                     removed => removed,
                 };
                 match removed {
-                    Ok(()) => tracing::info!(image = %name, "nobody needs the image any more"),
-                    Err(error) => tracing::info!(image = %name, %error, "an image that is not needed stays"),
+                    Ok(()) => tracing::info!(image = %name, "transfer_image_removed"),
+                    Err(error) => tracing::info!(image = %name, %error, "transfer_image_kept"),
                 }
             }
         }
@@ -285,7 +288,9 @@ impl OriginService {
         let origin = attached.origin().ok_or_else(|| {
             ApiError::conflict(
                 "not_its_origin",
-                format!("this node is no origin of '{name}'; what it has cached is verified as it is read"),
+                format!(
+                    "this node is not an origin of '{name}'; what it has cached is verified as it is read"
+                ),
             )
             .with_hint("see 'virtman image show' for its origins, and use --node")
         })?;

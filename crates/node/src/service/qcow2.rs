@@ -78,10 +78,10 @@ impl Qcow2Files {
             && taken.is_some()
             && let Err(error) = self.snapshots.delete_if_there(name, id).await
         {
-            tracing::warn!(vm = %name, %snapshot, %error, "a snapshot that was not written stays");
+            tracing::warn!(vm = %name, %snapshot, %error, "leftovers_kept: a snapshot was not written to its file");
         }
         let (exported, backing) = written?;
-        tracing::info!(vm = %name, %snapshot, file = %to.display(), bytes = exported.file_bytes, "snapshot written");
+        tracing::info!(vm = %name, %snapshot, file = %to.display(), bytes = exported.file_bytes, "snapshot_exported");
         Ok(SnapshotExported {
             vm: name.clone(),
             snapshot: snapshot.clone(),
@@ -100,7 +100,7 @@ impl Qcow2Files {
             return Err(ApiError::bad_request(
                 "relative_path",
                 format!(
-                    "'{}' is no absolute path, and the node has no directory to take it from",
+                    "'{}' is not an absolute path, and the node has no directory to take it from",
                     path.display()
                 ),
             ));
@@ -199,7 +199,7 @@ impl Qcow2Files {
         if let Some(access) = access {
             self.service.export_created(name, access).await?;
         }
-        tracing::info!(vm = %name, file = %request.file.display(), bytes = imported_bytes, "disk imported");
+        tracing::info!(vm = %name, file = %request.file.display(), bytes = imported_bytes, "disk_imported");
         Ok(VmImported { vm, backing, imported_bytes })
     }
 
@@ -238,7 +238,7 @@ fn bytes_of(chunks: Range<ChunkIndex>) -> Range<u64> {
 /// while no daemon runs.
 fn origin_file(attached: &Attached) -> Option<Backing> {
     let origin = attached.origin()?.describe();
-    // A copy goes with the image, and is nobody's but the node's. A remote disk is no path.
+    // A copy goes with the image, and is nobody's but the node's. A remote disk is not a path.
     let is_users = origin.keep == Keep::InPlace && origin.path.is_absolute();
     let name = origin.path.to_str().filter(|name| is_users && name.len() <= BACKING_NAME_MAX)?;
     Some(Backing { name: name.to_owned(), format: origin.format.to_string() })
@@ -266,7 +266,7 @@ fn export_refused(error: &ExportError) -> ApiError {
 async fn open(path: PathBuf) -> Result<Qcow2Layer, ApiError> {
     let opened = tokio::task::spawn_blocking(move || Qcow2Layer::open(&path)).await;
     opened.map_err(|e| ApiError::internal(e.to_string()))?.map_err(|error| match error {
-        ImportError::WrongFormat { path, .. } => whole_disk(&path, "is no qcow2 file"),
+        ImportError::WrongFormat { path, .. } => whole_disk(&path, "is not a qcow2 file"),
         other => file_refused(&other),
     })
 }

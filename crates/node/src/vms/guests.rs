@@ -42,7 +42,7 @@ impl Guests {
             VmError::Unfit(why) => ApiError::bad_request("bad_vm", why),
             other => ApiError::internal(format!("cannot start '{name}': {other}")),
         })?;
-        tracing::info!(vm = %name, pid = qemu.pid(), "guest started");
+        tracing::info!(vm = %name, pid = qemu.pid(), "guest_started");
         watch(&vm, Arc::new(qemu), dir);
         let record = VmRecord { start: Some(request.clone()), ..vm.record() };
         self.vms.change(&vm, record).await?;
@@ -121,7 +121,7 @@ impl Guests {
             let stopped = guest.stop(grace).await;
             let stopped = stopped.map_err(|e| ApiError::internal(format!("cannot stop '{name}': {e}")))?;
             vm.ended(&guest);
-            tracing::info!(vm = %name, ?stopped, "guest stopped");
+            tracing::info!(vm = %name, ?stopped, "guest_stopped");
         }
         Ok(self.vms.describe(&vm))
     }
@@ -138,7 +138,7 @@ impl Guests {
         let name = record.name.clone();
         if let Err(error) = self.vms.change(vm, record).await {
             // It is told to go on once more at the next start, which does no harm.
-            tracing::warn!(vm = %name, %error, "that a guest goes on cannot be remembered");
+            tracing::warn!(vm = %name, %error, "guest_resume_not_recorded");
         }
     }
 }

@@ -53,9 +53,9 @@ pub(crate) async fn run(layers: &Layers, snapshots: &Snapshots) {
         };
         match merged {
             Ok((Stands::Gone, _)) => {}
-            Ok((Stands::Anew, bytes)) => tracing::info!(%lower, %upper, ?direction, bytes, "layers merged"),
+            Ok((Stands::Anew, bytes)) => tracing::info!(%lower, %upper, ?direction, bytes, "layers_merged"),
             Err(reason) => {
-                tracing::warn!(%lower, %upper, ?direction, reason, "layers cannot be merged yet");
+                tracing::warn!(%lower, %upper, ?direction, reason, "layers_not_merged: it is tried again and again");
                 failed.insert(lower, Instant::now());
             }
         }

@@ -381,7 +381,7 @@ fn add_files(
     if added.is_err()
         && let Err(error) = fs::remove_dir_all(dir)
     {
-        tracing::warn!(dir = %dir.display(), %error, "cannot remove an unfinished VM");
+        tracing::warn!(dir = %dir.display(), %error, "leftovers_kept: an unfinished VM cannot be removed");
         // Its record may be there, and names the layer.
         layers.add_refs(top.map(|top| top.id()));
     }

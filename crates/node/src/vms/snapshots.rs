@@ -80,7 +80,7 @@ impl Snapshots {
         }
         let frozen = self.freeze(&vm, quiesce, Some(snapshot)).await?;
         let view = self.view(&vm, snapshot)?;
-        tracing::info!(vm = %name, %snapshot, pause = ?frozen.pause, "snapshot taken");
+        tracing::info!(vm = %name, %snapshot, pause = ?frozen.pause, "snapshot_taken");
         Ok(SnapshotTaken {
             snapshot: view,
             pause_us: u64::try_from(frozen.pause.as_micros()).unwrap_or(u64::MAX),
@@ -96,7 +96,7 @@ impl Snapshots {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         let frozen = self.freeze(&vm, quiesce, None).await?;
-        tracing::info!(vm = %name, pause = ?frozen.pause, "disk frozen for clones");
+        tracing::info!(vm = %name, pause = ?frozen.pause, "disk_frozen: for clones");
         Ok((vm.record(), frozen.layer))
     }
 
@@ -217,7 +217,7 @@ impl Snapshots {
         let done = self.put_on_top(&vm, changed, Below::Layer(layer), Quiesce::No).await;
         vm.export_at(&self.vms.disk_socket(name)).map_err(ApiError::internal)?;
         done?;
-        tracing::info!(vm = %name, %snapshot, "disk set back to a snapshot");
+        tracing::info!(vm = %name, %snapshot, "disk_reverted");
         Ok(self.vms.describe(&vm))
     }
 
@@ -335,7 +335,7 @@ async fn quiesced(vm: &Vm, quiesce: Quiesce) -> Result<Option<FrozenGuest>, ApiE
         ApiError::conflict("not_quiesced", format!("'{name}' cannot be quiesced: {error}"))
             .with_hint("omit --quiesce for a crash-consistent snapshot")
     })?;
-    tracing::info!(vm = %name, filesystems = frozen.filesystems(), "guest quiesced");
+    tracing::info!(vm = %name, filesystems = frozen.filesystems(), "guest_quiesced");
     Ok(Some(frozen))
 }
 

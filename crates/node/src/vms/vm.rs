@@ -282,10 +282,10 @@ pub(crate) fn watch(vm: &Arc<Vm>, guest: Arc<Qemu>, dir: PathBuf) {
     tokio::spawn(async move {
         guest.supervise(|| has_room(&dir)).await;
         if let Err(error) = guest.exited().await {
-            tracing::warn!(vm = %guest.name(), %error, "cannot watch a guest's process");
+            tracing::warn!(vm = %guest.name(), %error, "guest_not_watched");
             return;
         }
-        tracing::info!(vm = %guest.name(), "guest ended");
+        tracing::info!(vm = %guest.name(), "guest_ended");
         if let Some(vm) = vm.upgrade() {
             vm.ended(&guest);
         }

@@ -8,7 +8,7 @@
 //! - A relay has at most `fan_out` children in all stripes together. They are in one stripe, its *home*,
 //!   but for *loans*: where another stripe is short of places, single slots are lent to it, and paid back
 //!   as soon as that stripe has room of its own. With as many children as stripes the places are exactly
-//!   enough; without loans a number of relays that is no multiple of the stripes would overload the root.
+//!   enough; without loans a number of relays that is not a multiple of the stripes would overload the root.
 //! - A guest has no children.
 //! - Each unit hangs below a root, if the plan has one; except those whose parent is expected to report.
 

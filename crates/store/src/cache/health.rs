@@ -70,10 +70,7 @@ impl Health {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 if !self.is_full.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(
-                        medium,
-                        "no space left for a cache medium: it stays smaller than was asked for"
-                    );
+                    tracing::warn!(medium, "medium_full: no space left; it stays smaller than was asked for");
                     self.set_reason(&error.to_string());
                 }
             }
@@ -103,7 +100,7 @@ impl Health {
         // The reason first: who sees that the medium failed finds it.
         self.set_reason(reason);
         if self.state.compare_exchange(HEALTHY, FAILED, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            tracing::warn!(medium, reason, "a cache medium failed and is no longer used");
+            tracing::warn!(medium, reason, "medium_failed: it is no longer used");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Checksums of the blocks of a chunk, so that a part of it can be compared with what was verified as a whole.
 //!
 //! CRC-32C (Castagnoli; RFC 3720, appendix B.4): a processor computes it about as fast as it copies, and it finds every
-//! burst of up to 32 bits and all but one in 2^32 of other damages. It is no defence against anybody who *wants* wrong
+//! burst of up to 32 bits and all but one in 2^32 of other damages. It is not a defence against anybody who *wants* wrong
 //! bytes to pass; who can write to a cache medium is root on this node.
 
 use block::limits::{BLOCK_BYTES, CHUNK_BYTES};

@@ -18,7 +18,7 @@ pub(super) struct Edge {
 
 /// A byte range as at most one partly covered block at either end and whole blocks between.
 ///
-/// The last block of a disk whose size is no multiple of the block size is whole when it is covered up
+/// The last block of a disk whose size is not a multiple of the block size is whole when it is covered up
 /// to the end of the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AlignedSplit {

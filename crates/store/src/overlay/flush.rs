@@ -153,7 +153,7 @@ impl Flusher {
 /// Remembers that nothing can be relied on any more, and says so once.
 fn fail(rounds: &mut Rounds, what: &str, error: &std::io::Error) -> DiskError {
     let failure = format!("{what} failed: {error}");
-    tracing::error!(%failure, "an overlay can no longer be flushed; restart its VM from what is durable");
+    tracing::error!(%failure, "overlay_failed: it can no longer be flushed; restart its VM from what is durable");
     rounds.failure = Some(failure.clone());
     DiskError::Io(failure)
 }

@@ -271,7 +271,7 @@ impl MapLog {
         let old = self.header.log_start..self.end;
         (self.header, self.end, self.sequence) = (header, end, sequence);
         if let Err(error) = self.media.punch_hole(old.start, old.end - old.start) {
-            tracing::warn!(%error, "the space of an overlay's old map could not be given back");
+            tracing::warn!(%error, "overlay_map_not_trimmed");
         }
         Ok(())
     }

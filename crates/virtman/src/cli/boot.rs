@@ -207,7 +207,7 @@ fn plan(args: &BootArgs) -> Outcome<Plan> {
     let mut forward_ports = Vec::new();
     if let Some(port) = args.ready.strip_prefix("tcp:") {
         forward_ports.push(port.parse().map_err(|_| {
-            Failure::new(format!("--ready {}: '{port}' is no TCP port: use 1 to 65535", args.ready))
+            Failure::new(format!("--ready {}: '{port}' is not a TCP port: use 1 to 65535", args.ready))
         })?);
     }
     let ssh_keys = args.ssh_key.iter().map(read).collect::<Outcome<Vec<_>>>()?;

@@ -81,7 +81,7 @@ pub(super) async fn run(context: &Context, command: &CacheCommand) -> Outcome {
 
 /// The path as the node, whose working directory is another, has to be told it.
 fn absolute(path: &PathBuf) -> Outcome<PathBuf> {
-    std::path::absolute(path).map_err(|e| Failure::new(format!("'{}' is no path: {e}", path.display())))
+    std::path::absolute(path).map_err(|e| Failure::new(format!("'{}' is not a path: {e}", path.display())))
 }
 
 async fn list(context: &Context) -> Outcome {

@@ -57,7 +57,7 @@ impl SecretArgs {
             return Ok(());
         }
         Err(Failure::new(format!(
-            "a secret was given, but '{location}' is no iSCSI address: use iscsi://[USER@]HOST[:PORT]/TARGET/LUN"
+            "a secret was given, but '{location}' is not an iSCSI address: use iscsi://[USER@]HOST[:PORT]/TARGET/LUN"
         )))
     }
 

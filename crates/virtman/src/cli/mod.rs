@@ -278,7 +278,7 @@ pub(crate) struct CreateArgs {
     /// The image below its disk
     #[arg(long)]
     pub(crate) image: ImageName,
-    /// Go on where this qcow2 file ends, which was made on the image; the backing file that it names is not opened
+    /// Initialise the disk from this qcow2 overlay of IMAGE; its backing file is ignored
     #[arg(long, value_name = "FILE")]
     pub(crate) from: Option<PathBuf>,
     /// Size of the disk, such as 20G; may exceed the image's

@@ -66,7 +66,7 @@ impl Table {
     }
 }
 
-/// Prints text to standard output; a reader that went away is no error.
+/// Prints text to standard output; a reader that went away is not an error.
 pub(super) fn print(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
 }

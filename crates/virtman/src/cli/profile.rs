@@ -99,7 +99,7 @@ fn read(file: &Path) -> Outcome<BootProfile> {
     let length = fs::metadata(file).map_err(|e| failed(e.to_string()))?.len();
     if length > PROFILE_BYTES_MAX as u64 {
         return Err(failed(format!(
-            "this is no boot profile: it has {length} bytes, and those have {PROFILE_BYTES_MAX} at most"
+            "this is not a boot profile: it has {length} bytes, and those have {PROFILE_BYTES_MAX} at most"
         )));
     }
     let bytes = fs::read(file).map_err(|e| failed(e.to_string()))?;

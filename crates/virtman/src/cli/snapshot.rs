@@ -16,8 +16,8 @@ use control::units::ByteSize;
 
 /// Take a snapshot of a VM's disk, while its guest runs or not.
 ///
-/// The snapshot is what a power cut at that moment would leave on the disk; the guest's writes wait for a few
-/// milliseconds. With --quiesce it writes out its file systems first, for which it needs the QEMU guest agent.
+/// The snapshot is crash-consistent: it holds every write that was answered before. The guest's writes wait for a few
+/// milliseconds. With --quiesce the guest writes out its file systems first, for which it needs the QEMU guest agent.
 ///
 /// With --to the snapshot is also written as a qcow2 file on the VM's node: what the VM wrote over its image, or with
 /// --flatten the whole disk. If that fails or is interrupted, the snapshot is given up again.

@@ -93,7 +93,7 @@ impl Agent {
         loop {
             match self.stream.read_until(b'\n', &mut line) {
                 Ok(0) => panic!("the guest {} has ended", self.guest),
-                // A line that is no JSON is the rest of an answer to an earlier client.
+                // A line that is not JSON is the rest of an answer to an earlier client.
                 Ok(_) => match serde_json::from_slice(&line) {
                     Ok(answer) => return Some(answer),
                     Err(_) => line.clear(),

@@ -126,7 +126,7 @@ fn while_volt_is_away_nothing_goes_and_a_restart_changes_nothing_about_that() {
     let mut cluster = cluster(&["o", "n"], "3s");
     create(&cluster, "n", "vm", "disk:1");
     cluster.kill_volt();
-    wait_for("the node has lost Volt", STEP_LIMIT, || cluster.log("n").contains("lost Volt").then_some(()));
+    wait_for("the node has lost Volt", STEP_LIMIT, || cluster.log("n").contains("volt_lost").then_some(()));
     let destroy = cluster.run_at("n", &["destroy", "vm"]);
     assert!(destroy.status.success(), "{}", String::from_utf8_lossy(&destroy.stderr));
     let due = |cluster: &Cluster| {
@@ -267,12 +267,14 @@ fn when_all_destroy_their_vms_the_hierarchy_goes_from_the_leaf_up() {
         wait_gone(&cluster, node, "disk:1");
         assert_eq!(links(&cluster, node, "failovers"), 0, "{node}");
         assert_eq!(links(&cluster, node, "last_resort_fetches"), 0, "{node}");
-        assert!(!cluster.log(node).contains("new parents"), "nobody moves: {}", cluster.log(node));
+        assert!(!cluster.log(node).contains("parents_changed"), "nobody moves: {}", cluster.log(node));
     }
     let log = cluster.log("volt");
     let left: Vec<usize> = ["c", "b", "a"]
         .iter()
-        .map(|node| log.find(&format!("left node={node} ")).unwrap_or_else(|| panic!("{node} left: {log}")))
+        .map(|node| {
+            log.find(&format!("image_left node={node} ")).unwrap_or_else(|| panic!("{node} left: {log}"))
+        })
         .collect();
     assert!(left.is_sorted(), "{log}");
 }

@@ -166,7 +166,7 @@ fn iscsi_exports_that_make_no_sense_are_refused_and_leave_nothing_behind() {
         (&["--export", "iscsi", "--chap-file", &none], "USER:SECRET"),
         (&["--export", "iscsi", "--chap-file", "/nowhere"], "/nowhere"),
         (&["--export", "iscsi", "--chap-file", &chap, "--mutual-chap-file", &chap], "two secrets"),
-        (&["--export", "iscsi", "--initiator", "me"], "'me' is no iSCSI name"),
+        (&["--export", "iscsi", "--initiator", "me"], "'me' is not an iSCSI name"),
     ] {
         let said = create(rest);
         assert!(said.contains(expected), "{rest:?}: {said}");

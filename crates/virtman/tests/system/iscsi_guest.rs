@@ -247,7 +247,7 @@ impl Guest {
             .expect("VIRTMAN_ISCSI_GUEST names no guest: run scripts/test, which builds one");
         let initrd = PathBuf::from(initrd);
         let kernel = initrd.with_extension("vmlinuz");
-        assert!(kernel.is_file() && initrd.is_file(), "{} is no guest", initrd.display());
+        assert!(kernel.is_file() && initrd.is_file(), "{} is not a guest", initrd.display());
         let network = "virtio-net-pci,netdev=net,romfile=";
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);

@@ -123,10 +123,10 @@ fn profiles_that_are_none_or_another_images_are_refused_with_what_is_wrong() {
     let other = profile_file(&cluster, ImageId::of_root_page(b"other"), &[1]);
     let beyond = profile_file(&cluster, image_id(&cluster), &[MIB as u64 * CHUNKS_PER_MIB]);
     for (file, reason) in [
-        (source, "this is no boot profile: it has 25165824 bytes"),
+        (source, "this is not a boot profile: it has 25165824 bytes"),
         (write("text", b"hello"), "does not begin with a boot profile's magic"),
         (write("cut", &bytes[..bytes.len() - 1]), "cut short or changed"),
-        (write("nothing", b""), "this is no boot profile"),
+        (write("nothing", b""), "this is not a boot profile"),
         (other, "profiles fit the very image that they were recorded on"),
         (beyond, "names chunk 384, but there are 384"),
         ("/nowhere".to_owned(), "No such file"),

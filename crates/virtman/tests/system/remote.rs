@@ -53,7 +53,7 @@ fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_not
         let volume = cluster.volume("b", "disk+1");
         let reader = scope.spawn(move || assert_same(&volume, &file));
         wait_for("the origin notices", STEP_LIMIT, || {
-            cluster.log("o").contains("lost an iSCSI session").then_some(())
+            cluster.log("o").contains("iscsi_session_lost").then_some(())
         });
         assert!(!reader.is_finished(), "it waits for the target");
         tgt.start();
@@ -73,7 +73,7 @@ fn remote_a_unit_of_a_foreign_target_feeds_a_hierarchy_and_its_restart_loses_not
         let (disk, file) = (cluster.disk("o", "vm"), tgt.file());
         let reader = scope.spawn(move || assert_same(&disk, &file));
         wait_for("the origin looks for the target", STEP_LIMIT, || {
-            cluster.log("o").contains("trying again").then_some(())
+            cluster.log("o").contains("remote_disk_away").then_some(())
         });
         tgt.start();
         serve(&tgt);
@@ -121,7 +121,7 @@ fn remote_units_that_cannot_be_used_are_refused_with_the_reason_and_the_remedy()
         (format!("iscsi://{at}/{NAME}/7"), &known, "no logical unit of this number"),
         (format!("iscsi://{closed}/{NAME}/1"), &known, "cannot be reached"),
         (format!("iscsi://{at}/{NAME}/1"), &["--chap-file", &chap, "--format", "qcow2"], "qcow2"),
-        ("/dev/null".to_owned(), &known, "'/dev/null' is no iSCSI address"),
+        ("/dev/null".to_owned(), &known, "'/dev/null' is not an iSCSI address"),
         ("iscsi://nowhere".to_owned(), &[], "iscsi://[USER@]HOST[:PORT]/TARGET/LUN"),
     ] {
         let said = add(&address, rest);
@@ -200,7 +200,7 @@ fn remote_an_export_of_a_foreign_nbd_server_feeds_a_hierarchy_and_its_restart_lo
     let _server = std::thread::scope(|scope| {
         let reader = scope.spawn(|| assert_same(&volume, &file));
         wait_for("the origin notices", STEP_LIMIT, || {
-            cluster.log("o").contains("lost an NBD connection").then_some(())
+            cluster.log("o").contains("nbd_connection_lost").then_some(())
         });
         assert!(!reader.is_finished(), "it waits for the server");
         let server = QemuNbd::start(&socket, &file);
@@ -231,7 +231,7 @@ fn remote_an_image_of_another_node_is_added_by_its_nbd_socket_and_wrong_exports_
         (volume.replace("///?", "///other?"), &[], "other"),
         ("nbd://host/disk?tls-certificates=/etc".to_owned(), &[], "tls-certificates"),
         (format!("nbds://{}/disk", closed.address()), &[], "TLS"),
-        (volume.clone(), &["--chap-file", &chap], "is no iSCSI address"),
+        (volume.clone(), &["--chap-file", &chap], "is not an iSCSI address"),
         (volume.clone(), &["--format", "qcow2"], "qcow2"),
     ] {
         let add = [&["--node", "m", "image", "add", "wrong:1", &location], rest].concat();

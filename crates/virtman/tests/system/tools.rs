@@ -89,7 +89,7 @@ pub(crate) fn guest_image() -> PathBuf {
     let path = std::env::var_os("VIRTMAN_GUEST_IMAGE")
         .expect("VIRTMAN_GUEST_IMAGE names no image: run scripts/test, which builds one");
     let path = PathBuf::from(path);
-    assert!(path.is_file(), "VIRTMAN_GUEST_IMAGE={} is no file", path.display());
+    assert!(path.is_file(), "VIRTMAN_GUEST_IMAGE={} is not a file", path.display());
     path
 }
 

@@ -39,7 +39,9 @@ async fn profile(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> 
     view(&volt, image)
 }
 
-/// Takes a boot profile over. Nodes use it from now on, and no boot is recorded until that is asked for.
+/// Takes a boot profile over.
+///
+/// Nodes use it from now on, and no boot is recorded until that is asked for.
 #[utoipa::path(put, path = "/v1/images/{image}/profile", params(("image" = String, Path,)),
     request_body = NewProfile, responses((status = 200, body = ProfileView), (status = 400), (status = 404)))]
 async fn import_profile(
@@ -51,34 +53,40 @@ async fn import_profile(
     peer.must_be_admin()?;
     let image = volt.catalog.image(&image)?;
     must_fit(&request.file, &image)?;
-    tracing::info!(image = %image.name, by = %peer, chunks = request.file.0.chunks().len(), "boot profile imported");
+    tracing::info!(image = %image.name, by = %peer, chunks = request.file.0.chunks().len(), "profile_imported");
     change(&volt, &image.id, |kept| kept.import(request.file))?;
     view(&volt, image)
 }
 
-/// Forgets an image's boot profile and its records. No boot is recorded until that is asked for.
+/// Forgets an image's boot profile and its records.
+///
+/// No boot is recorded until that is asked for.
 #[utoipa::path(delete, path = "/v1/images/{image}/profile", params(("image" = String, Path,)),
     responses((status = 200, body = ProfileView), (status = 404)))]
 async fn clear_profile(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Answer<ProfileView> {
     peer.must_be_admin()?;
     let image = volt.catalog.image(&image)?;
-    tracing::info!(image = %image.name, by = %peer, "boot profile cleared");
+    tracing::info!(image = %image.name, by = %peer, "profile_cleared");
     change(&volt, &image.id, KeptProfile::clear)?;
     view(&volt, image)
 }
 
-/// Asks for fresh records from the next boots. The profile stays until the first of them comes.
+/// Asks for fresh records from the next boots.
+///
+/// The profile stays until the first of them comes.
 #[utoipa::path(post, path = "/v1/images/{image}/profile/record", params(("image" = String, Path,)),
     responses((status = 200, body = ProfileView), (status = 404)))]
 async fn record_anew(State(volt): Shared, peer: Peer, Path(image): Path<String>) -> Answer<ProfileView> {
     peer.must_be_admin()?;
     let image = volt.catalog.image(&image)?;
-    tracing::info!(image = %image.name, by = %peer, "the next boots are recorded");
+    tracing::info!(image = %image.name, by = %peer, "profile_recording: the next boots are recorded");
     change(&volt, &image.id, KeptProfile::record_anew)?;
     view(&volt, image)
 }
 
-/// A node hands in the record of a boot. One that is not needed any more is dropped.
+/// A node hands in the record of a boot.
+///
+/// One that is not needed any more is dropped.
 #[utoipa::path(post, path = "/v1/nodes/{node}/records", params(("node" = String, Path,)),
     request_body = NewProfile, responses((status = 204), (status = 400), (status = 404), (status = 409)))]
 async fn add_record(
@@ -97,7 +105,7 @@ async fn add_record(
     }
     let chunks = request.file.0.chunks().len();
     if change(&volt, &id, |kept| kept.record(&node, request.file, now_unix_ms()))? == Recorded::Merged {
-        tracing::info!(image = %image.name, %node, chunks, "a boot was recorded");
+        tracing::info!(image = %image.name, %node, chunks, "boot_recorded");
     }
     Ok(StatusCode::NO_CONTENT)
 }

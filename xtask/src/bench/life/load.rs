@@ -1,6 +1,6 @@
 //! A client that writes to a disk over NBD and remembers how long each write took.
 //!
-//! The same client writes to ours and to a peer, so that what it costs weighs on both. It is no fio because of single
+//! The same client writes to ours and to a peer, so that what it costs weighs on both. It is not fio because of single
 //! writes it must be known when they were under way.
 
 use std::sync::Arc;

@@ -52,7 +52,7 @@ pub(super) struct Churn {
     pub(super) parent_death_stall_ms: Option<Percentiles>,
     /// How many VMs that is about.
     pub(super) parent_death_vms: usize,
-    /// Deaths that are left out of it: the origin was away too, and waiting for it is no matter of healing.
+    /// Deaths that are left out of it: the origin was away too, and waiting for it is not a matter of healing.
     pub(super) parent_deaths_left_out: usize,
     #[serde(skip)]
     deaths: Vec<Death>,

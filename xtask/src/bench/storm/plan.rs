@@ -144,7 +144,7 @@ impl FromStr for Shape {
         }
         let numbers = text.split_once('x').and_then(|(s, f)| Some((s.parse().ok()?, f.parse().ok()?)));
         let (stripes, fan_out) = numbers
-            .ok_or_else(|| format!("'{text}' is no shape: use STRIPESxFAN-OUT, such as 4x4, or auto"))?;
+            .ok_or_else(|| format!("'{text}' is not a shape: use STRIPESxFAN-OUT, such as 4x4, or auto"))?;
         Ok(Shape::Told { stripes, fan_out })
     }
 }

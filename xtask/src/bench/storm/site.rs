@@ -204,7 +204,7 @@ impl Site {
     /// The nodes whose first parent of some stripe is `parent`, as they say themselves.
     pub(super) fn children(&self, parent: &str) -> BTreeSet<String> {
         let fetches_from = |node: &Arc<Node>| {
-            // One that does not answer, dead or stopped, is no witness.
+            // One that does not answer, dead or stopped, is not a witness.
             let api = Api::connect_for(&node.socket(), CHILD_ANSWER_TIME_MAX);
             let Ok(Some(image)) = api.and_then(|mut api| image_of(&mut api)) else { return false };
             let stripes = image["parents"].as_array().cloned().unwrap_or_default();

@@ -246,7 +246,7 @@ mod tests {
         let trace = parse("test", text, 4096).unwrap();
         let probes = |step: usize| match &trace.steps[step].action {
             Action::Read { probes, from, .. } => (probes.map(|probe| probe.tag), *from),
-            other => panic!("{other:?} is no read"),
+            other => panic!("{other:?} is not a read"),
         };
         assert_eq!(probes(1), ([None, Some(0), None], From::Image));
         assert_eq!(probes(2), ([Some(0); 3], From::Overlay));

@@ -186,7 +186,7 @@ fn what_a_target_says_is_fit_to_be_shown() {
     let mut login = Login::begin(&goal, ALGORITHMS, challenge(2)).0;
     say(&mut login, TO_OPERATIONAL, "AuthMethod=None\0").unwrap();
     let odd = format!("InitialR2T=\x1b[2J{}\0", "x".repeat(1000));
-    let Err(fault) = say(&mut login, TO_FULL, &odd) else { panic!("that is no answer") };
+    let Err(fault) = say(&mut login, TO_FULL, &odd) else { panic!("that is not an answer") };
     let told = crate::initiator::ConnectError::of_login(&fault).to_string();
     assert!(told.contains("?[2Jx") && told.len() < 300 && !told.contains('\x1b'), "{told}");
 }

@@ -195,7 +195,7 @@ impl Session {
                 self.tell(task_tag, task_response::COMPLETE);
                 let Peer::Target(membership, nexus) = &self.peer else { return };
                 membership.evict_others();
-                tracing::info!(initiator = %nexus.initiator.name, "a cold reset ends all sessions of a target");
+                tracing::info!(initiator = %nexus.initiator.name, "target_reset: all its sessions end");
                 self.stage = Stage::Closing;
             }
             Then::Keep(promises) => drop(promises),

@@ -60,7 +60,7 @@ impl RemoteDisks {
             match state::read_record::<Key>(&file) {
                 Ok(key) if is_used(&key.location) => {}
                 Ok(_) => fs::remove_file(&file)?,
-                Err(reason) => tracing::error!(reason, "what opens a remote disk cannot be read"),
+                Err(reason) => tracing::error!(reason, "remote_record_damaged"),
             }
         }
         Ok(())
@@ -143,7 +143,11 @@ impl OpenRemote for RemoteDisks {
                     Ok(disk) => return Ok(disk),
                     Err(OpenError::Unusable(reason)) => return Err(reason),
                     Err(OpenError::Unreachable(reason)) => {
-                        tracing::warn!(location, reason, "a remote disk cannot be opened; trying again");
+                        tracing::warn!(
+                            location,
+                            reason,
+                            "remote_disk_away: it cannot be opened; trying again"
+                        );
                         tokio::time::sleep(RETRY_PAUSE).await;
                     }
                 }

@@ -97,7 +97,7 @@ impl Profile {
         if let Some(file) = &offer.file
             && let Err(error) = file.0.must_fit(self.volume.root())
         {
-            tracing::warn!(%error, "Volt offers a boot profile that does not fit its image: not used");
+            tracing::warn!(%error, "profile_refused: it does not fit its image");
             return;
         }
         self.offer.send_replace(offer);
@@ -134,7 +134,7 @@ impl Profile {
             match BootProfile::new(volume.id(), chunks) {
                 // Full means that records wait for Volt already: it has no need of one more.
                 Ok(record) => drop(records.try_send(record)),
-                Err(error) => tracing::warn!(%error, "a boot was recorded in vain"),
+                Err(error) => tracing::warn!(%error, "boot_record_dropped"),
             }
         };
         tokio::spawn(async move { stop.run_until_cancelled(record).await });
@@ -195,10 +195,10 @@ impl Streamer {
             let failed = self.path.stream(profile.chunks(), Priority::Profile, here).await;
             if failed == 0 {
                 let took = lock(&self.streamed).complete();
-                tracing::info!(image = %profile.image().short(), chunks = profile.chunks().len(), ?took, "boot profile is here");
+                tracing::info!(image = %profile.image().short(), chunks = profile.chunks().len(), ?took, "profile_fetched");
                 return;
             }
-            tracing::info!(image = %profile.image().short(), failed, "chunks of the boot profile cannot be had yet");
+            tracing::info!(image = %profile.image().short(), failed, "profile_incomplete: some chunks cannot be had yet");
             tokio::time::sleep(PASS_PAUSE).await;
         }
     }
