@@ -15,7 +15,8 @@ use axum::routing::post;
 use block::{BoxFuture, NodeName};
 use serde::{Deserialize, Serialize};
 
-use crate::http::{ApiError, Client, ClientError, Json, Peer, Target};
+use crate::http::{Client, ClientError, Json, Peer, Target};
+use crate::refusal::{Code, Refusal};
 use identity::{
     Authority, Ca, Identity, IdentityError, JoinRefusal, Key, Principal, Secret, SecretHash, Token,
     requested_key,
@@ -90,7 +91,7 @@ pub fn renew_router(authority: Arc<Authority>) -> Router {
 async fn answer_join(
     State((authority, tokens)): State<(Arc<Authority>, Arc<dyn Tokens>)>,
     Json(request): Json<JoinRequest>,
-) -> Result<Json<JoinAnswer>, ApiError> {
+) -> Result<Json<JoinAnswer>, Refusal> {
     // Whatever can be wrong with the request is found before the token is used up.
     requested_key(&request.csr)?;
     let now = SystemTime::now();
@@ -105,10 +106,10 @@ async fn answer_renew(
     State(authority): State<Arc<Authority>>,
     peer: Peer,
     Json(request): Json<RenewRequest>,
-) -> Result<Json<RenewAnswer>, ApiError> {
+) -> Result<Json<RenewAnswer>, Refusal> {
     let Peer::Remote(principal @ Principal::Node(_)) = peer else {
         // Who administers gets certificates from Volt's operator, each time by his decision.
-        return Err(ApiError::forbidden("not_a_node", "only nodes renew their certificates here"));
+        return Err(Refusal::new(Code::NotANode, "only nodes renew their certificates here"));
     };
     let certificate = authority.sign_csr(&request.csr, &principal, SystemTime::now())?;
     tracing::info!(node = %principal, "certificate_issued: renewed");
@@ -147,23 +148,23 @@ pub async fn renew(volt: &Client, identity: &Identity) -> Result<Identity, Enrol
     Ok(identity.renewed(&answer.certificate)?)
 }
 
-impl From<JoinRefusal> for ApiError {
+impl From<JoinRefusal> for Refusal {
     fn from(refusal: JoinRefusal) -> Self {
         let message = refusal.to_string();
         match refusal {
-            JoinRefusal::UnknownToken => Self::forbidden("unknown_token", message),
-            JoinRefusal::Expired => Self::forbidden("token_expired", message),
-            JoinRefusal::WrongName { .. } => Self::forbidden("wrong_name", message),
-            JoinRefusal::NameTaken(_) => Self::conflict("name_taken", message),
-            JoinRefusal::Unavailable(_) => Self::unavailable("tokens_unavailable", message),
+            JoinRefusal::UnknownToken => Self::new(Code::UnknownToken, message),
+            JoinRefusal::Expired => Self::new(Code::TokenExpired, message),
+            JoinRefusal::WrongName { .. } => Self::new(Code::WrongName, message),
+            JoinRefusal::NameTaken(_) => Self::new(Code::NameTaken, message),
+            JoinRefusal::Unavailable(_) => Self::new(Code::TokensUnavailable, message),
         }
     }
 }
 
-impl From<IdentityError> for ApiError {
+impl From<IdentityError> for Refusal {
     fn from(error: IdentityError) -> Self {
         match error {
-            IdentityError::Request(_) => Self::bad_request("bad_certificate_request", error.to_string()),
+            IdentityError::Request(_) => Self::new(Code::BadCertificateRequest, error.to_string()),
             // The rest is about Volt's own files: for its log, not for its peers.
             _ => {
                 tracing::error!(%error, "certificate_refused");
@@ -350,10 +351,13 @@ mod tests {
         let request =
             JoinRequest { secret: *token.secret(), node: name("a"), csr: "not a request".to_owned() };
         let error = client.post::<JoinAnswer>(JOIN_PATH, &request).await.unwrap_err();
-        assert!(matches!(&error, ClientError::Refused(e) if e.code == "bad_certificate_request"), "{error}");
+        assert!(
+            matches!(&error, ClientError::Refused(e) if e.code == Code::BadCertificateRequest),
+            "{error}"
+        );
         let escaping = serde_json::json!({ "secret": token.secret(), "node": "../a", "csr": "" });
         let error = client.post::<JoinAnswer>(JOIN_PATH, &escaping).await.unwrap_err();
-        assert!(matches!(&error, ClientError::Refused(e) if e.code == "bad_body"), "{error}");
+        assert!(matches!(&error, ClientError::Refused(e) if e.code.word() == "bad_body"), "{error}");
         join(&token, &name("a")).await.unwrap();
     }
 
@@ -365,7 +369,7 @@ mod tests {
         let client = Client::new(Target::Join { address: volt.address.to_string(), ca });
         let request = RenewRequest { csr: Key::generate().unwrap().csr().unwrap() };
         let error = client.post::<RenewAnswer>(RENEW_PATH, &request).await.unwrap_err();
-        assert!(matches!(&error, ClientError::Refused(e) if e.code == "no_such_path"), "{error}");
+        assert!(matches!(&error, ClientError::Refused(e) if e.code.word() == "no_such_path"), "{error}");
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ pub mod api;
 pub mod daemon;
 pub mod enroll;
 pub mod http;
+pub mod refusal;
 pub mod units;
 
 /// The file in the directory of Volt, of an administrator and of a node that says where Volt is.

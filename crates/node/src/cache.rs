@@ -23,7 +23,7 @@ use store::{CacheError, CacheGroup, MediaSpec, MediumStatus};
 use crate::config::CacheMedium;
 use crate::state::{self, Layout};
 use control::api::compute::{AddMedium, MediumState, MediumView, RemoveMedium};
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 /// Size of the cache if none was given, in bytes. The file is sparse: it takes what is cached.
 const CACHE_BYTES_DEFAULT: u64 = 10 << 30;
@@ -164,7 +164,7 @@ impl CacheMedia {
     }
 
     /// Adds a medium. Repeating it changes nothing.
-    pub(crate) async fn add(&self, request: &AddMedium) -> Result<MediumView, ApiError> {
+    pub(crate) async fn add(&self, request: &AddMedium) -> Result<MediumView, Refusal> {
         let path = absolute(&request.path)?;
         let mut said = self.said.lock().await;
         let spec = MediaSpec { path: path.clone(), size_bytes: request.size_bytes };
@@ -174,11 +174,11 @@ impl CacheMedia {
         self.remember(&mut said, &path, Some(request.size_bytes), "in use")?;
         tracing::info!(medium = name, "medium_added");
         self.find(&name)
-            .ok_or_else(|| ApiError::internal(format!("cache medium '{name}' is there and cannot be found")))
+            .ok_or_else(|| Refusal::internal(format!("cache medium '{name}' is there and cannot be found")))
     }
 
     /// Removes a medium; its file stays. Answers with the medium if reads of it are still on their way.
-    pub(crate) async fn remove(&self, request: &RemoveMedium) -> Result<Option<MediumView>, ApiError> {
+    pub(crate) async fn remove(&self, request: &RemoveMedium) -> Result<Option<MediumView>, Refusal> {
         let path = absolute(&request.path)?;
         let name = path.display().to_string();
         let mut said = self.said.lock().await;
@@ -207,13 +207,13 @@ impl CacheMedia {
         path: &Path,
         size_bytes: Option<u64>,
         done: &str,
-    ) -> Result<(), ApiError> {
+    ) -> Result<(), Refusal> {
         let new = said.with(path, size_bytes, &self.configured);
         if new == *said {
             return Ok(());
         }
         state::write_record(&self.record, &new).map_err(|error| {
-            ApiError::internal(format!(
+            Refusal::internal(format!(
                 "cache medium '{}' is {done}, but the next start will not know: cannot write {}: {error}",
                 path.display(),
                 self.record.display()
@@ -252,23 +252,23 @@ impl CacheMedia {
     }
 
     /// What the cache group's refusal means to somebody who asked this node.
-    fn refusal(&self, error: &CacheError) -> ApiError {
+    fn refusal(&self, error: &CacheError) -> Refusal {
         let message = error.to_string();
         match error {
             CacheError::Unusable(_) | CacheError::Io { .. } => {
-                ApiError::bad_request("bad_medium", message).with_hint(
+                Refusal::new(Code::BadMedium, message).with_hint(
                     "name a file in a directory that is there, or a block device, and a size, such as /srv/chunks=50G",
                 )
             }
-            CacheError::InUse(_) => ApiError::conflict("medium_in_use", message)
+            CacheError::InUse(_) => Refusal::new(Code::MediumInUse, message)
                 .with_hint("use another file, or end what uses it"),
-            CacheError::Foreign(_) => ApiError::conflict("foreign_medium", message),
-            CacheError::Taken(_) => ApiError::conflict("medium_exists", message)
+            CacheError::Foreign(_) => Refusal::new(Code::ForeignMedium, message),
+            CacheError::Taken(_) => Refusal::new(Code::MediumExists, message)
                 .with_hint("'virtman cache remove PATH' removes it"),
-            CacheError::Last(_) => ApiError::conflict("last_medium", message)
+            CacheError::Last(_) => Refusal::new(Code::LastMedium, message)
                 .with_hint("'virtman cache add PATH=SIZE' does that"),
             CacheError::Unknown(_) => {
-                ApiError::not_found("no_such_medium", format!("{message} on node {}", self.node))
+                Refusal::new(Code::NoSuchMedium, format!("{message} on node {}", self.node))
                     .with_hint("'virtman cache list' shows those that there are")
             }
         }
@@ -301,13 +301,13 @@ fn read_said(record: &Path) -> Said {
     })
 }
 
-fn absolute(path: &Path) -> Result<PathBuf, ApiError> {
+fn absolute(path: &Path) -> Result<PathBuf, Refusal> {
     if !path.is_absolute() {
         let message = format!("'{}' is not an absolute path", path.display());
-        return Err(ApiError::bad_request("not_absolute", message)
+        return Err(Refusal::new(Code::NotAbsolute, message)
             .with_hint("say where on the node it is, such as /srv/chunks"));
     }
-    std::path::absolute(path).map_err(|e| ApiError::bad_request("bad_path", e.to_string()))
+    std::path::absolute(path).map_err(|e| Refusal::new(Code::BadPath, e.to_string()))
 }
 
 #[cfg(test)]

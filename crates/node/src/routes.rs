@@ -33,14 +33,15 @@ use control::api::details::VmDetails;
 use control::api::export::{ExportAccess, ExportName, ExportView};
 use control::api::openapi_document;
 use control::api::qcow2::{ExportSnapshot, ImportVm, SnapshotExported, VmImported};
-use control::http::{ApiError, Json, Path, Peer, Query, lines};
+use control::http::{Json, Path, Peer, Query, lines};
+use control::refusal::{Code, Refusal};
 use identity::Principal;
 
 /// How often a long operation says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
 type Shared = State<Arc<Node>>;
-type Answer<T> = Result<Json<T>, ApiError>;
+type Answer<T> = Result<Json<T>, Refusal>;
 
 /// The routes of a node.
 pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
@@ -132,7 +133,7 @@ async fn add_image(
     peer: Peer,
     Path(name): Path<ImageName>,
     Json(request): Json<AddImage>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Refusal> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| async move { node.origins.add(&name, request, progress).await }))
@@ -147,7 +148,7 @@ async fn verify_image(
     State(node): Shared,
     peer: Peer,
     Path(name): Path<ImageName>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Refusal> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| async move { node.origins.verify(&name, progress).await }))
@@ -168,7 +169,7 @@ async fn remove_image(
     peer: Peer,
     Path(name): Path<ImageName>,
     Query(removal): Query<Removal>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     let force = if removal.force { Force::Yes } else { Force::No };
     run_uncancelled(async move { node.origins.remove(&name, force).await }).await?;
@@ -212,7 +213,7 @@ async fn detach_image(
     State(node): Shared,
     peer: Peer,
     Path(name): Path<ImageName>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     run_uncancelled(async move { node.images.detach(&name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -251,7 +252,7 @@ async fn import_vm(
     peer: Peer,
     Path(name): Path<VmName>,
     Json(request): Json<ImportVm>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Refusal> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| {
@@ -293,7 +294,7 @@ async fn destroy_vm(
     peer: Peer,
     Path(name): Path<VmName>,
     Query(destruction): Query<Destruction>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     let destroy = if destruction.instance_only { Destroy::InstanceOnly } else { Destroy::WithImage };
     run_uncancelled(async move { node.vm_service.destroy(&name, destroy).await }).await?;
@@ -380,7 +381,7 @@ async fn delete_snapshot(
     State(node): Shared,
     peer: Peer,
     Path((name, snapshot)): Path<(VmName, SnapshotName)>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     run_uncancelled(async move { node.snapshots.delete(&name, &snapshot).await }).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -412,7 +413,7 @@ async fn export_snapshot(
     peer: Peer,
     Path((name, snapshot)): Path<(VmName, SnapshotName)>,
     Json(request): Json<ExportSnapshot>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Refusal> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| {
@@ -443,7 +444,7 @@ async fn commit_vm(
     peer: Peer,
     Path(name): Path<VmName>,
     Json(request): Json<CommitVm>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Refusal> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| async move { node.clones.commit(&name, request, progress).await }))
@@ -460,7 +461,7 @@ async fn migrate_vm(
     peer: Peer,
     Path(name): Path<VmName>,
     Json(request): Json<MigrateVm>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Refusal> {
     peer.must_be_admin()?;
     let shutdown = node.shutdown.clone();
     Ok(with_progress(shutdown, |progress| {
@@ -474,7 +475,7 @@ async fn migrate_vm(
 async fn moving(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<MovingState> {
     match peer {
         Peer::Remote(Principal::Node(to)) => Ok(Json(node.outgoing.moving_state(&name, &to))),
-        other => Err(ApiError::forbidden("not_a_node", format!("{other} is not a node"))),
+        other => Err(Refusal::new(Code::NotANode, format!("{other} is not a node"))),
     }
 }
 
@@ -486,7 +487,7 @@ async fn expect_vm(
     peer: Peer,
     Path(name): Path<VmName>,
     Json(request): Json<ExpectVm>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     node.incoming.expect(&name, &request)?;
     Ok(StatusCode::NO_CONTENT)
@@ -502,7 +503,7 @@ async fn receive_vm(
     peer: Peer,
     Path(name): Path<VmName>,
     Json(request): Json<HandOver>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     run_uncancelled(async move { node.incoming.receive(&peer, &name, request).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -514,7 +515,7 @@ async fn promise_vm(
     State(node): Shared,
     peer: Peer,
     Path(name): Path<VmName>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     run_uncancelled(async move { node.incoming.promise(&peer, &name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -529,11 +530,7 @@ async fn take_vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> A
 /// Forgets a VM that does not come.
 #[utoipa::path(delete, path = "/v1/incoming/{vm}", params(("vm" = String, Path,)),
     responses((status = 204), (status = 404)))]
-async fn forget_vm(
-    State(node): Shared,
-    peer: Peer,
-    Path(name): Path<VmName>,
-) -> Result<StatusCode, ApiError> {
+async fn forget_vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Result<StatusCode, Refusal> {
     run_uncancelled(async move { node.incoming.forget_for(&peer, &name).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -569,13 +566,13 @@ async fn remove_export(
     State(node): Shared,
     peer: Peer,
     Path(name): Path<ExportName>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     run_uncancelled(async move {
         match node.exports.stop(&name).await? {
             true => Ok(()),
-            false => Err(ApiError::not_found(
-                "no_such_export",
+            false => Err(Refusal::new(
+                Code::NoSuchExport,
                 format!("'{name}' is not exported by node {}", node.name),
             )
             .with_hint("'virtman export list' shows all exports")),
@@ -598,7 +595,7 @@ impl Drop for CancelOnDrop {
 fn with_progress<T, W>(shutdown: CancellationToken, work: impl FnOnce(Arc<ImportProgress>) -> W) -> Response
 where
     T: Serialize + Send + 'static,
-    W: Future<Output = Result<T, ApiError>> + Send + 'static,
+    W: Future<Output = Result<T, Refusal>> + Send + 'static,
 {
     let progress = Arc::new(ImportProgress::default());
     lines(reported(work(Arc::clone(&progress)), progress), shutdown)
@@ -606,10 +603,10 @@ where
 
 /// Turns work into a stream of how far it is, with its result as the last value.
 fn reported<T: Serialize + Send + 'static>(
-    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+    work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
     progress: Arc<ImportProgress>,
 ) -> impl Stream<Item = Progress<T>> + Send {
-    type Work<T> = Pin<Box<dyn Future<Output = Result<T, ApiError>> + Send>>;
+    type Work<T> = Pin<Box<dyn Future<Output = Result<T, Refusal>> + Send>>;
     let work: Work<T> = Box::pin(work);
     let guard = CancelOnDrop(progress);
     stream::unfold(Some((work, guard)), |state| async move {

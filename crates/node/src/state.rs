@@ -27,7 +27,7 @@ use rustix::fs::FlockOperation;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 pub(crate) use store::durable::sync_dir;
 use store::durable::{NewFile, Secrecy, UnsyncedFile};
@@ -75,7 +75,7 @@ impl Layout {
     }
 
     /// Whether the sockets that bear `name` can be opened here. To be asked before anything is made.
-    pub(crate) fn check_socket_name_len(&self, name: &str) -> Result<(), ApiError> {
+    pub(crate) fn check_socket_name_len(&self, name: &str) -> Result<(), Refusal> {
         let room = self.name_bytes_max();
         if name.len() <= room {
             return Ok(());
@@ -84,7 +84,7 @@ impl Layout {
             "'{name}' is too long for the sockets in {}: this node takes names of at most {room} bytes",
             self.dir.display()
         );
-        Err(ApiError::bad_request("name_too_long", message)
+        Err(Refusal::new(Code::NameTooLong, message)
             .with_hint("use a shorter name, or a node whose directory has a shorter path"))
     }
 

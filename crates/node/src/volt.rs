@@ -25,7 +25,8 @@ use control::api::volt::{
     Registered, TreeNode, TreeView,
 };
 use control::enroll;
-use control::http::{ApiError, Client, ClientError, Target};
+use control::http::{Client, ClientError, Target};
+use control::refusal::{Code, Refusal};
 use identity::{Credentials, Principal, Removed};
 
 /// First pause before Volt is tried again; doubles up to the longest. A restart takes Volt a second.
@@ -96,10 +97,10 @@ impl VoltLink {
     }
 
     /// Whether the catalog has an image of this name.
-    pub(crate) async fn is_image(&self, name: &ImageName) -> Result<bool, ApiError> {
+    pub(crate) async fn is_image(&self, name: &ImageName) -> Result<bool, Refusal> {
         match self.image(name.as_str()).await {
             Ok(_) => Ok(true),
-            Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => Ok(false),
+            Err(ClientError::Refused(refusal)) if refusal.code == Code::NoSuchImage => Ok(false),
             Err(error) => Err(from_volt(error)),
         }
     }
@@ -265,10 +266,10 @@ impl VoltLink {
 }
 
 /// What Volt's refusal or absence means to somebody who asked this node.
-pub(crate) fn from_volt(error: ClientError) -> ApiError {
+pub(crate) fn from_volt(error: ClientError) -> Refusal {
     match error {
         ClientError::Refused(refusal) => refusal,
-        other => ApiError::unavailable("no_volt", format!("Volt cannot be asked: {other}"))
+        other => Refusal::new(Code::NoVolt, format!("Volt cannot be asked: {other}"))
             .with_hint("what is attached goes on; start Volt, then try again"),
     }
 }

@@ -29,7 +29,8 @@ use self::config::VoltArgs;
 use self::profiles::Profiles;
 use control::daemon::{listen, local_socket};
 use control::enroll::{self, Tokens};
-use control::http::{ApiError, TlsServer};
+use control::http::TlsServer;
+use control::refusal::Refusal;
 use identity::tls::{Accept, Acceptor, Admission};
 use identity::{Authority, Credentials, Identity, JoinRefusal, Principal, SecretHash, Token};
 
@@ -87,9 +88,9 @@ impl Volt {
         }
     }
 
-    fn new_join_token(&self) -> Result<Token, ApiError> {
+    fn new_join_token(&self) -> Result<Token, Refusal> {
         Token::new(&self.address, self.authority.ca().fingerprint())
-            .map_err(|e| ApiError::internal(e.to_string()))
+            .map_err(|e| Refusal::internal(e.to_string()))
     }
 }
 

@@ -26,14 +26,15 @@ use control::api::volt::{
     RegisterImage, RegisterNode, Registered, TokenIssued, TreeNode, TreeView, TuneImage, VoltStatus,
 };
 use control::api::{now_unix_ms, unix_ms};
-use control::http::{ApiError, Json, Path, Peer, lines};
+use control::http::{Json, Path, Peer, lines};
+use control::refusal::{Code, Refusal};
 use identity::{Principal, TOKEN_LIFETIME};
 
 /// How long a token may work at most: a week is longer than any roll-out.
 const TOKEN_VALID_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 type Shared = State<Arc<Volt>>;
-type Answer<T> = Result<Json<T>, ApiError>;
+type Answer<T> = Result<Json<T>, Refusal>;
 
 /// The routes for requests that carry a certificate or came through the local socket.
 pub(crate) fn routes() -> OpenApiRouter<Arc<Volt>> {
@@ -101,19 +102,14 @@ async fn register_image(
     Json(request): Json<RegisterImage>,
 ) -> Answer<ImageRecord> {
     let Peer::Remote(Principal::Node(origin)) = peer else {
-        return Err(ApiError::forbidden(
-            "not_a_node",
-            "only a node can register an image: it becomes its origin",
-        ));
+        return Err(Refusal::new(Code::NotANode, "only a node can register an image: it becomes its origin"));
     };
-    let name: ImageName =
-        name.parse().map_err(|e: NameError| ApiError::bad_request("bad_name", e.to_string()))?;
+    let name: ImageName = name.parse().map_err(|e: NameError| Refusal::new(Code::BadName, e.to_string()))?;
     let bytes = BASE64
         .decode(&request.root_page)
-        .map_err(|e| ApiError::bad_request("bad_root_page", format!("the root page is not base64: {e}")))?;
-    let root = RootPage::decode(&bytes).map_err(|e| {
-        ApiError::bad_request("bad_root_page", format!("the root page of '{name}' is refused: {e}"))
-    })?;
+        .map_err(|e| Refusal::new(Code::BadRootPage, format!("the root page is not base64: {e}")))?;
+    let root = RootPage::decode(&bytes)
+        .map_err(|e| Refusal::new(Code::BadRootPage, format!("the root page of '{name}' is refused: {e}")))?;
     let record = ImageRecord {
         name,
         id: root.id(),
@@ -137,16 +133,12 @@ async fn register_image(
     responses((status = 200, body = ImageRecord), (status = 404)))]
 async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>) -> Answer<ImageRecord> {
     any_member(&peer)?;
-    let name: ImageName =
-        name.parse().map_err(|e: NameError| ApiError::bad_request("bad_name", e.to_string()))?;
+    let name: ImageName = name.parse().map_err(|e: NameError| Refusal::new(Code::BadName, e.to_string()))?;
     let record = volt.catalog.image(name.as_str())?;
     if let Peer::Remote(Principal::Node(node)) = &peer
         && !record.origins.contains(node)
     {
-        return Err(ApiError::forbidden(
-            "not_its_origin",
-            "a node can only remove images whose origin it is",
-        ));
+        return Err(Refusal::new(Code::OriginUnknown, "a node can only remove images whose origin it is"));
     }
     let record = volt.catalog.remove_image(&name)?;
     if matches!(volt.catalog.image(&record.id.to_string()), Err(CatalogError::NoImage(_))) {
@@ -197,8 +189,8 @@ async fn new_token(State(volt): Shared, peer: Peer, Json(request): Json<NewToken
     peer.must_be_admin()?;
     let valid = request.valid_ms.map_or(TOKEN_LIFETIME, Duration::from_millis);
     if valid.is_zero() || valid > TOKEN_VALID_MAX {
-        return Err(ApiError::bad_request(
-            "bad_lifetime",
+        return Err(Refusal::new(
+            Code::BadLifetime,
             format!(
                 "a token cannot be valid for {} s: use at most {} days",
                 valid.as_secs(),
@@ -233,8 +225,8 @@ async fn register_node(
     let notices =
         volt.apply(Event::NodeUp { node: node.clone(), address: request.address.clone(), location });
     if notices.contains(&Notice::Full(node.clone())) {
-        return Err(ApiError::conflict(
-            "cluster_full",
+        return Err(Refusal::new(
+            Code::ClusterFull,
             format!("the cluster has {} nodes and takes no more", planner::NODES_MAX),
         ));
     }
@@ -251,7 +243,7 @@ async fn remove_node(
     State(volt): Shared,
     peer: Peer,
     Path(node): Path<NodeName>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     volt.remove_node(&node)?;
     tracing::info!(%node, by = %peer, "node_removed");
@@ -261,7 +253,7 @@ async fn remove_node(
 /// Clears a quarantined node of all blame.
 #[utoipa::path(post, path = "/v1/nodes/{node}/pardon", params(("node" = String, Path,)),
     responses((status = 204), (status = 404)))]
-async fn pardon(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<StatusCode, ApiError> {
+async fn pardon(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<StatusCode, Refusal> {
     peer.must_be_admin()?;
     volt.catalog.update_node(&node, |record| record.quarantined = false)?;
     volt.apply(Event::Pardon { node: node.clone() });
@@ -276,7 +268,7 @@ async fn heartbeat(
     State(volt): Shared,
     peer: Peer,
     Path(node): Path<NodeName>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     require_self(&peer, &node)?;
     require_registered(&volt.apply(Event::Heartbeat { node: node.clone() }), &node)?;
     Ok(StatusCode::NO_CONTENT)
@@ -285,7 +277,7 @@ async fn heartbeat(
 /// What Volt tells a node, as it happens: one JSON object a line, without end.
 #[utoipa::path(get, path = "/v1/nodes/{node}/pushes", params(("node" = String, Path,)),
     responses((status = 200, body = Push, content_type = "application/x-ndjson")))]
-async fn pushes(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<Response, ApiError> {
+async fn pushes(State(volt): Shared, peer: Peer, Path(node): Path<NodeName>) -> Result<Response, Refusal> {
     require_self(&peer, &node)?;
     let pushes = stream::unfold(volt.cluster.open_stream(&node), |mut stream| async move {
         let push = stream.receiver.recv().await?;
@@ -314,8 +306,8 @@ async fn attach(
         && image.is_some()
         && !volt.catalog.images()?.iter().any(|image| image.id == id && image.origins.contains(&node))
     {
-        return Err(ApiError::forbidden(
-            "not_its_origin",
+        return Err(Refusal::new(
+            Code::OriginUnknown,
             format!("node {node} is not an origin of {}: it must register the image first", request.image),
         ));
     }
@@ -336,7 +328,7 @@ async fn detach(
     peer: Peer,
     Path(node): Path<NodeName>,
     Json(request): Json<DetachImage>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     require_self(&peer, &node)?;
     volt.apply(Event::Detach { node, image: request.image });
     Ok(StatusCode::NO_CONTENT)
@@ -353,7 +345,7 @@ async fn leave(
     peer: Peer,
     Path(node): Path<NodeName>,
     Json(request): Json<DetachImage>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     require_self(&peer, &node)?;
     require_registered(&volt.apply(Event::Leave { node: node.clone(), image: request.image }), &node)?;
     Ok(StatusCode::NO_CONTENT)
@@ -367,7 +359,7 @@ async fn report(
     peer: Peer,
     Path(node): Path<NodeName>,
     Json(report): Json<NodeReport>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     require_self(&peer, &node)?;
     match report {
         NodeReport::Lied { parent, image, chunk } => {
@@ -385,26 +377,26 @@ async fn report(
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) fn any_member(peer: &Peer) -> Result<(), ApiError> {
+pub(super) fn any_member(peer: &Peer) -> Result<(), Refusal> {
     match peer {
         Peer::Local | Peer::Remote(Principal::Admin(_) | Principal::Node(_)) => Ok(()),
         Peer::Remote(Principal::Volt) => {
-            Err(ApiError::forbidden("not_a_member", "this is for nodes and administrators"))
+            Err(Refusal::new(Code::NotAMember, "this is for nodes and administrators"))
         }
     }
 }
 
-pub(super) fn require_self(peer: &Peer, node: &NodeName) -> Result<(), ApiError> {
+pub(super) fn require_self(peer: &Peer, node: &NodeName) -> Result<(), Refusal> {
     match peer {
         Peer::Remote(Principal::Node(name)) if name == node => Ok(()),
-        other => Err(ApiError::forbidden("not_itself", format!("{other} cannot speak for node {node}"))),
+        other => Err(Refusal::new(Code::NotItself, format!("{other} cannot speak for node {node}"))),
     }
 }
 
-fn require_registered(notices: &[Notice], node: &NodeName) -> Result<(), ApiError> {
+fn require_registered(notices: &[Notice], node: &NodeName) -> Result<(), Refusal> {
     if notices.iter().any(|notice| matches!(notice, Notice::Unknown(who) if who == node)) {
-        return Err(ApiError::conflict(
-            "register_again",
+        return Err(Refusal::new(
+            Code::RegisterAgain,
             format!("node {node} is not registered: it must register again"),
         ));
     }
@@ -412,20 +404,20 @@ fn require_registered(notices: &[Notice], node: &NodeName) -> Result<(), ApiErro
 }
 
 /// How a refusal of the catalog is told.
-impl From<CatalogError> for ApiError {
-    fn from(error: CatalogError) -> ApiError {
+impl From<CatalogError> for Refusal {
+    fn from(error: CatalogError) -> Refusal {
         let text = error.to_string();
         match error {
-            CatalogError::NameTaken { .. } => ApiError::conflict("name_taken", text)
+            CatalogError::NameTaken { .. } => Refusal::new(Code::NameTaken, text)
                 .with_hint("use another tag, or remove the name first with 'virtman image remove'"),
-            CatalogError::NoImage(_) => ApiError::not_found("no_such_image", text)
+            CatalogError::NoImage(_) => Refusal::new(Code::NoSuchImage, text)
                 .with_hint("'virtman image list' shows those that there are"),
-            CatalogError::NoNode(_) => ApiError::not_found("no_such_node", text)
+            CatalogError::NoNode(_) => Refusal::new(Code::NoSuchNode, text)
                 .with_hint("'virtman status' shows which nodes have joined"),
-            CatalogError::TooManyTokens => ApiError::conflict("too_many_tokens", text),
+            CatalogError::TooManyTokens => Refusal::new(Code::TooManyTokens, text),
             CatalogError::Storage(_) => {
                 tracing::error!(%text, "catalog_failed");
-                ApiError::internal(text)
+                Refusal::internal(text)
             }
         }
     }

@@ -27,9 +27,10 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::ApiError;
+use super::error::refusal_in;
 use super::lines::{LINE_BYTES_MAX, LineCutter, SILENCE_TIME_MAX};
 use super::serve::HEAD_TIME_MAX;
+use crate::refusal::Refusal;
 use identity::tls::{self, Alpn, ConnectError, Expected, refusal};
 use identity::{Credentials, Fingerprint, Principal};
 
@@ -74,7 +75,7 @@ pub enum ClientError {
     Connect(#[from] ConnectError),
     /// The server says no.
     #[error(transparent)]
-    Refused(#[from] ApiError),
+    Refused(#[from] Refusal),
     /// The connection broke. Whether the server acted is unknown.
     #[error("lost the connection to {target}: {why}")]
     Lost {
@@ -210,7 +211,7 @@ impl Client {
         let answer = sent.map_err(|_| self.too_slow())?.map_err(|e| self.lost(&e))?;
         if !answer.status().is_success() {
             let (status, body) = self.read(answer).await?;
-            return Err(ApiError::from_answer(status, &body).into());
+            return Err(refusal_in(status, &body).into());
         }
         let lines = Lines {
             target: self.target.clone(),
@@ -239,7 +240,7 @@ impl Client {
         let exchanged = timeout(self.answer_time_max, self.send(request)).await;
         let (status, body) = exchanged.map_err(|_| self.too_slow())??;
         if !status.is_success() {
-            return Err(ApiError::from_answer(status, &body).into());
+            return Err(refusal_in(status, &body).into());
         }
         let body = if body.is_empty() { &b"null"[..] } else { &body };
         serde_json::from_slice(body).map_err(|e| self.bad_answer(e.to_string()))

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use super::ApiError;
+use crate::refusal::{Code, Refusal};
 use identity::Principal;
 
 /// Who asks.
@@ -23,11 +24,11 @@ pub enum Peer {
 
 impl Peer {
     /// Only administrators may: the one on this host, and others by certificate.
-    pub fn must_be_admin(&self) -> Result<(), ApiError> {
+    pub fn must_be_admin(&self) -> Result<(), Refusal> {
         match self {
             Peer::Local | Peer::Remote(Principal::Admin(_)) => Ok(()),
             Peer::Remote(other) => {
-                Err(ApiError::forbidden("not_an_admin", format!("{other} is not an administrator")))
+                Err(Refusal::new(Code::NotAnAdmin, format!("{other} is not an administrator")))
             }
         }
     }

@@ -4,7 +4,7 @@
 //! - [`UnixServer`] and [`TlsServer`] serve an `axum::Router`; [`Peer`] tells its handlers who asks.
 //! - [`Client`] asks, keeps its connection, and follows a long answer of JSON lines ([`lines()`]), with
 //!   which Volt pushes changes to nodes.
-//! - [`ApiError`] is the one form in which a request is refused, on both sides.
+//! - A [`Refusal`](crate::refusal::Refusal) is answered in one form, and comes back from it on the other side.
 //!
 //! Invariants:
 //! - A handler that asks for its [`Peer`] runs only for authenticated ones.

@@ -244,7 +244,9 @@ impl TlsServer {
 /// A router whose every answer has our form and whose bodies are bounded.
 fn with_limits(router: Router) -> Router {
     router
-        .fallback(async |uri: Uri| ApiError::not_found("no_such_path", format!("there is no {}", uri.path())))
+        .fallback(async |uri: Uri| {
+            ApiError::new(StatusCode::NOT_FOUND, "no_such_path", format!("there is no {}", uri.path()))
+        })
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {
             let message = format!("{} does not take {method}", uri.path());
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "wrong_method", message)

@@ -27,7 +27,7 @@ use control::api::export::{
     ChapSecret, ExportAccess, ExportName, ExportProtocol, ExportView, IscsiAccess, IscsiSession,
 };
 use control::api::unix_ms;
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 /// Begins the names of all our targets; a node's name and an export's follow.
 const TARGET_PREFIX: &str = "iqn.2026-11.virtman";
@@ -110,17 +110,17 @@ impl IscsiExports {
     }
 
     /// Refuses an export for what it says.
-    fn check_access(&self, name: &ExportName, access: &IscsiAccess) -> Result<(), ApiError> {
+    fn check_access(&self, name: &ExportName, access: &IscsiAccess) -> Result<(), Refusal> {
         if self.portals.is_empty() {
-            return Err(ApiError::conflict(
-                "no_portal",
+            return Err(Refusal::new(
+                Code::NoPortal,
                 format!("node {} serves no iSCSI: it was started without --iscsi-listen", self.node),
             )
             .with_hint("start it with --iscsi-listen ADDRESS:3260, or choose another node"));
         }
         if !access.anyone && access.initiators.is_empty() && access.chap.is_none() {
-            return Err(ApiError::bad_request(
-                "open_export",
+            return Err(Refusal::new(
+                Code::OpenExport,
                 format!("whoever reaches {} could open '{name}'", self.portals.join(", ")),
             )
             .with_hint(
@@ -137,7 +137,7 @@ impl IscsiExports {
         name: &ExportName,
         access: IscsiAccess,
         exported: Exported,
-    ) -> Result<ExportView, ApiError> {
+    ) -> Result<ExportView, Refusal> {
         self.check_access(name, &access)?;
         let _one_at_a_time = self.changing.lock().await;
         let read_only = exported.disk.access() == Access::ReadOnly;
@@ -149,7 +149,7 @@ impl IscsiExports {
             }
             let file = self.file(name);
             tokio::task::block_in_place(|| state::write_record(&file, &record))
-                .map_err(|e| ApiError::internal(format!("cannot write {}: {e}", file.display())))?;
+                .map_err(|e| Refusal::internal(format!("cannot write {}: {e}", file.display())))?;
             if let Err(error) = self.serve(record.clone(), exported) {
                 self.forget(name)?;
                 return Err(error);
@@ -160,7 +160,7 @@ impl IscsiExports {
     }
 
     /// Exports a disk no longer: its sessions have ended when this answers. Whether it was exported.
-    async fn remove(&self, name: &ExportName) -> Result<bool, ApiError> {
+    async fn remove(&self, name: &ExportName) -> Result<bool, Refusal> {
         let _one_at_a_time = self.changing.lock().await;
         if !self.records().contains_key(name) {
             return Ok(false);
@@ -171,7 +171,7 @@ impl IscsiExports {
         Ok(true)
     }
 
-    fn serve(&self, record: ExportRecord, exported: Exported) -> Result<(), ApiError> {
+    fn serve(&self, record: ExportRecord, exported: Exported) -> Result<(), Refusal> {
         let target = Target {
             name: self.target(&record.name),
             alias: record.name.to_string(),
@@ -179,40 +179,40 @@ impl IscsiExports {
             admission: self.admission(&record.access)?,
         };
         self.server.add(target).map_err(|error| {
-            ApiError::conflict("target_exists", format!("'{}' cannot be exported: {error}", record.name))
+            Refusal::new(Code::TargetExists, format!("'{}' cannot be exported: {error}", record.name))
                 .with_hint("iSCSI names know no upper case: two names that differ in case alone are one")
         })?;
         self.records().insert(record.name.clone(), record);
         Ok(())
     }
 
-    fn forget(&self, name: &ExportName) -> Result<(), ApiError> {
+    fn forget(&self, name: &ExportName) -> Result<(), Refusal> {
         self.records().remove(name);
         let file = self.file(name);
         match fs::remove_file(&file) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(ApiError::internal(format!("cannot remove {}: {error}", file.display())))
+                Err(Refusal::internal(format!("cannot remove {}: {error}", file.display())))
             }
             _ => Ok(()),
         }
     }
 
-    fn admission(&self, access: &IscsiAccess) -> Result<Admission, ApiError> {
+    fn admission(&self, access: &IscsiAccess) -> Result<Admission, Refusal> {
         let initiator = |name: &String| {
-            name.parse::<IscsiName>().map_err(|e| ApiError::bad_request("bad_initiator", e.to_string()))
+            name.parse::<IscsiName>().map_err(|e| Refusal::new(Code::BadInitiator, e.to_string()))
         };
         let initiators: BTreeSet<IscsiName> =
             access.initiators.iter().map(initiator).collect::<Result<_, _>>()?;
         let chap = access.chap.as_ref().map(credentials).transpose()?;
         let mutual = access.mutual_chap.as_ref().map(credentials).transpose()?;
         match (&access.chap, &access.mutual_chap) {
-            (None, Some(_)) => Err(ApiError::bad_request(
-                "mutual_chap_alone",
+            (None, Some(_)) => Err(Refusal::new(
+                Code::MutualChapAlone,
                 "the node proves itself only to initiators that prove themselves",
             )
             .with_hint("give --chap-file too")),
-            (Some(one), Some(other)) if one.secret == other.secret => Err(ApiError::bad_request(
-                "same_secret",
+            (Some(one), Some(other)) if one.secret == other.secret => Err(Refusal::new(
+                Code::SameSecret,
                 "the two directions have the same secret, so that either side could answer with the other's",
             )
             .with_hint("use two secrets (RFC 7143 section 9.2.1)")),
@@ -274,7 +274,7 @@ impl Protocol for IscsiExports {
         ExportProtocol::Iscsi
     }
 
-    fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), ApiError> {
+    fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), Refusal> {
         self.check_access(name, iscsi_access(access)?)
     }
 
@@ -283,11 +283,11 @@ impl Protocol for IscsiExports {
         name: &'a ExportName,
         access: ExportAccess,
         disk: Exported,
-    ) -> BoxFuture<'a, Result<ExportView, ApiError>> {
+    ) -> BoxFuture<'a, Result<ExportView, Refusal>> {
         Box::pin(async move { self.add(name, iscsi_access(&access)?.clone(), disk).await })
     }
 
-    fn stop<'a>(&'a self, name: &'a ExportName) -> BoxFuture<'a, Result<bool, ApiError>> {
+    fn stop<'a>(&'a self, name: &'a ExportName) -> BoxFuture<'a, Result<bool, Refusal>> {
         Box::pin(self.remove(name))
     }
 
@@ -322,16 +322,16 @@ impl Protocol for IscsiExports {
     }
 }
 
-fn iscsi_access(access: &ExportAccess) -> Result<&IscsiAccess, ApiError> {
+fn iscsi_access(access: &ExportAccess) -> Result<&IscsiAccess, Refusal> {
     match access {
         ExportAccess::Iscsi(access) => Ok(access),
-        other => Err(ApiError::internal(format!("a request for {} came to iSCSI", other.protocol()))),
+        other => Err(Refusal::internal(format!("a request for {} came to iSCSI", other.protocol()))),
     }
 }
 
-fn credentials(chap: &ChapSecret) -> Result<Credentials, ApiError> {
+fn credentials(chap: &ChapSecret) -> Result<Credentials, Refusal> {
     Credentials::new(&chap.user, chap.secret.as_bytes()).map_err(|e| {
-        ApiError::bad_request("bad_secret", format!("the secret of '{}': {e}", chap.user))
+        Refusal::new(Code::BadSecret, format!("the secret of '{}': {e}", chap.user))
             .with_hint("'openssl rand -hex 8' makes one of 16 characters")
     })
 }

@@ -15,7 +15,7 @@ pub(crate) use self::nbd::{NbdExports, TcpExports};
 use crate::images::Images;
 use crate::vms::Vms;
 use control::api::export::{ExportAccess, ExportName, ExportProtocol, ExportView};
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 /// A protocol over which disks and images can be opened. All methods may be called at the same time.
 pub(crate) trait Protocol: Send + Sync {
@@ -23,7 +23,7 @@ pub(crate) trait Protocol: Send + Sync {
     fn protocol(&self) -> ExportProtocol;
 
     /// Refuses an export that [`start`](Protocol::start) would refuse for what it says.
-    fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), ApiError>;
+    fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), Refusal>;
 
     /// Exports a disk, or changes who may open one that is exported, and remembers that. Repeating it changes nothing;
     /// what [`check`](Protocol::check) refuses is refused.
@@ -32,11 +32,11 @@ pub(crate) trait Protocol: Send + Sync {
         name: &'a ExportName,
         access: ExportAccess,
         disk: Exported,
-    ) -> BoxFuture<'a, Result<ExportView, ApiError>>;
+    ) -> BoxFuture<'a, Result<ExportView, Refusal>>;
 
     /// Exports a disk no longer, and forgets that: whoever had it open has been disconnected when this answers. Whether
     /// it was exported.
-    fn stop<'a>(&'a self, name: &'a ExportName) -> BoxFuture<'a, Result<bool, ApiError>>;
+    fn stop<'a>(&'a self, name: &'a ExportName) -> BoxFuture<'a, Result<bool, Refusal>>;
 
     /// All exports.
     fn describe(&self) -> Vec<ExportView>;
@@ -107,23 +107,19 @@ impl Exports {
     }
 
     /// Refuses an export that [`start`](Exports::start) would refuse for what it says.
-    pub(crate) fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), ApiError> {
+    pub(crate) fn check(&self, name: &ExportName, access: &ExportAccess) -> Result<(), Refusal> {
         self.by(access.protocol())?.check(name, access)
     }
 
     /// Exports a disk that is open, or changes who may open one that is exported.
-    pub(crate) async fn start(
-        &self,
-        name: &ExportName,
-        access: ExportAccess,
-    ) -> Result<ExportView, ApiError> {
+    pub(crate) async fn start(&self, name: &ExportName, access: ExportAccess) -> Result<ExportView, Refusal> {
         let disk = self.disks.find(name);
-        let disk = disk.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))?;
+        let disk = disk.ok_or_else(|| Refusal::internal(format!("'{name}' was removed meanwhile")))?;
         self.by(access.protocol())?.start(name, access, disk).await
     }
 
     /// Exports a disk no longer over any protocol that somebody asked for. Whether it was exported.
-    pub(crate) async fn stop(&self, name: &ExportName) -> Result<bool, ApiError> {
+    pub(crate) async fn stop(&self, name: &ExportName) -> Result<bool, Refusal> {
         let mut was_exported = false;
         for protocol in &self.protocols {
             was_exported |= protocol.stop(name).await?;
@@ -146,17 +142,17 @@ impl Exports {
     }
 
     /// A VM that others have open cannot be moved from under them.
-    pub(crate) fn must_not_keep(&self, name: &VmName) -> Result<(), ApiError> {
+    pub(crate) fn must_not_keep(&self, name: &VmName) -> Result<(), Refusal> {
         let Some(protocol) = self.kept_by(&ExportName::Vm(name.clone())) else { return Ok(()) };
         let message = format!("'{name}' is exported over {protocol} by this node");
-        Err(ApiError::conflict("exported", message)
+        Err(Refusal::new(Code::Exported, message)
             .with_hint(format!("'virtman export remove {name}' ends that")))
     }
 
-    fn by(&self, wanted: ExportProtocol) -> Result<&dyn Protocol, ApiError> {
+    fn by(&self, wanted: ExportProtocol) -> Result<&dyn Protocol, Refusal> {
         let found = self.protocols.iter().find(|protocol| protocol.protocol() == wanted);
         found.map(|protocol| &**protocol).ok_or_else(|| {
-            ApiError::bad_request("no_such_protocol", format!("this node exports nothing over {wanted}"))
+            Refusal::new(Code::NoSuchProtocol, format!("this node exports nothing over {wanted}"))
         })
     }
 }

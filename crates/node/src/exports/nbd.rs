@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Disks, Exported, Protocol};
 use crate::nbd_socket::accept_all;
 use control::api::export::{ExportAccess, ExportName, ExportProtocol, ExportView};
-use control::http::ApiError;
+use control::refusal::Refusal;
 use identity::tls::{Accept, Acceptor, Admission};
 use identity::{Credentials, Principal};
 
@@ -109,7 +109,7 @@ impl Protocol for NbdExports {
         ExportProtocol::Nbd
     }
 
-    fn check(&self, _: &ExportName, _: &ExportAccess) -> Result<(), ApiError> {
+    fn check(&self, _: &ExportName, _: &ExportAccess) -> Result<(), Refusal> {
         Ok(())
     }
 
@@ -118,14 +118,14 @@ impl Protocol for NbdExports {
         name: &'a ExportName,
         _: ExportAccess,
         _: Exported,
-    ) -> BoxFuture<'a, Result<ExportView, ApiError>> {
+    ) -> BoxFuture<'a, Result<ExportView, Refusal>> {
         Box::pin(async move {
             let view = self.describe().into_iter().find(|view| view.name == *name);
-            view.ok_or_else(|| ApiError::internal(format!("'{name}' was removed meanwhile")))
+            view.ok_or_else(|| Refusal::internal(format!("'{name}' was removed meanwhile")))
         })
     }
 
-    fn stop<'a>(&'a self, _: &'a ExportName) -> BoxFuture<'a, Result<bool, ApiError>> {
+    fn stop<'a>(&'a self, _: &'a ExportName) -> BoxFuture<'a, Result<bool, Refusal>> {
         Box::pin(async { Ok(false) })
     }
 

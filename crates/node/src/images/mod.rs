@@ -44,7 +44,7 @@ use crate::state::{self, Layout};
 use control::api::compute::NodeImage;
 use control::api::profile::ProfileOffer;
 use control::api::volt::ImageRecord;
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 use control::units::ByteSize;
 
 /// All images of a node.
@@ -183,7 +183,7 @@ impl Images {
     }
 
     /// Whether an image can be exported under `name` here. To be asked before anything is made.
-    pub(crate) fn check_name_len(&self, name: &ImageName) -> Result<(), ApiError> {
+    pub(crate) fn check_name_len(&self, name: &ImageName) -> Result<(), Refusal> {
         self.layout.check_socket_name_len(&name.file_name())
     }
 
@@ -243,13 +243,13 @@ impl Images {
     }
 
     /// Gets all of an image into the cache, now and whenever the daemon starts. Asking again changes nothing.
-    pub(crate) fn prefetch(&self, attached: &Attached) -> Result<(), ApiError> {
+    pub(crate) fn prefetch(&self, attached: &Attached) -> Result<(), Refusal> {
         let chunks = attached.root.chunk_count() - attached.root.zero_chunks();
         let room = self.cache.stats().capacity_chunks;
         if chunks > room {
             let bytes = |chunks: u64| ByteSize(chunks * CHUNK_BYTES as u64);
-            return Err(ApiError::conflict(
-                "cache_too_small",
+            return Err(Refusal::new(
+                Code::CacheTooSmall,
                 format!(
                     "the image has {} of data, and the cache has room for {}",
                     bytes(chunks),
@@ -259,7 +259,7 @@ impl Images {
             .with_hint("give the node more room with 'virtman cache add' or --cache"));
         }
         attached.prefetch();
-        self.save(attached).map_err(ApiError::internal)
+        self.save(attached).map_err(Refusal::internal)
     }
 
     /// Takes a name from an image, and the image out of service with its last one. The caller holds

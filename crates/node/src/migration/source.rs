@@ -24,7 +24,8 @@ use crate::vms::{Member, Snapshot, Vm, VmRecord, Vms};
 use control::api::compute::{
     HandOver, HandOverSnapshot, HandOverState, LiveGuest, MigrateVm, Migrated, MovingState, Vm as VmView,
 };
-use control::http::{ApiError, Client, ClientError};
+use control::http::{Client, ClientError};
+use control::refusal::{Code, Refusal};
 use qemu::{MemoryProgress, Qemu};
 
 /// Most rounds in which what a guest writes is sent after it. One that writes faster than that is left to the last.
@@ -86,19 +87,16 @@ impl OutgoingVms {
         name: &VmName,
         request: MigrateVm,
         progress: Arc<ImportProgress>,
-    ) -> Result<Migrated, ApiError> {
+    ) -> Result<Migrated, Refusal> {
         let to = Member { node: request.to, address: request.address };
         let vm = self.vms.get_at_rest(name)?;
         if to.node == self.node {
-            return Err(ApiError::bad_request(
-                "same_node",
-                format!("'{name}' is on node {} already", self.node),
-            ));
+            return Err(Refusal::new(Code::SameNode, format!("'{name}' is on node {} already", self.node)));
         }
         self.services.exports.must_not_keep(name)?;
         let moving = vm
             .begin_to_move(&to.node)
-            .ok_or_else(|| ApiError::conflict("moving", format!("'{name}' is being moved already")))?;
+            .ok_or_else(|| Refusal::new(Code::Moving, format!("'{name}' is being moved already")))?;
         let began = Instant::now();
         let moved = Move { outgoing: self, vm: &vm, to: &to, target: self.services.peers.client_of(&to) };
         let outcome = moved.carry_out(progress).await;
@@ -123,7 +121,7 @@ impl OutgoingVms {
 
     /// Writes down that a VM belongs to another node, and ends what is here of its guest. If that fails it belongs to
     /// this node as before.
-    async fn give_up(&self, vm: &Vm, to: &Member) -> Result<(), ApiError> {
+    async fn give_up(&self, vm: &Vm, to: &Member) -> Result<(), Refusal> {
         let name = vm.name();
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let before = vm.record();
@@ -189,7 +187,7 @@ impl Move<'_> {
         self.vm.name()
     }
 
-    async fn carry_out(&self, progress: Arc<ImportProgress>) -> Result<Migrated, ApiError> {
+    async fn carry_out(&self, progress: Arc<ImportProgress>) -> Result<Migrated, Refusal> {
         let guest = self.vm.running();
         let snapshots = self.carry_snapshots(&progress).await?;
         // All that is above this layer is still to be sent. It is held, so that it is not merged.
@@ -208,7 +206,7 @@ impl Move<'_> {
     }
 
     /// Freezes the disk as it is.
-    async fn freeze(&self) -> Result<HeldLayer, ApiError> {
+    async fn freeze(&self) -> Result<HeldLayer, Refusal> {
         let _one_at_a_time = self.outgoing.vms.lock(self.name()).lock().await;
         Ok(self.outgoing.services.snapshots.freeze(self.vm, Quiesce::No, None).await?.layer)
     }
@@ -217,7 +215,7 @@ impl Move<'_> {
     async fn carry_snapshots(
         &self,
         progress: &Arc<ImportProgress>,
-    ) -> Result<Vec<HandOverSnapshot>, ApiError> {
+    ) -> Result<Vec<HandOverSnapshot>, Refusal> {
         let mut carried = Vec::new();
         for Snapshot { name, created_unix_ms, quiesced, .. } in self.vm.record().snapshots {
             let (_, frozen) = self.outgoing.services.snapshots.hold(self.name(), &name).await?;
@@ -232,13 +230,13 @@ impl Move<'_> {
         &self,
         frozen: &HeldLayer,
         progress: Arc<ImportProgress>,
-    ) -> Result<HandOverState, ApiError> {
+    ) -> Result<HandOverState, Refusal> {
         let snapshots = self.vm.record().snapshots;
         let snapshot_of = |layer: &Arc<Layer>| snapshots.iter().find(|known| known.layer == layer.id());
         let on = frozen.chain().0[1..].iter().find_map(snapshot_of).map(|snapshot| snapshot.name.clone());
         let services = &self.outgoing.services;
         let held = self.outgoing.vms.layers.keep(frozen);
-        let held = held.ok_or_else(|| ApiError::internal(format!("layer {} is gone", frozen.id())))?;
+        let held = held.ok_or_else(|| Refusal::internal(format!("layer {} is gone", frozen.id())))?;
         let name = transfer_name("move")?;
         let image = services.clones.make_image(held, &name, Purpose::Transfer, progress).await?;
         if image.id == self.vm.record().image_id {
@@ -253,7 +251,7 @@ impl Move<'_> {
         offer: &HandOver,
         since: &mut HeldLayer,
         progress: &ImportProgress,
-    ) -> Result<Migrated, ApiError> {
+    ) -> Result<Migrated, Refusal> {
         let path = format!("/v1/incoming/{}", self.name());
         self.target.post::<()>(&format!("{path}/receive"), offer).await.map_err(|e| self.refused(e))?;
         self.reached("received");
@@ -275,7 +273,7 @@ impl Move<'_> {
         guest: Option<&Qemu>,
         snapshots: Vec<HandOverSnapshot>,
         state: HandOverState,
-    ) -> Result<HandOver, ApiError> {
+    ) -> Result<HandOver, Refusal> {
         let record = self.vm.record();
         let live = match guest {
             None => None,
@@ -284,7 +282,7 @@ impl Move<'_> {
                 let (accel, platform) = spec.ok_or_else(|| {
                     let message =
                         format!("the guest of '{}' was started by another version of VirtMan", record.name);
-                    ApiError::conflict("unknown_machine", message).with_hint("stop it, and move it then")
+                    Refusal::new(Code::UnknownMachine, message).with_hint("stop it, and move it then")
                 })?;
                 Some(LiveGuest { accel, platform })
             }
@@ -303,7 +301,7 @@ impl Move<'_> {
     }
 
     /// Moves a VM whose guest does not run.
-    async fn still(&self, since: &mut HeldLayer) -> Result<Migrated, ApiError> {
+    async fn still(&self, since: &mut HeldLayer) -> Result<Migrated, Refusal> {
         // Whoever has the disk open otherwise must not write any more.
         self.vm.close_export();
         let began = Instant::now();
@@ -317,7 +315,7 @@ impl Move<'_> {
             Err(error) => {
                 if self.outgoing.vms.get(self.name()).is_ok() {
                     let socket = self.outgoing.vms.disk_socket(self.name());
-                    self.vm.export_at(&socket).map_err(ApiError::internal)?;
+                    self.vm.export_at(&socket).map_err(Refusal::internal)?;
                 }
                 Err(error)
             }
@@ -330,9 +328,9 @@ impl Move<'_> {
         guest: &Qemu,
         since: &mut HeldLayer,
         progress: &ImportProgress,
-    ) -> Result<Migrated, ApiError> {
+    ) -> Result<Migrated, Refusal> {
         let failed = |e: qemu::VmError| {
-            ApiError::conflict("not_moved", format!("'{}' stays on this node: {e}", self.name()))
+            Refusal::new(Code::NotMoved, format!("'{}' stays on this node: {e}", self.name()))
         };
         let mut sent = Sent::default();
         self.rounds_until_small(since, &mut sent).await?;
@@ -372,7 +370,7 @@ impl Move<'_> {
     }
 
     /// Sends what was written after the layer `since`, until there is little left.
-    async fn rounds_until_small(&self, since: &mut HeldLayer, sent: &mut Sent) -> Result<(), ApiError> {
+    async fn rounds_until_small(&self, since: &mut HeldLayer, sent: &mut Sent) -> Result<(), Refusal> {
         let mut last = u64::MAX;
         loop {
             let before = sent.bytes;
@@ -387,7 +385,7 @@ impl Move<'_> {
     }
 
     /// Freezes the disk and sends what was written after the layer `since`, which becomes the one that was frozen.
-    async fn round(&self, since: &mut HeldLayer, sent: &mut Sent) -> Result<(), ApiError> {
+    async fn round(&self, since: &mut HeldLayer, sent: &mut Sent) -> Result<(), Refusal> {
         let frozen = self.freeze().await?;
         let (layers, _) = frozen.chain();
         let newer = layers.iter().take_while(|layer| layer.id() != since.id());
@@ -427,9 +425,9 @@ impl Move<'_> {
     }
 
     /// Listens at `socket` for the guest's memory, and carries it to the target.
-    async fn tunnel(&self, socket: &Path) -> Result<tokio::task::JoinHandle<()>, ApiError> {
+    async fn tunnel(&self, socket: &Path) -> Result<tokio::task::JoinHandle<()>, Refusal> {
         let failed =
-            |e: std::io::Error| ApiError::internal(format!("cannot listen at {}: {e}", socket.display()));
+            |e: std::io::Error| Refusal::internal(format!("cannot listen at {}: {e}", socket.display()));
         match fs::remove_file(socket) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
@@ -450,7 +448,7 @@ impl Move<'_> {
 
     /// Lets the target promise, gives the VM up, and lets the target take it. If that fails before the VM is given up,
     /// its guest goes on here.
-    async fn give_up_to_target(&self, guest: Option<&Qemu>) -> Result<VmView, ApiError> {
+    async fn give_up_to_target(&self, guest: Option<&Qemu>) -> Result<VmView, Refusal> {
         let promised = async {
             let path = format!("/v1/incoming/{}/promise", self.name());
             self.target.post::<()>(&path, &()).await.map_err(|e| self.refused(e))?;
@@ -473,7 +471,7 @@ impl Move<'_> {
                 self.name(),
                 self.to.node
             );
-            ApiError::unavailable("not_taken", message)
+            Refusal::new(Code::NotTaken, message)
                 .with_hint("it does once it can be reached; nothing is to be done here")
         })
     }
@@ -489,20 +487,18 @@ impl Move<'_> {
         }
     }
 
-    fn refused(&self, error: ClientError) -> ApiError {
+    fn refused(&self, error: ClientError) -> Refusal {
         match error {
             ClientError::Refused(refusal) => refusal,
-            other => {
-                ApiError::unavailable("no_target", format!("node {} cannot be asked: {other}", self.to.node))
-                    .with_hint(format!("'{}' stays where it is", self.name()))
-            }
+            other => Refusal::new(Code::NoTarget, format!("node {} cannot be asked: {other}", self.to.node))
+                .with_hint(format!("'{}' stays where it is", self.name())),
         }
     }
 
-    fn lost(&self, error: &std::io::Error) -> ApiError {
+    fn lost(&self, error: &std::io::Error) -> Refusal {
         let message =
             format!("what '{}' wrote cannot be sent to node {}: {error}", self.name(), self.to.node);
-        ApiError::unavailable("no_target", message).with_hint("it stays where it is")
+        Refusal::new(Code::NoTarget, message).with_hint("it stays where it is")
     }
 }
 

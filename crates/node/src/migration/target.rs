@@ -24,7 +24,8 @@ use crate::vms::guests::Guests;
 use crate::vms::snapshots::Snapshots;
 use crate::vms::{Member, Snapshot, Vm, VmRecord, Vms, watch};
 use control::api::compute::{ExpectVm, HandOver, HandOverSnapshot, HandOverState, MovingState, Vm as VmView};
-use control::http::{ApiError, OnConnection, Peer};
+use control::http::{OnConnection, Peer};
+use control::refusal::{Code, Refusal};
 use identity::Principal;
 use qemu::{Qemu, RunState};
 
@@ -142,10 +143,10 @@ impl IncomingVms {
     }
 
     /// The VM that this node brings.
-    fn of(&self, name: &VmName, from: &NodeName) -> Result<Arc<Coming>, ApiError> {
+    fn of(&self, name: &VmName, from: &NodeName) -> Result<Arc<Coming>, Refusal> {
         let coming = self.coming().get(name).cloned().filter(|coming| coming.from.node == *from);
         let coming = coming.ok_or_else(|| {
-            ApiError::not_found("not_coming", format!("no VM '{name}' is coming from node {from}"))
+            Refusal::new(Code::NotComing, format!("no VM '{name}' is coming from node {from}"))
         })?;
         *coming.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         Ok(coming)
@@ -240,16 +241,16 @@ async fn bring(
 }
 
 /// The node that asks.
-fn node_of(peer: &Peer) -> Result<&NodeName, ApiError> {
+fn node_of(peer: &Peer) -> Result<&NodeName, Refusal> {
     match peer {
         Peer::Remote(Principal::Node(node)) => Ok(node),
-        other => Err(ApiError::forbidden("not_a_node", format!("{other} is not a node"))),
+        other => Err(Refusal::new(Code::NotANode, format!("{other} is not a node"))),
     }
 }
 
 impl IncomingVms {
     /// Lets a VM come from a node. It has to come soon.
-    pub(crate) fn expect(&self, name: &VmName, request: &ExpectVm) -> Result<(), ApiError> {
+    pub(crate) fn expect(&self, name: &VmName, request: &ExpectVm) -> Result<(), Refusal> {
         self.services.vms.must_be_free(name)?;
         let from = Member { node: request.from.clone(), address: request.address.clone() };
         let mut expected = self.expected();
@@ -259,12 +260,7 @@ impl IncomingVms {
     }
 
     /// Prepares for a VM that its node brings.
-    pub(crate) async fn receive(
-        &self,
-        peer: &Peer,
-        name: &VmName,
-        request: HandOver,
-    ) -> Result<(), ApiError> {
+    pub(crate) async fn receive(&self, peer: &Peer, name: &VmName, request: HandOver) -> Result<(), Refusal> {
         let node = node_of(peer)?;
         let from = {
             let expected = self.expected();
@@ -272,8 +268,8 @@ impl IncomingVms {
             known.filter(|known| known.from.node == *node).map(|known| known.from.clone())
         };
         let from = from.ok_or_else(|| {
-            ApiError::forbidden(
-                "not_expected",
+            Refusal::new(
+                Code::NotExpected,
                 format!("no administrator said that '{name}' may come from {node}"),
             )
         })?;
@@ -302,7 +298,7 @@ impl IncomingVms {
         &self,
         name: &VmName,
         request: &HandOver,
-    ) -> Result<(VmRecord, HeldLayer, Vec<ImportedSnapshot>), ApiError> {
+    ) -> Result<(VmRecord, HeldLayer, Vec<ImportedSnapshot>), Refusal> {
         let own = self.services.images.attach(&request.image).await?;
         if own.id != request.image_id {
             let message = format!(
@@ -311,7 +307,7 @@ impl IncomingVms {
                 own.id.short(),
                 request.image_id.short()
             );
-            return Err(ApiError::conflict("other_image", message));
+            return Err(Refusal::new(Code::OtherImage, message));
         }
         let (top, imported) = self.make_layers(request, &own).await?;
         let record = VmRecord {
@@ -335,7 +331,7 @@ impl IncomingVms {
         &self,
         request: &HandOver,
         own: &ImageGuard,
-    ) -> Result<(HeldLayer, Vec<ImportedSnapshot>), ApiError> {
+    ) -> Result<(HeldLayer, Vec<ImportedSnapshot>), Refusal> {
         let snapshots = &self.services.snapshots;
         let mut imported = Vec::new();
         for HandOverSnapshot { name, created_unix_ms, quiesced, state } in &request.snapshots {
@@ -371,14 +367,15 @@ impl IncomingVms {
         state: &HandOverState,
         own: &ImageGuard,
         imported: &[ImportedSnapshot],
-    ) -> Result<Option<ImportLayer>, ApiError> {
+    ) -> Result<Option<ImportLayer>, Refusal> {
         let Some(carried) = &state.carried else { return Ok(None) };
         let on = match &state.on {
             None => None,
             Some(name) => {
-                let older = imported.iter().find(|older| older.snapshot.name == *name).ok_or_else(|| {
-                    ApiError::bad_request("bad_vm", format!("no snapshot '{name}' comes before"))
-                })?;
+                let older = imported
+                    .iter()
+                    .find(|older| older.snapshot.name == *name)
+                    .ok_or_else(|| Refusal::new(Code::BadVm, format!("no snapshot '{name}' comes before")))?;
                 Some(Older { layer: older.layer.id(), image: older.came_as })
             }
         };
@@ -393,13 +390,13 @@ impl IncomingVms {
         record: VmRecord,
         top: &HeldLayer,
         request: &HandOver,
-    ) -> Result<Coming, ApiError> {
+    ) -> Result<Coming, Refusal> {
         let name = record.name.clone();
         let dir = self.services.vms.dir(&name);
-        fs::create_dir(&dir).map_err(|e| ApiError::internal(format!("{}: {e}", dir.display())))?;
+        fs::create_dir(&dir).map_err(|e| Refusal::internal(format!("{}: {e}", dir.display())))?;
         save(&dir, &from, Phase::Arriving, &record)?;
         let vm = Vm::open(record, &dir, Arc::clone(top), &self.services.vms.disk_socket(&name))
-            .map_err(ApiError::internal)?;
+            .map_err(Refusal::internal)?;
         let qemu = match (&request.live, &request.start) {
             (Some(live), Some(start)) => {
                 let spec = self.services.guests.spec(
@@ -410,14 +407,14 @@ impl IncomingVms {
                 )?;
                 let started = Qemu::start_incoming(&dir, &spec).await;
                 Some(started.map_err(|e| {
-                    ApiError::conflict(
-                        "not_startable",
+                    Refusal::new(
+                        Code::NotStartable,
                         format!("node {} cannot run the guest: {e}", self.services.node),
                     )
                 })?)
             }
             (Some(_), None) => {
-                return Err(ApiError::bad_request("bad_vm", "a guest that was never started cannot run"));
+                return Err(Refusal::new(Code::BadVm, "a guest that was never started cannot run"));
             }
             (None, _) => None,
         };
@@ -425,11 +422,11 @@ impl IncomingVms {
     }
 
     /// Promises that a VM can be taken over: all of it is here that has to be. Its source decides from here on.
-    pub(crate) async fn promise(&self, peer: &Peer, name: &VmName) -> Result<(), ApiError> {
+    pub(crate) async fn promise(&self, peer: &Peer, name: &VmName) -> Result<(), Refusal> {
         let coming = self.of(name, node_of(peer)?)?;
         coming.guest_is_here().await.map_err(|reason| {
-            ApiError::conflict(
-                "not_ready",
+            Refusal::new(
+                Code::NotReady,
                 format!("'{name}' cannot go on at node {}: {reason}", self.services.node),
             )
         })?;
@@ -445,12 +442,12 @@ impl IncomingVms {
     }
 
     /// Takes a VM over: it is this node's from here on, and its guest goes on. Doing so again changes nothing.
-    pub(crate) async fn take_over(&self, peer: &Peer, name: &VmName) -> Result<VmView, ApiError> {
+    pub(crate) async fn take_over(&self, peer: &Peer, name: &VmName) -> Result<VmView, Refusal> {
         let from = node_of(peer)?;
         self.take(name, from).await
     }
 
-    async fn take(&self, name: &VmName, from: &NodeName) -> Result<VmView, ApiError> {
+    async fn take(&self, name: &VmName, from: &NodeName) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.deciding.lock().await;
         let coming = match self.of(name, from) {
             Ok(coming) => coming,
@@ -465,7 +462,7 @@ impl IncomingVms {
             }
         };
         if coming.phase() != Phase::Ready {
-            return Err(ApiError::conflict("not_ready", format!("not all of '{name}' is here")));
+            return Err(Refusal::new(Code::NotReady, format!("not all of '{name}' is here")));
         }
         let (vm, dir) = (Arc::clone(&coming.vm), self.services.vms.dir(name));
         let record = VmRecord { arrived: coming.qemu.is_some(), ..vm.record() };
@@ -487,7 +484,7 @@ impl IncomingVms {
     }
 
     /// Forgets a VM that is coming, as its source says.
-    pub(crate) async fn forget_for(&self, peer: &Peer, name: &VmName) -> Result<(), ApiError> {
+    pub(crate) async fn forget_for(&self, peer: &Peer, name: &VmName) -> Result<(), Refusal> {
         let from = node_of(peer)?;
         self.of(name, from)?;
         self.forget(name).await;
@@ -539,11 +536,11 @@ impl IncomingVms {
     }
 }
 
-fn save(dir: &Path, from: &Member, phase: Phase, record: &VmRecord) -> Result<(), ApiError> {
+fn save(dir: &Path, from: &Member, phase: Phase, record: &VmRecord) -> Result<(), Refusal> {
     let record = IncomingRecord { from: from.clone(), phase, record: record.clone() };
     let file = dir.join(RECORD);
     tokio::task::block_in_place(|| state::write_record(&file, &record))
-        .map_err(|e| ApiError::internal(format!("cannot write {}: {e}", file.display())))
+        .map_err(|e| Refusal::internal(format!("cannot write {}: {e}", file.display())))
 }
 
 /// Ends a guest of which only its files are known.

@@ -27,7 +27,7 @@ use crate::tasks::{blocking, run_uncancelled};
 use crate::vms::snapshots::{Quiesce, Snapshots};
 use crate::vms::{NewVm, Vms};
 use control::api::compute::{CloneVm, CommitVm, NodeImage, Vm as VmView};
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 /// How long a name stays in the catalog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +66,7 @@ impl Clones {
     }
 
     /// Clones a VM's disk on this node.
-    pub(crate) async fn clone_here(&self, name: &VmName, request: &CloneVm) -> Result<Vec<VmView>, ApiError> {
+    pub(crate) async fn clone_here(&self, name: &VmName, request: &CloneVm) -> Result<Vec<VmView>, Refusal> {
         let asked = Instant::now();
         for clone in &request.clones {
             self.vms.must_be_free(clone)?;
@@ -98,11 +98,11 @@ impl Clones {
         name: &VmName,
         request: CommitVm,
         progress: Arc<ImportProgress>,
-    ) -> Result<NodeImage, ApiError> {
+    ) -> Result<NodeImage, Refusal> {
         let CommitVm { image, quiesce, passing } = request;
         self.images.check_name_len(&image)?;
         if self.service.volt.is_image(&image).await? {
-            return Err(ApiError::conflict("name_taken", format!("there is an image '{image}' already"))
+            return Err(Refusal::new(Code::NameTaken, format!("there is an image '{image}' already"))
                 .with_hint("choose another name"));
         }
         let (snapshots, vm) = (Arc::clone(&self.snapshots), name.clone());
@@ -121,7 +121,7 @@ impl Clones {
         name: &ImageName,
         purpose: Purpose,
         progress: Arc<ImportProgress>,
-    ) -> Result<Arc<Attached>, ApiError> {
+    ) -> Result<Arc<Attached>, Refusal> {
         // What the image is derived from must be there until it is served.
         let (made, base) = self.derive(&layer, progress).await?;
         let (clones, name) = (Arc::clone(self), name.clone());
@@ -132,7 +132,7 @@ impl Clones {
                 None => unchanged(&layer, purpose)?,
             };
             if purpose == Purpose::Transfer && attached.derived().is_some() {
-                clones.images.mark_as_transfer(&attached, &name).map_err(ApiError::internal)?;
+                clones.images.mark_as_transfer(&attached, &name).map_err(Refusal::internal)?;
             }
             Ok(attached)
         })
@@ -145,14 +145,14 @@ impl Clones {
         &self,
         layer: &HeldLayer,
         progress: Arc<ImportProgress>,
-    ) -> Result<(Option<MadeImage>, ImageGuard), ApiError> {
+    ) -> Result<(Option<MadeImage>, ImageGuard), Refusal> {
         // If the disk is rebased between the two, the image that carried it goes, and the chain has another base.
         let guarded = (0..REBASES_MAX).find_map(|_| {
             let (layers, base) = layer.chain();
             Some((layers, self.images.guard(&base)?))
         });
         let (layers, base) =
-            guarded.ok_or_else(|| ApiError::internal("the image of a disk is not attached"))?;
+            guarded.ok_or_else(|| Refusal::internal("the image of a disk is not attached"))?;
         let request = DeriveRequest {
             base: Arc::clone(&base.volume),
             disk: Arc::<Layer>::clone(layer) as _,
@@ -162,8 +162,8 @@ impl Clones {
         };
         let dir = self.images.local.dir().to_owned();
         let derived = tokio::task::spawn_blocking(move || image::derive(&request, &dir, &progress));
-        let derived = derived.await.map_err(|e| ApiError::internal(e.to_string()))?;
-        let derived = derived.map_err(|e| ApiError::internal(format!("cannot derive an image: {e}")))?;
+        let derived = derived.await.map_err(|e| Refusal::internal(e.to_string()))?;
+        let derived = derived.map_err(|e| Refusal::internal(format!("cannot derive an image: {e}")))?;
         let made = |derived: image::Derived| MadeImage {
             id: derived.id,
             root: derived.root,
@@ -178,7 +178,7 @@ impl Clones {
         name: &ImageName,
         made: MadeImage,
         layer: &HeldLayer,
-    ) -> Result<Arc<Attached>, ApiError> {
+    ) -> Result<Arc<Attached>, Refusal> {
         let location_of = |image: &Attached| image.derived().map(|derived| derived.location().to_owned());
         let before = self.images.by_id(&made.id).and_then(|image| location_of(&image));
         let attached = self.origins.publish(name, &made).await?;
@@ -203,12 +203,12 @@ impl Clones {
         from: Arc<Attached>,
         own: &ImageName,
         asked: Instant,
-    ) -> Result<VmView, ApiError> {
+    ) -> Result<VmView, Refusal> {
         let to = self.service.attach(own).await?;
         let import = match from.derived() {
             // On the node where the disk is that it was made of, there is nothing to carry.
             Some(derived) => {
-                let layer = layers::layer_at(derived.location()).map_err(ApiError::internal)?;
+                let layer = layers::layer_at(derived.location()).map_err(Refusal::internal)?;
                 self.snapshots.hold_durable(layer).await?
             }
             None => self.import_layer(&from, &to, None).await?,
@@ -225,13 +225,13 @@ impl Clones {
         from: &Arc<Attached>,
         to: &Arc<Attached>,
         on: Option<Older>,
-    ) -> Result<HeldLayer, ApiError> {
+    ) -> Result<HeldLayer, Refusal> {
         let _one_at_a_time = self.deciding.lock().await;
         if let Some(layer) = self.layers.hold_carried(Parent::Carried { image: from.id, base: to.id, on }) {
             return Ok(layer);
         }
         if from.retention() == Retention::WhileUsed {
-            self.images.retain(from, Retention::UntilRebased).map_err(ApiError::internal)?;
+            self.images.retain(from, Retention::UntilRebased).map_err(Refusal::internal)?;
         }
         let (layers, from, to) = (Arc::clone(&self.layers), Arc::clone(from), Arc::clone(to));
         blocking(move || {
@@ -246,25 +246,25 @@ impl Clones {
 }
 
 /// The disk is as its image. To carry it elsewhere that is good news.
-fn unchanged(layer: &HeldLayer, purpose: Purpose) -> Result<Arc<Attached>, ApiError> {
+fn unchanged(layer: &HeldLayer, purpose: Purpose) -> Result<Arc<Attached>, Refusal> {
     let (layers, base) = layer.chain();
     if purpose == Purpose::Transfer {
         return Ok(base);
     }
     if layers.last().is_some_and(|lowest| matches!(lowest.below(), Below::Carried { .. })) {
         let message = "the disk came from another node a moment ago, and not all of it is here yet";
-        return Err(ApiError::conflict("settling", message)
+        return Err(Refusal::new(Code::Settling, message)
             .with_hint("try again when 'virtman show' no longer says that it is taken over"));
     }
     let names: Vec<String> = base.names().iter().map(ToString::to_string).collect();
     let message = format!("the disk does not differ from its image, {}", names.join(", "));
-    Err(ApiError::conflict("nothing_changed", message).with_hint("use that image"))
+    Err(Refusal::new(Code::NothingChanged, message).with_hint("use that image"))
 }
 
 /// A name for a transfer image, which nobody else would choose.
-pub(crate) fn transfer_name(what: &str) -> Result<ImageName, ApiError> {
+pub(crate) fn transfer_name(what: &str) -> Result<ImageName, Refusal> {
     let name = format!("{what}:{:016x}", rand::random::<u64>());
-    name.parse().map_err(|e: block::NameError| ApiError::internal(e.to_string()))
+    name.parse().map_err(|e: block::NameError| Refusal::internal(e.to_string()))
 }
 
 /// The ranges that are in any of these lists, in order and apart from each other.

@@ -20,7 +20,7 @@ use control::api::compute::{CacheStatus, LinkStatus, NodeStatus};
 use control::api::details::{BootTimeline, CarriedImage, LayerState, LayerView, VmDetails};
 use control::api::export::ExportName;
 use control::api::unix_ms;
-use control::http::ApiError;
+use control::refusal::Refusal;
 
 /// What is shown of a node.
 pub(crate) struct Details {
@@ -104,11 +104,11 @@ impl Details {
     }
 
     /// Everything about a VM. Blocks.
-    pub(crate) fn of_vm(&self, name: &VmName) -> Result<VmDetails, ApiError> {
+    pub(crate) fn of_vm(&self, name: &VmName) -> Result<VmDetails, Refusal> {
         let vm = self.vms.get(name)?;
         let (record, top) = (vm.record(), vm.top());
         let attached = self.images.images.by_id(&record.image_id).ok_or_else(|| {
-            ApiError::internal(format!("image '{}' of '{name}' is not attached", record.image))
+            Refusal::internal(format!("image '{}' of '{name}' is not attached", record.image))
         })?;
         let (chain, _) = top.chain();
         let layers = self.layer_views(&record, &chain);

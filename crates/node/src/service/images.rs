@@ -16,7 +16,7 @@ use crate::vms::Vms;
 use crate::volt::{VoltLink, from_volt};
 use control::api::compute::NodeImage;
 use control::api::export::{ExportName, ExportProtocol};
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 /// Attaches and detaches the images of a node.
 pub(crate) struct ImageService {
@@ -55,7 +55,7 @@ impl ImageService {
     }
 
     /// The image of this name, attached now if it was not. It stays attached as long as the caller holds it.
-    pub(crate) async fn attach(&self, name: &ImageName) -> Result<ImageGuard, ApiError> {
+    pub(crate) async fn attach(&self, name: &ImageName) -> Result<ImageGuard, Refusal> {
         if let Some(held) = self.images.hold(name) {
             return Ok(held);
         }
@@ -69,16 +69,16 @@ impl ImageService {
         let role = self.role_under(name).await?;
         let answer = self.volt.attach(name.to_string(), role, None).await.map_err(from_volt)?;
         let record = answer.image.ok_or_else(|| {
-            ApiError::internal(format!("Volt placed this node for '{name}' without naming the image"))
+            Refusal::internal(format!("Volt placed this node for '{name}' without naming the image"))
         })?;
         tracing::info!(image = %name, id = %record.id.short(), "image_attached");
         let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
-        attached.map(ImageGuard::new).map_err(ApiError::internal)
+        attached.map(ImageGuard::new).map_err(Refusal::internal)
     }
 
     /// What this node is in the hierarchy of an image that it does not have under this name: an origin stays one when it
     /// attaches its image under a name that others gave it, or Volt would let it fetch from below itself.
-    async fn role_under(&self, name: &ImageName) -> Result<Role, ApiError> {
+    async fn role_under(&self, name: &ImageName) -> Result<Role, Refusal> {
         if self.images.all().iter().all(|attached| attached.role() == Role::Relay) {
             return Ok(Role::Relay);
         }
@@ -87,27 +87,27 @@ impl ImageService {
     }
 
     /// Attaches an image that is to stay attached until it is detached by hand.
-    pub(crate) async fn attach_to_stay(&self, name: &ImageName) -> Result<ImageGuard, ApiError> {
+    pub(crate) async fn attach_to_stay(&self, name: &ImageName) -> Result<ImageGuard, Refusal> {
         let held = self.attach(name).await?;
         let _one_at_a_time = self.images.changing.lock().await;
-        self.images.retain(&held, Retention::UntilDetached).map_err(ApiError::internal)?;
+        self.images.retain(&held, Retention::UntilDetached).map_err(Refusal::internal)?;
         Ok(held)
     }
 
     /// Attaches an image that carries a VM's disk from elsewhere. If this node is or becomes an origin of it, because it
     /// carries the same elsewhere, the image goes under this name too when nobody uses it any more.
-    pub(crate) async fn attach_transfer(&self, name: &ImageName) -> Result<ImageGuard, ApiError> {
+    pub(crate) async fn attach_transfer(&self, name: &ImageName) -> Result<ImageGuard, Refusal> {
         let image = self.attach(name).await?;
-        self.images.mark_as_transfer(&image, name).map_err(ApiError::internal)?;
+        self.images.mark_as_transfer(&image, name).map_err(Refusal::internal)?;
         Ok(image)
     }
 
     /// Takes an image out of service that no VM of this node uses.
-    pub(crate) async fn detach(&self, name: &ImageName) -> Result<(), ApiError> {
+    pub(crate) async fn detach(&self, name: &ImageName) -> Result<(), Refusal> {
         let _one_at_a_time = self.images.changing.lock().await;
         let attached = self.get(name)?;
         if attached.role() == Role::Origin {
-            return Err(ApiError::conflict("is_origin", format!("this node is an origin of '{name}'"))
+            return Err(Refusal::new(Code::IsOrigin, format!("this node is an origin of '{name}'"))
                 .with_hint("'virtman image remove' takes the image away altogether"));
         }
         self.must_be_unused(&attached, name)?;
@@ -115,12 +115,9 @@ impl ImageService {
     }
 
     /// The attached image of this name.
-    pub(crate) fn get(&self, name: &ImageName) -> Result<Arc<Attached>, ApiError> {
+    pub(crate) fn get(&self, name: &ImageName) -> Result<Arc<Attached>, Refusal> {
         self.images.by_name(name).ok_or_else(|| {
-            ApiError::not_found(
-                "not_attached",
-                format!("image '{name}' is not attached on node {}", self.node),
-            )
+            Refusal::new(Code::NotAttached, format!("image '{name}' is not attached on node {}", self.node))
         })
     }
 
@@ -153,7 +150,7 @@ impl ImageService {
     }
 
     /// Refuses to take a name from an image that is used under it.
-    pub(crate) fn must_be_unused(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+    pub(crate) fn must_be_unused(&self, attached: &Attached, name: &ImageName) -> Result<(), Refusal> {
         let Some(image_use) = self.use_of(attached, std::slice::from_ref(name)) else { return Ok(()) };
         let hint = match &image_use {
             ImageUse::Base => {
@@ -165,24 +162,28 @@ impl ImageService {
             ImageUse::Exported(name, _) => Some(format!("'virtman export remove {name}' ends that")),
         };
         let message = format!("'{name}' is used on node {}: {image_use}", self.node);
-        Err(ApiError { hint, ..ApiError::conflict("image_in_use", message) })
+        let refusal = Refusal::new(Code::ImageInUse, message);
+        Err(match hint {
+            Some(hint) => refusal.with_hint(hint),
+            None => refusal,
+        })
     }
 
     /// Takes a name from an image, and the image out of service with its last one: first Volt gives the node's
     /// children other parents, then the node lets go. The caller holds `changing`.
-    pub(crate) async fn release(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+    pub(crate) async fn release(&self, attached: &Attached, name: &ImageName) -> Result<(), Refusal> {
         // If Volt cannot be told it learns it when this node registers again and does not name the image.
         if attached.names() == [name.clone()]
             && let Err(error) = self.volt.detach(attached.id).await
         {
             tracing::warn!(image = %name, %error, "detach_not_told: Volt learns it when this node registers again");
         }
-        match self.images.detach(attached, name).map_err(ApiError::internal)? {
+        match self.images.detach(attached, name).map_err(Refusal::internal)? {
             Detached::Name => {}
             Detached::Image => tracing::info!(image = %name, "image_detached"),
             Detached::InUse => {
                 self.stay_attached(attached).await;
-                return Err(ApiError::conflict("image_in_use", format!("'{name}' is about to be used")));
+                return Err(Refusal::new(Code::ImageInUse, format!("'{name}' is about to be used")));
             }
         }
         Ok(())

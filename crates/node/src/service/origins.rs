@@ -20,7 +20,8 @@ use crate::tasks::{blocking, run_uncancelled};
 use crate::volt::{VoltLink, from_volt};
 use control::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage};
 use control::api::volt::{ImageRecord, RegisterImage};
-use control::http::{ApiError, ClientError};
+use control::http::ClientError;
+use control::refusal::{Code, Refusal};
 
 /// How long an image that carries a VM's disk waits for the first node that wants it.
 const TRANSFER_MIN: Duration = Duration::from_secs(30);
@@ -56,11 +57,11 @@ impl OriginService {
         name: &ImageName,
         request: AddImage,
         progress: Arc<ImportProgress>,
-    ) -> Result<NodeImage, ApiError> {
+    ) -> Result<NodeImage, Refusal> {
         self.images.check_name_len(name)?;
         let format = request.format.as_deref().map(str::parse).transpose();
-        let format = format
-            .map_err(|e: image::ParseFormatError| ApiError::bad_request("bad_format", e.to_string()))?;
+        let format =
+            format.map_err(|e: image::ParseFormatError| Refusal::new(Code::BadFormat, e.to_string()))?;
         if let Some(location) = origins::location_of(&request.file) {
             let key =
                 Key { location: location.to_owned(), chap: request.chap, mutual_chap: request.mutual_chap };
@@ -72,8 +73,8 @@ impl OriginService {
         let import = ImportRequest { file: request.file, format, allowed_dirs, keep };
         let dir = self.images.local.dir().to_owned();
         let imported = tokio::task::spawn_blocking(move || image::import(&import, &dir, &progress));
-        let imported = imported.await.map_err(|e| ApiError::internal(format!("adding '{name}': {e}")))?;
-        let imported = imported.map_err(|e| ApiError::bad_request("bad_image", e.to_string()))?;
+        let imported = imported.await.map_err(|e| Refusal::internal(format!("adding '{name}': {e}")))?;
+        let imported = imported.map_err(|e| Refusal::new(Code::BadImage, e.to_string()))?;
 
         let (origin, name) = (Arc::clone(self), name.clone());
         run_uncancelled(async move {
@@ -91,21 +92,21 @@ impl OriginService {
         format: Option<image::Format>,
         keep: Keep,
         progress: Arc<ImportProgress>,
-    ) -> Result<NodeImage, ApiError> {
-        let refused = |why: String| ApiError::bad_request("bad_image", format!("{}: {why}", key.location));
+    ) -> Result<NodeImage, Refusal> {
+        let refused = |why: String| Refusal::new(Code::BadImage, format!("{}: {why}", key.location));
         let disk = key.open().await.map_err(|e| refused(e.to_string()))?;
         let location = key.location.clone();
         let import = RemoteRequest { location, disk, runtime: Handle::current(), format, keep };
         let dir = self.images.local.dir().to_owned();
         let imported = tokio::task::spawn_blocking(move || image::import_remote(&import, &dir, &progress));
-        let imported = imported.await.map_err(|e| ApiError::internal(format!("adding '{name}': {e}")))?;
+        let imported = imported.await.map_err(|e| Refusal::internal(format!("adding '{name}': {e}")))?;
         let imported = imported.map_err(|e| refused(e.to_string()))?;
 
         let (origin, name) = (Arc::clone(self), name.clone());
         run_uncancelled(async move {
             if keep == Keep::InPlace {
                 let remembered = tokio::task::block_in_place(|| origin.images.local.remotes.remember(&key));
-                remembered.map_err(ApiError::internal)?;
+                remembered.map_err(Refusal::internal)?;
             }
             let published = origin.publish(&name, &imported.into()).await;
             if published.is_err() {
@@ -123,11 +124,7 @@ impl OriginService {
     }
 
     /// Serves an image that was made here under its name, or removes it.
-    pub(crate) async fn publish(
-        &self,
-        name: &ImageName,
-        made: &MadeImage,
-    ) -> Result<Arc<Attached>, ApiError> {
+    pub(crate) async fn publish(&self, name: &ImageName, made: &MadeImage) -> Result<Arc<Attached>, Refusal> {
         let _one_at_a_time = self.images.changing.lock().await;
         let served = self.serve_made(name, made).await;
         if served.is_err() && made.novelty == Novelty::New {
@@ -141,7 +138,7 @@ impl OriginService {
         served
     }
 
-    async fn serve_made(&self, name: &ImageName, made: &MadeImage) -> Result<Arc<Attached>, ApiError> {
+    async fn serve_made(&self, name: &ImageName, made: &MadeImage) -> Result<Arc<Attached>, Refusal> {
         let request = RegisterImage { root_page: BASE64.encode(made.root.encode()) };
         let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
         let _attaching = self.images.expect_pushes();
@@ -149,13 +146,13 @@ impl OriginService {
         let answer = self.volt.attach(record.id.to_string(), Role::Origin, None).await.map_err(from_volt)?;
         let record = ImageRecord { name: name.clone(), ..record };
         let attached = self.images.attach(&record, answer.placement, answer.profile, asked);
-        let attached = attached.map_err(ApiError::internal)?;
+        let attached = attached.map_err(Refusal::internal)?;
         tracing::info!(image = %name, id = %record.id, "origin_ready: this node is an origin of the image");
         Ok(attached)
     }
 
     /// Takes an image's name out of the catalog, and on its origin what was kept of it.
-    pub(crate) async fn remove(&self, name: &ImageName, force: Force) -> Result<(), ApiError> {
+    pub(crate) async fn remove(&self, name: &ImageName, force: Force) -> Result<(), Refusal> {
         let _one_at_a_time = self.images.changing.lock().await;
         let attached = self.service.get(name).map_err(|e| {
             e.with_hint(
@@ -163,19 +160,16 @@ impl OriginService {
             )
         })?;
         if attached.role() != Role::Origin {
-            return Err(ApiError::conflict(
-                "not_its_origin",
-                format!("this node is not an origin of '{name}'"),
-            )
-            .with_hint("see 'virtman image show', and use --node"));
+            return Err(Refusal::new(Code::NotItsOrigin, format!("this node is not an origin of '{name}'"))
+                .with_hint("see 'virtman image show', and use --node"));
         }
         self.service.must_be_unused(&attached, name)?;
         if force == Force::No {
             match self.volt.attached_elsewhere(name.as_str()).await {
                 Ok(nodes) if !nodes.is_empty() && attached.names().len() == 1 => {
                     let nodes: Vec<String> = nodes.iter().map(|at| at.node.to_string()).collect();
-                    return Err(ApiError::conflict(
-                        "image_in_use",
+                    return Err(Refusal::new(
+                        Code::ImageInUse,
                         format!(
                             "'{name}' is attached on {}: they would have nowhere to fetch it from",
                             nodes.join(", ")
@@ -185,20 +179,20 @@ impl OriginService {
                 }
                 Ok(_) => {}
                 // Somebody removed the name already: what is left is ours.
-                Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
+                Err(ClientError::Refused(refusal)) if refusal.code == Code::NoSuchImage => {}
                 Err(error) => return Err(from_volt(error)),
             }
         }
         match self.volt.remove_image(name.as_str()).await {
             Ok(_) => {}
-            Err(ClientError::Refused(refusal)) if refusal.code == "no_such_image" => {}
+            Err(ClientError::Refused(refusal)) if refusal.code == Code::NoSuchImage => {}
             Err(error) => return Err(from_volt(error)),
         }
         self.forget(&attached, name).await
     }
 
     /// Forgets a name of an image on its origin, and with the last one what was kept of it. The caller holds `changing`.
-    async fn forget(&self, attached: &Attached, name: &ImageName) -> Result<(), ApiError> {
+    async fn forget(&self, attached: &Attached, name: &ImageName) -> Result<(), Refusal> {
         let derived = attached.derived();
         self.service.release(attached, name).await?;
         if self.images.by_id(&attached.id).is_none() {
@@ -229,7 +223,7 @@ impl OriginService {
                             && (nodes.iter().all(|at| at.role == Role::Origin)
                                 || self.is_known_otherwise(&attached, &name).await)
                     }
-                    Err(ClientError::Refused(refusal)) => refusal.code == "no_such_image",
+                    Err(ClientError::Refused(refusal)) => refusal.code == Code::NoSuchImage,
                     Err(_) => false,
                 };
                 if !goes {
@@ -237,7 +231,7 @@ impl OriginService {
                 }
                 let removed = match self.remove(&name, Force::Yes).await {
                     // Another node gave its image this name, and takes it out of the catalog itself.
-                    Err(error) if error.code == "not_its_origin" => {
+                    Err(error) if error.code == Code::NotItsOrigin => {
                         let _one_at_a_time = self.images.changing.lock().await;
                         match self.service.must_be_unused(&attached, &name) {
                             Ok(()) => self.forget(&attached, &name).await,
@@ -270,7 +264,7 @@ impl OriginService {
         &self,
         attached: &Attached,
         made: &ImageName,
-    ) -> Result<ImageName, ApiError> {
+    ) -> Result<ImageName, Refusal> {
         if attached.names().contains(made) {
             return Ok(made.clone());
         }
@@ -283,11 +277,11 @@ impl OriginService {
         &self,
         name: &ImageName,
         progress: Arc<ImportProgress>,
-    ) -> Result<ImageVerified, ApiError> {
+    ) -> Result<ImageVerified, Refusal> {
         let attached = self.service.get(name)?;
         let origin = attached.origin().ok_or_else(|| {
-            ApiError::conflict(
-                "not_its_origin",
+            Refusal::new(
+                Code::NotItsOrigin,
                 format!(
                     "this node is not an origin of '{name}'; what it has cached is verified as it is read"
                 ),
@@ -295,8 +289,8 @@ impl OriginService {
             .with_hint("see 'virtman image show' for its origins, and use --node")
         })?;
         let verified = tokio::task::spawn_blocking(move || origin.verify(&progress));
-        let report = verified.await.map_err(|e| ApiError::internal(format!("verifying '{name}': {e}")))?;
-        let report = report.map_err(|e| ApiError::internal(e.to_string()))?;
+        let report = verified.await.map_err(|e| Refusal::internal(format!("verifying '{name}': {e}")))?;
+        let report = report.map_err(|e| Refusal::internal(e.to_string()))?;
         let chunk_bytes = CHUNK_BYTES as u64;
         Ok(ImageVerified {
             id: attached.id,

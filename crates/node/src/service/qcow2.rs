@@ -34,7 +34,7 @@ use control::api::export::{ExportAccess, ExportName};
 use control::api::qcow2::{
     BackingFile, ExportBacking, ExportSnapshot, ImportVm, SnapshotExported, VmImported,
 };
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 
 /// Writes VMs' disks to files and reads them from files.
 pub(crate) struct Qcow2Files {
@@ -63,7 +63,7 @@ impl Qcow2Files {
         snapshot: &SnapshotName,
         request: ExportSnapshot,
         progress: Arc<ImportProgress>,
-    ) -> Result<SnapshotExported, ApiError> {
+    ) -> Result<SnapshotExported, Refusal> {
         let ExportSnapshot { to, backing, take } = request;
         self.must_be_new_file(&to)?;
         let taken = match take {
@@ -95,10 +95,10 @@ impl Qcow2Files {
     }
 
     /// Refuses, before anything is done, a file that could not be written or that the node would remove.
-    fn must_be_new_file(&self, path: &Path) -> Result<(), ApiError> {
+    fn must_be_new_file(&self, path: &Path) -> Result<(), Refusal> {
         if !path.is_absolute() {
-            return Err(ApiError::bad_request(
-                "relative_path",
+            return Err(Refusal::new(
+                Code::RelativePath,
                 format!(
                     "'{}' is not an absolute path, and the node has no directory to take it from",
                     path.display()
@@ -113,8 +113,8 @@ impl Qcow2Files {
             export_refused(&ExportError::Unwritable { path, reason })
         })?;
         if dir.starts_with(self.vms.layout.dir()) {
-            return Err(ApiError::bad_request(
-                "own_directory",
+            return Err(Refusal::new(
+                Code::OwnDirectory,
                 format!("'{}' lies in the node's own directory, where only the node writes", path.display()),
             )
             .with_hint("write to another directory"));
@@ -129,7 +129,7 @@ impl Qcow2Files {
         path: PathBuf,
         choice: &ExportBacking,
         progress: Arc<ImportProgress>,
-    ) -> Result<(Exported, Option<Backing>), ApiError> {
+    ) -> Result<(Exported, Option<Backing>), Refusal> {
         let backing = self.backing(record, choice)?;
         let data = match &backing {
             Some(_) => ranges_over_image(layer).await?,
@@ -138,12 +138,12 @@ impl Qcow2Files {
         let disk = Arc::<Layer>::clone(layer) as _;
         let request = Qcow2Request { path, disk, runtime: Handle::current(), data, backing: backing.clone() };
         let written = tokio::task::spawn_blocking(move || image::write_qcow2(&request, &progress));
-        let written = written.await.map_err(|e| ApiError::internal(e.to_string()))?;
+        let written = written.await.map_err(|e| Refusal::internal(e.to_string()))?;
         Ok((written.map_err(|error| export_refused(&error))?, backing))
     }
 
     /// What a file with a VM's disk builds upon.
-    fn backing(&self, record: &VmRecord, choice: &ExportBacking) -> Result<Option<Backing>, ApiError> {
+    fn backing(&self, record: &VmRecord, choice: &ExportBacking) -> Result<Option<Backing>, Refusal> {
         match choice {
             ExportBacking::Nothing => Ok(None),
             ExportBacking::Named { name, format } => {
@@ -151,15 +151,14 @@ impl Qcow2Files {
                     Some(format) => format.parse(),
                     None => Ok(format_by_name(name)),
                 };
-                let format: Format = format.map_err(|e: image::ParseFormatError| {
-                    ApiError::bad_request("bad_format", e.to_string())
-                })?;
+                let format: Format = format
+                    .map_err(|e: image::ParseFormatError| Refusal::new(Code::BadFormat, e.to_string()))?;
                 Ok(Some(Backing { name: name.clone(), format: format.to_string() }))
             }
             ExportBacking::Image => {
                 let attached =
                     self.images.images.by_id(&record.image_id).ok_or_else(|| {
-                        ApiError::internal(format!("image '{}' is not attached", record.image))
+                        Refusal::internal(format!("image '{}' is not attached", record.image))
                     })?;
                 Ok(Some(origin_file(&attached).unwrap_or_else(|| {
                     let names = attached.names();
@@ -177,7 +176,7 @@ impl Qcow2Files {
         name: &VmName,
         request: ImportVm,
         progress: Arc<ImportProgress>,
-    ) -> Result<VmImported, ApiError> {
+    ) -> Result<VmImported, Refusal> {
         let asked = Instant::now();
         let export = ExportName::Vm(name.clone());
         let access = request.iscsi.clone().map(ExportAccess::Iscsi);
@@ -204,7 +203,7 @@ impl Qcow2Files {
     }
 
     /// Creates a VM whose disk has `top` as its only layer.
-    async fn create_imported(&self, new: NewVm, top: HeldLayer, asked: Instant) -> Result<VmView, ApiError> {
+    async fn create_imported(&self, new: NewVm, top: HeldLayer, asked: Instant) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.vms.lock(&new.name).lock().await;
         self.vms.must_be_free(&new.name)?;
         let vm = self.vms.add(new, top.id(), move |_| Ok(top), asked).await?;
@@ -213,13 +212,13 @@ impl Qcow2Files {
 }
 
 /// The ranges of bytes in which a frozen layer may differ from the image that its disk stands on.
-async fn ranges_over_image(layer: &HeldLayer) -> Result<Vec<Range<u64>>, ApiError> {
+async fn ranges_over_image(layer: &HeldLayer) -> Result<Vec<Range<u64>>, Refusal> {
     let (layers, _) = layer.chain();
     // Asked before the layers are: what is taken over meanwhile is in one of the two.
     let carried = match layers.last().map(|lowest| lowest.below()) {
         Some(Below::Carried { image, base, .. }) => {
             let differing = difference(&base.volume, &image.volume).await.map_err(|error| {
-                ApiError::unavailable("no_manifest", format!("the disk is still being taken over: {error}"))
+                Refusal::new(Code::NoManifest, format!("the disk is still being taken over: {error}"))
                     .with_hint("try again when the node that it comes from can be reached")
             })?;
             differing.into_iter().map(bytes_of).collect()
@@ -251,28 +250,28 @@ fn format_by_name(name: &str) -> Format {
     format.unwrap_or(Format::Raw)
 }
 
-fn export_refused(error: &ExportError) -> ApiError {
+fn export_refused(error: &ExportError) -> Refusal {
     let message = error.to_string();
     match error {
-        ExportError::Exists(_) => ApiError::conflict("file_exists", message),
-        ExportError::BackingName(_) => ApiError::bad_request("bad_backing", message),
-        ExportError::NoSpace(_) => ApiError::conflict("no_space", message),
-        ExportError::Unwritable { .. } => ApiError::bad_request("unwritable", message),
-        ExportError::Disk(_) | ExportError::Empty | ExportError::Cancelled => ApiError::internal(message),
+        ExportError::Exists(_) => Refusal::new(Code::FileExists, message),
+        ExportError::BackingName(_) => Refusal::new(Code::BadBacking, message),
+        ExportError::NoSpace(_) => Refusal::new(Code::NoSpace, message),
+        ExportError::Unwritable { .. } => Refusal::new(Code::Unwritable, message),
+        ExportError::Disk(_) | ExportError::Empty | ExportError::Cancelled => Refusal::internal(message),
     }
 }
 
 /// Opens a file to be imported, without what it builds upon.
-async fn open(path: PathBuf) -> Result<Qcow2Layer, ApiError> {
+async fn open(path: PathBuf) -> Result<Qcow2Layer, Refusal> {
     let opened = tokio::task::spawn_blocking(move || Qcow2Layer::open(&path)).await;
-    opened.map_err(|e| ApiError::internal(e.to_string()))?.map_err(|error| match error {
+    opened.map_err(|e| Refusal::internal(e.to_string()))?.map_err(|error| match error {
         ImportError::WrongFormat { path, .. } => whole_disk(&path, "is not a qcow2 file"),
         other => file_refused(&other),
     })
 }
 
 /// Refuses a file that cannot go on where the image ends. Gives what it says that it was made on.
-fn must_fit(file: &Qcow2Layer, request: &ImportVm, image_bytes: u64) -> Result<BackingFile, ApiError> {
+fn must_fit(file: &Qcow2Layer, request: &ImportVm, image_bytes: u64) -> Result<BackingFile, Refusal> {
     let (path, image, size_bytes) = (&request.file, &request.image, file.size_bytes());
     let Some(name) = file.backing() else {
         return Err(whole_disk(
@@ -285,20 +284,20 @@ fn must_fit(file: &Qcow2Layer, request: &ImportVm, image_bytes: u64) -> Result<B
             "'{}' holds a disk of {size_bytes} bytes, which is smaller than image '{image}' of {image_bytes} bytes: it was not made on that",
             path.display()
         );
-        return Err(ApiError::bad_request("disk_too_small", message)
+        return Err(Refusal::new(Code::DiskTooSmall, message)
             .with_hint("name the image that it was made on, or enlarge it with 'qemu-img resize'"));
     }
     Ok(BackingFile { name: name.to_owned(), format: file.backing_format().map(str::to_owned) })
 }
 
-fn whole_disk(path: &Path, why: &str) -> ApiError {
+fn whole_disk(path: &Path, why: &str) -> Refusal {
     let path = path.display();
-    ApiError::bad_request("no_overlay", format!("'{path}' {why}"))
+    Refusal::new(Code::NoOverlay, format!("'{path}' {why}"))
         .with_hint(format!("'virtman image add NAME {path}' makes an image of a whole disk"))
 }
 
-fn file_refused(error: &ImportError) -> ApiError {
-    ApiError::bad_request("bad_file", error.to_string())
+fn file_refused(error: &ImportError) -> Refusal {
+    Refusal::new(Code::BadFile, error.to_string())
 }
 
 /// Writes what the file has of its own into a layer that nobody uses yet.
@@ -306,10 +305,10 @@ async fn take_over(
     file: Qcow2Layer,
     layer: &HeldLayer,
     progress: Arc<ImportProgress>,
-) -> Result<u64, ApiError> {
+) -> Result<u64, Refusal> {
     let (overlay, runtime) = (Arc::clone(layer.overlay()), Handle::current());
     let taken = tokio::task::spawn_blocking(move || image::take_over(&file, &*overlay, &runtime, &progress));
-    let taken = taken.await.map_err(|e| ApiError::internal(e.to_string()))?;
+    let taken = taken.await.map_err(|e| Refusal::internal(e.to_string()))?;
     taken.map_err(|error| match error {
         TakeOverError::File(error) => file_refused(&error),
         TakeOverError::Disk(error) => error.into(),

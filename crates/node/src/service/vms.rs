@@ -13,7 +13,7 @@ use crate::images::retention::Destroy;
 use crate::vms::Vms;
 use control::api::compute::{CreateVm, Vm as VmView};
 use control::api::export::{ExportAccess, ExportName, ExportView};
-use control::http::ApiError;
+use control::refusal::Refusal;
 
 /// Creates and destroys the VMs of a node.
 pub(crate) struct VmService {
@@ -37,7 +37,7 @@ impl VmService {
     }
 
     /// Gives a VM its disk, and exports it if that is asked for.
-    pub(crate) async fn create(&self, name: &VmName, request: &CreateVm) -> Result<VmView, ApiError> {
+    pub(crate) async fn create(&self, name: &VmName, request: &CreateVm) -> Result<VmView, Refusal> {
         let asked = Instant::now();
         let export = ExportName::Vm(name.clone());
         let access = request.iscsi.clone().map(ExportAccess::Iscsi);
@@ -63,7 +63,7 @@ impl VmService {
     }
 
     /// Exports the disk of a VM that was just created. The VM goes again if that fails.
-    pub(crate) async fn export_created(&self, name: &VmName, access: ExportAccess) -> Result<(), ApiError> {
+    pub(crate) async fn export_created(&self, name: &VmName, access: ExportAccess) -> Result<(), Refusal> {
         let exported = self.exports.start(&ExportName::Vm(name.clone()), access).await;
         if exported.is_err() {
             self.remove(name).await?;
@@ -76,7 +76,7 @@ impl VmService {
         &self,
         name: &ExportName,
         access: ExportAccess,
-    ) -> Result<ExportView, ApiError> {
+    ) -> Result<ExportView, Refusal> {
         self.exports.check(name, &access)?;
         let _held = match name {
             ExportName::Vm(vm) => self.vms.get(vm).map(|_| None)?,
@@ -86,7 +86,7 @@ impl VmService {
     }
 
     /// Removes a VM with its disk and its exports. A running guest is ended.
-    pub(crate) async fn destroy(&self, name: &VmName, destroy: Destroy) -> Result<(), ApiError> {
+    pub(crate) async fn destroy(&self, name: &VmName, destroy: Destroy) -> Result<(), Refusal> {
         let image = self.vms.get(name)?.top().chain().1.id;
         self.exports.stop(&ExportName::Vm(name.clone())).await?;
         // Before nobody uses it.
@@ -100,14 +100,14 @@ impl VmService {
         Ok(())
     }
 
-    async fn remove(&self, name: &VmName) -> Result<(), ApiError> {
+    async fn remove(&self, name: &VmName) -> Result<(), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         if let Some(guest) = vm.running() {
             guest
                 .kill()
                 .await
-                .map_err(|e| ApiError::internal(format!("cannot end the guest of '{name}': {e}")))?;
+                .map_err(|e| Refusal::internal(format!("cannot end the guest of '{name}': {e}")))?;
         }
         let removed = self.vms.remove_files(vm.record()).await;
         // As long as its record is there, the VM is.

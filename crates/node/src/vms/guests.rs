@@ -10,7 +10,7 @@ use block::VmName;
 use super::{Vm, VmRecord, Vms, watch};
 use control::api::compute::{StartVm, Vm as VmView, VmReady, VmStarted};
 use control::api::unix_ms;
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 use qemu::seed::SeedError;
 use qemu::{Accel, AccelMode, DirectBoot, Platform, Qemu, Ready, VmDisk, VmError, VmSpec, seed};
 
@@ -27,8 +27,8 @@ impl Guests {
     }
 
     /// Starts a guest on a VM's disk. If one runs, that is it.
-    pub(crate) async fn start(&self, name: &VmName, request: &StartVm) -> Result<VmStarted, ApiError> {
-        let accel = self.accel.decide().await.map_err(|e| ApiError::internal(e.to_string()))?;
+    pub(crate) async fn start(&self, name: &VmName, request: &StartVm) -> Result<VmStarted, Refusal> {
+        let accel = self.accel.decide().await.map_err(|e| Refusal::internal(e.to_string()))?;
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         let accelerator = format!("{}: {}", accel.accel, accel.reason);
@@ -39,8 +39,8 @@ impl Guests {
         let spec = self.spec(&vm.record(), request, accel.accel, None)?;
         vm.reset_boot_stats();
         let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
-            VmError::Unfit(why) => ApiError::bad_request("bad_vm", why),
-            other => ApiError::internal(format!("cannot start '{name}': {other}")),
+            VmError::Unfit(why) => Refusal::new(Code::BadVm, why),
+            other => Refusal::internal(format!("cannot start '{name}': {other}")),
         })?;
         tracing::info!(vm = %name, pid = qemu.pid(), "guest_started");
         watch(&vm, Arc::new(qemu), dir);
@@ -56,7 +56,7 @@ impl Guests {
         request: &StartVm,
         accel: Accel,
         platform: Option<Platform>,
-    ) -> Result<VmSpec, ApiError> {
+    ) -> Result<VmSpec, Refusal> {
         let name = &record.name;
         let seed = write_seed(&self.vms.dir(name).join("seed.img"), record, request)?;
         Ok(VmSpec {
@@ -78,10 +78,10 @@ impl Guests {
     }
 
     /// How a VM's guest was started last.
-    pub(crate) fn last_start(&self, name: &VmName) -> Result<StartVm, ApiError> {
+    pub(crate) fn last_start(&self, name: &VmName) -> Result<StartVm, Refusal> {
         self.vms.get(name)?.record().start.ok_or_else(|| {
-            ApiError::conflict(
-                "never_started",
+            Refusal::new(
+                Code::NeverStarted,
                 format!("no guest was ever started on the disk of '{name}' by VirtMan"),
             )
             .with_hint("'virtman boot' starts guests")
@@ -94,16 +94,16 @@ impl Guests {
         name: &VmName,
         ready: &str,
         timeout: Duration,
-    ) -> Result<VmReady, ApiError> {
-        let ready: Ready = ready.parse().map_err(|why: String| ApiError::bad_request("bad_ready", why))?;
+    ) -> Result<VmReady, Refusal> {
+        let ready: Ready = ready.parse().map_err(|why: String| Refusal::new(Code::BadReady, why))?;
         let vm = self.vms.get(name)?;
         let guest = vm.running().ok_or_else(|| {
             let log = self.vms.dir(name).join("qemu.log");
-            ApiError::conflict("not_running", format!("'{name}' has no running guest; see {}", log.display()))
+            Refusal::new(Code::NotRunning, format!("'{name}' has no running guest; see {}", log.display()))
         })?;
         let ready = ready.wait(&guest, timeout).await.map_err(|e| {
             let log = self.vms.dir(name).join("console.log");
-            ApiError::conflict("not_ready", format!("'{name}': {e}; see {}", log.display()))
+            Refusal::new(Code::NotReady, format!("'{name}': {e}; see {}", log.display()))
         })?;
         let started = unix_ms(guest.started());
         let first_read_ms = vm.disk.first_read_unix_ms().map(|ms| ms.saturating_sub(started));
@@ -114,12 +114,12 @@ impl Guests {
     }
 
     /// Ends a VM's guest; its disk stays. Ending it again changes nothing.
-    pub(crate) async fn stop(&self, name: &VmName, grace: Duration) -> Result<VmView, ApiError> {
+    pub(crate) async fn stop(&self, name: &VmName, grace: Duration) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         if let Some(guest) = vm.running() {
             let stopped = guest.stop(grace).await;
-            let stopped = stopped.map_err(|e| ApiError::internal(format!("cannot stop '{name}': {e}")))?;
+            let stopped = stopped.map_err(|e| Refusal::internal(format!("cannot stop '{name}': {e}")))?;
             vm.ended(&guest);
             tracing::info!(vm = %name, ?stopped, "guest_stopped");
         }
@@ -144,20 +144,20 @@ impl Guests {
 }
 
 /// Writes the NoCloud seed disk from which the guest learns who it is.
-fn write_seed(file: &Path, record: &VmRecord, request: &StartVm) -> Result<PathBuf, ApiError> {
+fn write_seed(file: &Path, record: &VmRecord, request: &StartVm) -> Result<PathBuf, Refusal> {
     let unfit = |e: SeedError| match e {
-        SeedError::Unfit(why) => ApiError::bad_request("bad_seed", why),
-        SeedError::Io(_) => ApiError::internal(e.to_string()),
+        SeedError::Unfit(why) => Refusal::new(Code::BadSeed, why),
+        SeedError::Io(_) => Refusal::internal(e.to_string()),
     };
     // A VM that is destroyed and created anew is another instance, and configures itself anew.
     let instance = format!("i-{}", record.created_unix_ms).parse::<VmName>();
-    let instance = instance.map_err(|e| ApiError::internal(e.to_string()))?;
+    let instance = instance.map_err(|e| Refusal::internal(e.to_string()))?;
     let mut identity = seed::Identity::new(&record.name, &instance, &request.ssh_keys).map_err(unfit)?;
     if let Some(user_data) = &request.user_data {
         identity = identity.with_user_data(user_data.as_bytes()).map_err(unfit)?;
     }
     let disk = identity.disk().map_err(unfit)?;
     tokio::task::block_in_place(|| fs::write(file, disk))
-        .map_err(|e| ApiError::internal(format!("cannot write {}: {e}", file.display())))?;
+        .map_err(|e| Refusal::internal(format!("cannot write {}: {e}", file.display())))?;
     Ok(file.to_owned())
 }

@@ -35,7 +35,7 @@ use crate::state::{self, Layout};
 use crate::tasks::blocking;
 use control::api::compute::{Vm as VmView, VmPaused, VmState};
 use control::api::{now_unix_ms, unix_ms};
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 use store::durable::{NewFile, UnsyncedFile};
 
 /// Locks that serialize operations on a VM. More than enough that two VMs seldom share one.
@@ -66,25 +66,25 @@ impl Vms {
     }
 
     /// The VM of this name.
-    pub(crate) fn get(&self, name: &VmName) -> Result<Arc<Vm>, ApiError> {
+    pub(crate) fn get(&self, name: &VmName) -> Result<Arc<Vm>, Refusal> {
         let found = self.vms.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         found.ok_or_else(|| {
-            ApiError::not_found(
-                "no_such_vm",
+            Refusal::new(
+                Code::NoSuchVm,
                 format!("there is no VM '{name}' on node {}; 'virtman list' shows all", self.node),
             )
         })
     }
 
     /// The VM of this name, if it may be changed.
-    pub(crate) fn get_at_rest(&self, name: &VmName) -> Result<Arc<Vm>, ApiError> {
+    pub(crate) fn get_at_rest(&self, name: &VmName) -> Result<Arc<Vm>, Refusal> {
         let vm = self.get(name)?;
         match vm.moving() {
             None => Ok(vm),
             Some(to) => {
                 let message =
                     format!("'{name}' is being moved to node {to}, and cannot be changed meanwhile");
-                Err(ApiError::conflict("moving", message)
+                Err(Refusal::new(Code::Moving, message)
                     .with_hint("try again once the move has finished or failed"))
             }
         }
@@ -103,7 +103,7 @@ impl Vms {
         attached: Arc<Attached>,
         size_bytes: Option<u64>,
         asked: Instant,
-    ) -> Result<VmView, ApiError> {
+    ) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.lock(name).lock().await;
         let image_bytes = attached.root.size_bytes();
         if let Ok(vm) = self.get(name) {
@@ -113,8 +113,8 @@ impl Vms {
         self.layout.check_socket_name_len(name.as_str())?;
         let size_bytes = size_bytes.unwrap_or(image_bytes);
         if size_bytes < image_bytes {
-            return Err(ApiError::bad_request(
-                "disk_too_small",
+            return Err(Refusal::new(
+                Code::DiskTooSmall,
                 format!(
                     "a disk of {size_bytes} bytes is smaller than image '{image}' of {image_bytes} bytes; leave --size out or use a larger one"
                 ),
@@ -136,7 +136,7 @@ impl Vms {
         new: NewVm,
         below: Arc<Layer>,
         asked: Instant,
-    ) -> Result<VmView, ApiError> {
+    ) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.lock(&new.name).lock().await;
         if let Ok(vm) = self.get(&new.name) {
             vm.must_be(new.image_id, Some(new.size_bytes))?;
@@ -157,7 +157,7 @@ impl Vms {
         top: LayerId,
         make: impl FnOnce(LayerId) -> Result<HeldLayer, String> + Send + 'static,
         asked: Instant,
-    ) -> Result<Arc<Vm>, ApiError> {
+    ) -> Result<Arc<Vm>, Refusal> {
         let name = new.name.clone();
         let (dir, socket) = (self.dir(&name), self.disk_socket(&name));
         let (record, layers) = (new.record(&self.node, top), Arc::clone(&self.layers));
@@ -165,15 +165,15 @@ impl Vms {
             tokio::task::spawn_blocking(move || add_files(&dir, record, || make(top), &socket, &layers));
         let vm = made
             .await
-            .map_err(|e| ApiError::internal(format!("creating '{name}' was interrupted: {e}")))?
-            .map_err(|reason| ApiError::internal(format!("cannot create the disk of '{name}': {reason}")))?;
+            .map_err(|e| Refusal::internal(format!("creating '{name}' was interrupted: {e}")))?
+            .map_err(|reason| Refusal::internal(format!("cannot create the disk of '{name}': {reason}")))?;
         vm.note_made(asked.elapsed());
         self.insert(Arc::clone(&vm));
         Ok(vm)
     }
 
     /// Removes what is on disk of a VM, and lets go of its layers.
-    pub(crate) async fn remove_files(&self, record: VmRecord) -> Result<(), ApiError> {
+    pub(crate) async fn remove_files(&self, record: VmRecord) -> Result<(), Refusal> {
         let (name, dir) = (record.name.clone(), self.dir(&record.name));
         let layers = Arc::clone(&self.layers);
         let removed = tokio::task::spawn_blocking(move || {
@@ -182,8 +182,8 @@ impl Vms {
             layers.release_refs(record.layers());
             fs::remove_dir_all(&dir)
         });
-        let removed = removed.await.map_err(|e| ApiError::internal(format!("destroying '{name}': {e}")))?;
-        removed.map_err(|e| ApiError::internal(format!("cannot remove the files of '{name}': {e}")))
+        let removed = removed.await.map_err(|e| Refusal::internal(format!("destroying '{name}': {e}")))?;
+        removed.map_err(|e| Refusal::internal(format!("cannot remove the files of '{name}': {e}")))
     }
 
     /// A VM as the API shows it.
@@ -219,14 +219,14 @@ impl Vms {
     }
 
     /// Whether a new VM can have this name here.
-    pub(crate) fn must_be_free(&self, name: &VmName) -> Result<(), ApiError> {
+    pub(crate) fn must_be_free(&self, name: &VmName) -> Result<(), Refusal> {
         self.layout.check_socket_name_len(name.as_str())?;
         // One that is coming from another node or could not be opened has a directory too.
         if !self.dir(name).exists() {
             return Ok(());
         }
         let message = format!("there is a VM '{name}' on node {} already", self.node);
-        Err(ApiError::conflict("vm_exists", message).with_hint("choose another name or destroy it first"))
+        Err(Refusal::new(Code::VmExists, message).with_hint("choose another name or destroy it first"))
     }
 
     /// Whether there is a VM of this name, open or not.
@@ -235,7 +235,7 @@ impl Vms {
     }
 
     /// Changes what is remembered of a VM: on disk first. The caller has the VM's lock.
-    pub(crate) async fn change(&self, vm: &Vm, record: VmRecord) -> Result<(), ApiError> {
+    pub(crate) async fn change(&self, vm: &Vm, record: VmRecord) -> Result<(), Refusal> {
         let (added, removed) = differences(&vm.record(), &record);
         // If this fails all of them stay counted for as long as this daemon runs, since either record may be named.
         self.layers.add_refs(added);
@@ -245,7 +245,7 @@ impl Vms {
     }
 
     /// Counts layers no longer that a durably replaced record named.
-    pub(crate) async fn release_refs(&self, removed: Vec<LayerId>) -> Result<(), ApiError> {
+    pub(crate) async fn release_refs(&self, removed: Vec<LayerId>) -> Result<(), Refusal> {
         if removed.is_empty() {
             return Ok(());
         }
@@ -258,7 +258,7 @@ impl Vms {
     }
 
     /// Writes what is to be remembered of a VM.
-    pub(crate) async fn save(&self, record: &VmRecord) -> Result<(), ApiError> {
+    pub(crate) async fn save(&self, record: &VmRecord) -> Result<(), Refusal> {
         let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
         blocking(move || {
             state::write_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))
@@ -267,7 +267,7 @@ impl Vms {
     }
 
     /// Begins to write what is to be remembered of a VM once it is put in its place.
-    pub(crate) async fn start_record(&self, record: &VmRecord) -> Result<UnsyncedFile, ApiError> {
+    pub(crate) async fn start_record(&self, record: &VmRecord) -> Result<UnsyncedFile, Refusal> {
         let (file, record) = (self.dir(&record.name).join(RECORD), record.clone());
         blocking(move || {
             state::start_record(&file, &record).map_err(|e| format!("cannot write {}: {e}", file.display()))

@@ -18,7 +18,7 @@ use crate::layers::{Below, DEPTH_MAX, HeldLayer, Layer, LayerId, Layers};
 use crate::tasks::blocking;
 use control::api::compute::{SnapshotTaken, SnapshotView, Vm as VmView};
 use control::api::now_unix_ms;
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 use qemu::FrozenGuest;
 
 /// How long the guest may take to write out its file systems, and to go on afterwards.
@@ -66,12 +66,11 @@ impl Snapshots {
         name: &VmName,
         snapshot: &SnapshotName,
         quiesce: Quiesce,
-    ) -> Result<SnapshotTaken, ApiError> {
+    ) -> Result<SnapshotTaken, Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         if vm.record().snapshots.iter().any(|known| known.name == *snapshot) {
-            return Err(ApiError::conflict(
-                "snapshot_exists",
+            return Err(Refusal::new(Code::SnapshotExists,
                 format!("'{name}' has a snapshot '{snapshot}' already"),
             )
             .with_hint(format!(
@@ -92,7 +91,7 @@ impl Snapshots {
         &self,
         name: &VmName,
         quiesce: Quiesce,
-    ) -> Result<(VmRecord, HeldLayer), ApiError> {
+    ) -> Result<(VmRecord, HeldLayer), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         let frozen = self.freeze(&vm, quiesce, None).await?;
@@ -107,12 +106,12 @@ impl Snapshots {
         vm: &Vm,
         quiesce: Quiesce,
         snapshot: Option<&SnapshotName>,
-    ) -> Result<FrozenLayer, ApiError> {
+    ) -> Result<FrozenLayer, Refusal> {
         let (record, top) = (vm.record(), vm.top());
         let name = &record.name;
         if self.layers.depth(top.id()) >= DEPTH_MAX {
-            return Err(ApiError::conflict(
-                "too_many_layers",
+            return Err(Refusal::new(
+                Code::TooManyLayers,
                 format!("the disk of '{name}' has {DEPTH_MAX} layers already, and no more are taken"),
             )
             .with_hint(format!("delete some of its snapshots: 'virtman snapshot list {name}'")));
@@ -126,10 +125,8 @@ impl Snapshots {
                 quiesced: quiesce == Quiesce::Yes,
             });
         }
-        let layer = self
-            .layers
-            .keep(&top)
-            .ok_or_else(|| ApiError::internal(format!("layer {} is gone", top.id())))?;
+        let layer =
+            self.layers.keep(&top).ok_or_else(|| Refusal::internal(format!("layer {} is gone", top.id())))?;
         let pause = self.put_on_top(vm, changed, Below::Layer(top), quiesce).await?;
         Ok(FrozenLayer { layer, pause })
     }
@@ -140,7 +137,7 @@ impl Snapshots {
         id: LayerId,
         below: Below,
         size_bytes: u64,
-    ) -> Result<HeldLayer, ApiError> {
+    ) -> Result<HeldLayer, Refusal> {
         let layers = Arc::clone(&self.layers);
         blocking(move || layers.make(id, below, size_bytes)).await
     }
@@ -153,7 +150,7 @@ impl Snapshots {
         record: VmRecord,
         below: Below,
         quiesce: Quiesce,
-    ) -> Result<Duration, ApiError> {
+    ) -> Result<Duration, Refusal> {
         // Begun before the layer, so that making that durable covers most of it.
         let unsynced = self.vms.start_record(&record).await?;
         let next = self.make_above(record.top, below, record.size_bytes).await?;
@@ -165,7 +162,7 @@ impl Snapshots {
         let disk = vm.disk.inner();
         let put = async {
             blocking(move || new.put().map_err(|e| format!("cannot replace a VM's record: {e}"))).await?;
-            Ok::<_, ApiError>(Arc::clone(next.overlay()))
+            Ok::<_, Refusal>(Arc::clone(next.overlay()))
         };
         let frozen = disk.freeze(put).await;
         let counted = match frozen {
@@ -185,25 +182,25 @@ impl Snapshots {
         counted?;
         // If this fails, the old top stays counted: the old record may come back and name it.
         disk.settle().await.map_err(|error| {
-            let error = ApiError::from(error);
+            let error = Refusal::from(error);
             let message = format!(
                 "the disk of '{}' was frozen, and that cannot be made durable: {}",
                 vm.name(),
                 error.message
             );
-            ApiError { message, ..error }
+            Refusal { message, ..error }
         })?;
         self.vms.release_refs(removed).await?;
         Ok(pause)
     }
 
     /// Sets a VM's disk back to a snapshot. What was written since is gone, unless another snapshot has it.
-    pub(crate) async fn revert(&self, name: &VmName, snapshot: &SnapshotName) -> Result<VmView, ApiError> {
+    pub(crate) async fn revert(&self, name: &VmName, snapshot: &SnapshotName) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         if vm.running().is_some() {
-            return Err(ApiError::conflict(
-                "running",
+            return Err(Refusal::new(
+                Code::Running,
                 format!("the guest of '{name}' runs, and its disk cannot change under it"),
             )
             .with_hint(format!("stop it first: 'virtman stop {name}'")));
@@ -215,14 +212,14 @@ impl Snapshots {
         vm.close_export();
         let changed = VmRecord { top: LayerId::draw(), ..record };
         let done = self.put_on_top(&vm, changed, Below::Layer(layer), Quiesce::No).await;
-        vm.export_at(&self.vms.disk_socket(name)).map_err(ApiError::internal)?;
+        vm.export_at(&self.vms.disk_socket(name)).map_err(Refusal::internal)?;
         done?;
         tracing::info!(vm = %name, %snapshot, "disk_reverted");
         Ok(self.vms.describe(&vm))
     }
 
     /// Deletes a snapshot. Deleting one that is not there is an error.
-    pub(crate) async fn delete(&self, name: &VmName, snapshot: &SnapshotName) -> Result<(), ApiError> {
+    pub(crate) async fn delete(&self, name: &VmName, snapshot: &SnapshotName) -> Result<(), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         let layer = find(&vm.record(), snapshot)?.layer;
@@ -230,7 +227,7 @@ impl Snapshots {
     }
 
     /// Deletes the snapshot that is this layer, unless somebody else did.
-    pub(crate) async fn delete_if_there(&self, name: &VmName, layer: LayerId) -> Result<(), ApiError> {
+    pub(crate) async fn delete_if_there(&self, name: &VmName, layer: LayerId) -> Result<(), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         match self.vms.get(name) {
             Ok(vm) if vm.record().snapshots.iter().any(|known| known.layer == layer) => {
@@ -241,7 +238,7 @@ impl Snapshots {
     }
 
     /// Takes a snapshot out of a VM's record. The caller has the VM's lock.
-    async fn forget(&self, vm: &Vm, layer: LayerId) -> Result<(), ApiError> {
+    async fn forget(&self, vm: &Vm, layer: LayerId) -> Result<(), Refusal> {
         let mut record = vm.record();
         record.snapshots.retain(|known| known.layer != layer);
         self.vms.change(vm, record).await
@@ -261,7 +258,7 @@ impl Snapshots {
         name: &VmName,
         old: LayerId,
         new: LayerId,
-    ) -> Result<(), ApiError> {
+    ) -> Result<(), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let Ok(vm) = self.vms.get(name) else { return Ok(()) };
         let mut record = vm.record();
@@ -269,19 +266,19 @@ impl Snapshots {
             return Ok(());
         };
         if !self.layers.is_held_by(old, 1) {
-            return Err(ApiError::conflict("in_use", format!("layer {old} is in use")));
+            return Err(Refusal::new(Code::InUse, format!("layer {old} is in use")));
         }
         snapshot.layer = new;
         self.vms.change(&vm, record).await
     }
 
     /// The snapshots of a VM, from old to new.
-    pub(crate) fn list(&self, name: &VmName) -> Result<Vec<SnapshotView>, ApiError> {
+    pub(crate) fn list(&self, name: &VmName) -> Result<Vec<SnapshotView>, Refusal> {
         let vm = self.vms.get(name)?;
         vm.record().snapshots.iter().map(|snapshot| self.view(&vm, &snapshot.name)).collect()
     }
 
-    fn view(&self, vm: &Vm, snapshot: &SnapshotName) -> Result<SnapshotView, ApiError> {
+    fn view(&self, vm: &Vm, snapshot: &SnapshotName) -> Result<SnapshotView, Refusal> {
         let record = vm.record();
         let found = find(&record, snapshot)?;
         // Open unless the disk was set back to an earlier one.
@@ -291,11 +288,11 @@ impl Snapshots {
             name: found.name.clone(),
             created_unix_ms: found.created_unix_ms,
             quiesced: found.quiesced,
-            private_bytes: bytes.map_err(ApiError::internal)?,
+            private_bytes: bytes.map_err(Refusal::internal)?,
         })
     }
 
-    async fn open_frozen(&self, layer: LayerId) -> Result<Arc<Layer>, ApiError> {
+    async fn open_frozen(&self, layer: LayerId) -> Result<Arc<Layer>, Refusal> {
         let layers = Arc::clone(&self.layers);
         blocking(move || layers.open_frozen(layer)).await
     }
@@ -305,7 +302,7 @@ impl Snapshots {
         &self,
         name: &VmName,
         snapshot: &SnapshotName,
-    ) -> Result<(VmRecord, HeldLayer), ApiError> {
+    ) -> Result<(VmRecord, HeldLayer), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let record = self.vms.get(name)?.record();
         let layer = find(&record, snapshot)?.layer;
@@ -313,7 +310,7 @@ impl Snapshots {
     }
 
     /// A frozen layer, which is durable with all below it.
-    pub(crate) async fn hold_durable(&self, layer: LayerId) -> Result<HeldLayer, ApiError> {
+    pub(crate) async fn hold_durable(&self, layer: LayerId) -> Result<HeldLayer, Refusal> {
         let layers = Arc::clone(&self.layers);
         let layer = blocking(move || layers.hold_frozen(layer)).await?;
         layer.make_durable().await?;
@@ -322,27 +319,27 @@ impl Snapshots {
 }
 
 /// Has the guest write out and freeze its file systems, if that is wanted.
-async fn quiesced(vm: &Vm, quiesce: Quiesce) -> Result<Option<FrozenGuest>, ApiError> {
+async fn quiesced(vm: &Vm, quiesce: Quiesce) -> Result<Option<FrozenGuest>, Refusal> {
     if quiesce == Quiesce::No {
         return Ok(None);
     }
     let name = vm.name();
     let guest = vm.running().ok_or_else(|| {
         let message = format!("'{name}' has no running guest that could be quiesced");
-        ApiError::conflict("not_running", message).with_hint("leave --quiesce out")
+        Refusal::new(Code::NotRunning, message).with_hint("leave --quiesce out")
     })?;
     let frozen = guest.freeze(QUIESCE_TIMEOUT).await.map_err(|error| {
-        ApiError::conflict("not_quiesced", format!("'{name}' cannot be quiesced: {error}"))
+        Refusal::new(Code::NotQuiesced, format!("'{name}' cannot be quiesced: {error}"))
             .with_hint("omit --quiesce for a crash-consistent snapshot")
     })?;
     tracing::info!(vm = %name, filesystems = frozen.filesystems(), "guest_quiesced");
     Ok(Some(frozen))
 }
 
-fn find<'a>(record: &'a VmRecord, snapshot: &SnapshotName) -> Result<&'a Snapshot, ApiError> {
+fn find<'a>(record: &'a VmRecord, snapshot: &SnapshotName) -> Result<&'a Snapshot, Refusal> {
     record.snapshots.iter().find(|known| known.name == *snapshot).ok_or_else(|| {
         let name = &record.name;
-        ApiError::not_found("no_such_snapshot", format!("'{name}' has no snapshot '{snapshot}'"))
+        Refusal::new(Code::NoSuchSnapshot, format!("'{name}' has no snapshot '{snapshot}'"))
             .with_hint(format!("'virtman snapshot list {name}' shows those that there are"))
     })
 }

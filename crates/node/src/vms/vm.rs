@@ -13,7 +13,7 @@ use crate::layers::{Layer, LayerId};
 use crate::nbd_socket::{Clients, NbdSocket};
 use crate::state::sync_dir;
 use control::api::compute::{StartVm, VmReady};
-use control::http::ApiError;
+use control::refusal::{Code, Refusal};
 use qemu::Qemu;
 
 /// What must be free on the file system before a guest that waits for room goes on: what it wrote last and some more,
@@ -242,19 +242,19 @@ impl Vm {
         *self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn must_be(&self, image: ImageId, size_bytes: Option<u64>) -> Result<(), ApiError> {
+    pub(crate) fn must_be(&self, image: ImageId, size_bytes: Option<u64>) -> Result<(), Refusal> {
         let VmRecord { name, image: own, image_id, size_bytes: own_bytes, .. } = self.record();
         if image_id != image {
-            return Err(ApiError::conflict(
-                "vm_exists",
+            return Err(Refusal::new(
+                Code::VmExists,
                 format!(
                     "there is a VM '{name}' already, on image '{own}'; choose another name or destroy it first"
                 ),
             ));
         }
         match size_bytes {
-            Some(wanted) if wanted != own_bytes => Err(ApiError::conflict(
-                "vm_exists",
+            Some(wanted) if wanted != own_bytes => Err(Refusal::new(
+                Code::VmExists,
                 format!(
                     "there is a VM '{name}' already, with a disk of {own_bytes} bytes instead of {wanted}"
                 ),

@@ -4,6 +4,7 @@
 //! about the cluster go to Volt: by its own UNIX socket on its host, else with the administrator's
 //! credentials in HOME/admin, which also open every node.
 
+use control::refusal::Code;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -217,7 +218,7 @@ impl Context {
         for node in self.nodes().await? {
             match node.client.get::<Vm>(&format!("/v1/vms/{name}")).await {
                 Ok(vm) => found.push((node, vm)),
-                Err(ClientError::Refused(refusal)) if refusal.code == "no_such_vm" => {}
+                Err(ClientError::Refused(refusal)) if refusal.code == Code::NoSuchVm => {}
                 Err(error) => silent = Some(error),
             }
         }

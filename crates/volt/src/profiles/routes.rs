@@ -17,10 +17,11 @@ use crate::routes::{any_member, require_self};
 use control::api::now_unix_ms;
 use control::api::profile::{NewProfile, ProfileFile, ProfileSummary, ProfileView};
 use control::api::volt::ImageRecord;
-use control::http::{ApiError, Json, Path, Peer};
+use control::http::{Json, Path, Peer};
+use control::refusal::{Code, Refusal};
 
 type Shared = State<Arc<Volt>>;
-type Answer<T> = Result<Json<T>, ApiError>;
+type Answer<T> = Result<Json<T>, Refusal>;
 
 /// The routes about boot profiles.
 pub(crate) fn routes() -> OpenApiRouter<Arc<Volt>> {
@@ -94,14 +95,14 @@ async fn add_record(
     peer: Peer,
     Path(node): Path<NodeName>,
     Json(request): Json<NewProfile>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode, Refusal> {
     require_self(&peer, &node)?;
     let id = request.file.0.image();
     let image = volt.catalog.image(&id.to_string())?;
     must_fit(&request.file, &image)?;
     if volt.cluster.placement(&node, &id).is_none() {
         let message = format!("node {node} has not attached '{}', so it cannot have booted it", image.name);
-        return Err(ApiError::conflict("not_attached", message));
+        return Err(Refusal::new(Code::NotAttachedThere, message));
     }
     let chunks = request.file.0.chunks().len();
     if change(&volt, &id, |kept| kept.record(&node, request.file, now_unix_ms()))? == Recorded::Merged {
@@ -110,11 +111,7 @@ async fn add_record(
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn change<T>(
-    volt: &Volt,
-    image: &ImageId,
-    change: impl FnOnce(&mut KeptProfile) -> T,
-) -> Result<T, ApiError> {
+fn change<T>(volt: &Volt, image: &ImageId, change: impl FnOnce(&mut KeptProfile) -> T) -> Result<T, Refusal> {
     Ok(volt.profiles.change(image, change, |offer| volt.cluster.push_profile(image, &offer))?)
 }
 
@@ -129,11 +126,11 @@ fn view(volt: &Volt, image: ImageRecord) -> Answer<ProfileView> {
     }))
 }
 
-fn must_fit(file: &ProfileFile, image: &ImageRecord) -> Result<(), ApiError> {
+fn must_fit(file: &ProfileFile, image: &ImageRecord) -> Result<(), Refusal> {
     let damaged = |why: String| {
-        ApiError::internal(format!("the root page of '{}' in the catalog is damaged: {why}", image.name))
+        Refusal::internal(format!("the root page of '{}' in the catalog is damaged: {why}", image.name))
     };
     let bytes = BASE64.decode(&image.root_page).map_err(|e| damaged(e.to_string()))?;
     let root = RootPage::decode(&bytes).map_err(|e| damaged(e.to_string()))?;
-    file.0.must_fit(&root).map_err(|e: ProfileError| ApiError::bad_request("bad_profile", e.to_string()))
+    file.0.must_fit(&root).map_err(|e: ProfileError| Refusal::new(Code::BadProfile, e.to_string()))
 }
