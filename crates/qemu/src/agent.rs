@@ -113,22 +113,39 @@ impl Notes {
 }
 
 impl Qemu {
-    fn notes(&self) -> Notes {
-        Notes { vm: self.name().clone(), file: self.files().frozen(), standing: Arc::clone(self.standing()) }
+    /// The guest's agent.
+    pub(crate) fn agent(&self) -> GuestAgent<'_> {
+        GuestAgent { vm: self }
     }
 
     /// Freezes the guest's file systems. If that fails or takes longer than `timeout`, they are thawed again.
     pub async fn freeze(&self, timeout: Duration) -> Result<Frozen, AgentError> {
         let begun = Instant::now();
-        let (agent, channel) = self.agent(timeout).await?;
-        Frozen::freeze(self.notes(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
+        let way = self.agent();
+        let (agent, channel) = way.reach(timeout).await?;
+        Frozen::freeze(way.notes(), agent, channel, timeout.saturating_sub(begun.elapsed())).await
+    }
+}
+
+/// The way to a guest's agent.
+pub(crate) struct GuestAgent<'a> {
+    vm: &'a Qemu,
+}
+
+impl GuestAgent<'_> {
+    fn notes(&self) -> Notes {
+        Notes {
+            vm: self.vm.name().clone(),
+            file: self.vm.files.frozen(),
+            standing: Arc::clone(&self.vm.standing),
+        }
     }
 
     /// Thaws the guest's file systems if they are frozen, as they are after a daemon died between
-    /// [`freeze`](Self::freeze) and [`Frozen::thaw`]. Gives how many were.
+    /// [`Qemu::freeze`] and [`Frozen::thaw`]. Gives how many were.
     pub(crate) async fn thaw_if_frozen(&self, timeout: Duration) -> Result<Option<u64>, AgentError> {
         let begun = Instant::now();
-        let (agent, channel) = self.agent(timeout).await?;
+        let (agent, channel) = self.reach(timeout).await?;
         let rest = || timeout.saturating_sub(begun.elapsed());
         match Frozen::find(self.notes(), agent, channel, rest()).await? {
             Some(frozen) => frozen.thaw(rest()).await.map(Some),
@@ -140,28 +157,28 @@ impl Qemu {
     }
 
     /// The agent that answers, and the right to talk to it.
-    async fn agent(&self, timeout: Duration) -> Result<(Agent, OwnedMutexGuard<()>), AgentError> {
+    async fn reach(&self, timeout: Duration) -> Result<(Agent, OwnedMutexGuard<()>), AgentError> {
         let reached = async {
-            let channel = self.agent_channel().await;
-            let agent = Agent::over(self.agent_stream().await?).await;
-            Ok((agent.map_err(VmError::file(self.files().agent_socket()))?, channel))
+            let channel = self.vm.turns.agent().await;
+            let agent = Agent::over(self.stream().await?).await;
+            Ok((agent.map_err(VmError::file(self.vm.files.agent_socket()))?, channel))
         };
         tokio::time::timeout(timeout, reached).await.map_err(|_| AgentError::Silent(timeout))?
     }
 
     /// Waits until the guest's agent answers. Leaves the channel to others between two attempts.
-    pub(crate) async fn agent_answers(&self) -> Result<(), VmError> {
+    pub(crate) async fn answers(&self) -> Result<(), VmError> {
         loop {
-            let _channel = self.agent_channel().await;
-            let answer = ping(self.agent_stream().await?);
+            let _channel = self.vm.turns.agent().await;
+            let answer = ping(self.stream().await?);
             if let Ok(answered) = tokio::time::timeout(ASK_AGAIN, answer).await {
-                return answered.map_err(VmError::file(self.files().agent_socket()));
+                return answered.map_err(VmError::file(self.vm.files.agent_socket()));
             }
         }
     }
 
-    async fn agent_stream(&self) -> Result<UnixStream, VmError> {
-        let path = self.files().agent_socket();
+    async fn stream(&self) -> Result<UnixStream, VmError> {
+        let path = self.vm.files.agent_socket();
         UnixStream::connect(&path).await.map_err(VmError::file(path))
     }
 }

@@ -41,10 +41,11 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
 use super::machine::{self, Platform};
+use super::qemu::last_words;
 use super::qmp::Qmp;
 use super::spec::{Begin, qemu_socket_path};
 use super::standstill::Recovery;
-use super::state::RunState;
+use super::state::{RunState, resume_in_turn};
 use super::{Qemu, VmError, VmSpec};
 
 /// What QEMU says whenever a migration comes to its next step.
@@ -142,7 +143,7 @@ impl Qemu {
     /// Where the memory of a guest comes in. At the source this is a good place for the caller to listen, who
     /// takes it away afterwards.
     pub fn memory_socket(&self) -> PathBuf {
-        self.files().memory_socket()
+        self.files.memory_socket()
     }
 
     /// Begins to send the guest's memory to whoever listens at `socket`, at most so many bytes in a second if
@@ -155,14 +156,14 @@ impl Qemu {
         let uri = format!("unix:{}", qemu_socket_path(socket)?);
         // Without one there may be no control socket for this either.
         self.spec().ok_or_else(machine::unknown)?;
-        let turn = self.run_turn().await;
+        let turn = self.turns.run().await;
         let before = self.state().await?;
         if !matches!(before, RunState::Running | RunState::Paused | RunState::IoError) {
             return Err(VmError::Migration(format!(
                 "its guest neither runs nor is paused, but is {before:?}"
             )));
         }
-        let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
+        let mut qmp = Qmp::connect_patiently(&self.files.migrate_socket(), ANSWER_TIMEOUT).await?;
         let on = ["events", "return-path", "pause-before-switchover", "auto-converge"];
         qmp.execute_when_settled("migrate-set-capabilities", capabilities(&on)).await?;
         let limits = json!({
@@ -173,7 +174,7 @@ impl Qemu {
         qmp.execute_when_settled("migrate-set-parameters", limits).await?;
         // This migration sees to it from here on that the guest goes on, if it comes to nothing.
         let is_due =
-            [Recovery::EndMigration, Recovery::Resume].map(|recovery| self.standing().finish(recovery));
+            [Recovery::EndMigration, Recovery::Resume].map(|recovery| self.standing.finish(recovery));
         let before = if is_due.contains(&true) { RunState::Running } else { before };
         // From here on the drop cancels.
         let mut driver = Driver { vm: self, before, held: Some((qmp, turn)) };
@@ -192,7 +193,7 @@ impl Qemu {
     /// it was before. A migration that is complete, or was never begun, stays so.
     #[cfg(test)]
     pub async fn cancel_migration(&self) -> Result<(), VmError> {
-        let _turn = self.run_turn().await;
+        let _turn = self.turns.run().await;
         end_migration(self).await
     }
 
@@ -201,7 +202,7 @@ impl Qemu {
     pub async fn incoming_listen(&self) -> Result<Incoming<'_>, VmError> {
         let socket = self.memory_socket();
         let uri = format!("unix:{}", qemu_socket_path(&socket)?);
-        let mut qmp = Qmp::connect_patiently(&self.files().migrate_socket(), ANSWER_TIMEOUT).await?;
+        let mut qmp = Qmp::connect_patiently(&self.files.migrate_socket(), ANSWER_TIMEOUT).await?;
         // The disk is opened for writing when the guest is resumed, and no sooner.
         let on = ["events", "return-path", "late-block-activate"];
         qmp.execute_when_settled("migrate-set-capabilities", capabilities(&on)).await?;
@@ -261,7 +262,7 @@ impl Incoming<'_> {
     /// the source has one, and if that ends the stream, QEMU ends here.
     pub async fn arrived(mut self) -> Result<(), VmError> {
         let vm = self.vm;
-        let ended = || VmError::Migration(format!("the destination's QEMU ended: {}", vm.last_words()));
+        let ended = || VmError::Migration(format!("the destination's QEMU ended: {}", last_words(&vm.files)));
         let completed = async {
             loop {
                 match Status::of(&self.qmp.execute("query-migrate", json!({})).await?) {
@@ -337,7 +338,7 @@ impl Driver<'_> {
         end_migration(self.vm).await?;
         // It may have been complete by then, which leaves the guest standing still.
         if self.runs_on() && self.vm.state().await? == RunState::PostMigrate {
-            self.vm.resume_in_turn().await?;
+            resume_in_turn(self.vm).await?;
         }
         self.held = None;
         Ok(())
@@ -354,7 +355,7 @@ impl Drop for Driver<'_> {
         let Some((mut qmp, turn)) = self.held.take() else { return };
         // Before the turn is given back, after which another migration takes it over.
         if self.runs_on() {
-            self.vm.standing().request(Recovery::EndMigration, None);
+            self.vm.standing.request(Recovery::EndMigration, None);
         }
         // QEMU forgets the commands of a client that has left, so an answer has to be waited for. Where that is
         // impossible the daemon ends, and the next one cancels.

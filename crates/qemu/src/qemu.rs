@@ -66,22 +66,36 @@ impl StartRecord {
 /// A VM's live process.
 #[derive(Debug)]
 pub struct Qemu {
-    files: VmFiles,
+    /// Where its files are.
+    pub(crate) files: VmFiles,
     process: Process,
     record: StartRecord,
-    turns: Turns,
-    standing: Arc<Standing>,
+    pub(crate) turns: Turns,
+    /// What is known of whether the guest stands still, and which recoveries are due.
+    pub(crate) standing: Arc<Standing>,
 }
 
 /// Whose turn it is. QEMU serves one client of a socket at a time and lets few others wait.
 #[derive(Debug, Default)]
-struct Turns {
+pub(crate) struct Turns {
     /// To give a command.
     command: Mutex<()>,
     /// To talk to the guest's agent.
     agent: Arc<Mutex<()>>,
     /// To decide whether the guest runs, for as long as that takes several commands.
     run: Arc<Mutex<()>>,
+}
+
+impl Turns {
+    /// The right to talk to the guest's agent.
+    pub(crate) async fn agent(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.agent).lock_owned().await
+    }
+
+    /// The right to decide whether the guest runs.
+    pub(crate) async fn run(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.run).lock_owned().await
+    }
 }
 
 /// How a VM came to its end.
@@ -124,7 +138,7 @@ impl Qemu {
         launch(&files, &arguments).await?;
         match Process::of_pidfile(&files.pidfile()) {
             Some(process) => Ok(Qemu::of(files, process, record)),
-            None => Err(VmError::Refused(quoted_log(&files))),
+            None => Err(VmError::Refused(last_words(&files))),
         }
     }
 
@@ -175,19 +189,9 @@ impl Qemu {
         self.files.console_socket()
     }
 
-    /// Where its files are.
-    pub(crate) fn files(&self) -> &VmFiles {
-        &self.files
-    }
-
     /// Why the guest stands still, if it does and is meant to run.
     pub fn standstill(&self) -> Option<Standstill> {
         self.standing.standstill()
-    }
-
-    /// What is known of whether the guest stands still, and which recoveries are due.
-    pub(crate) fn standing(&self) -> &Arc<Standing> {
-        &self.standing
     }
 
     /// Waits until the process has ended, for whatever reason.
@@ -198,17 +202,11 @@ impl Qemu {
     /// The port of this host's loopback through which the guest's TCP port `guest_port` can be reached, if
     /// [`VmSpec::forward_ports`] names it.
     pub async fn forwarded_port(&self, guest_port: u16) -> Result<Option<u16>, VmError> {
-        let table = self.user_network().await?;
+        let table = user_network(self).await?;
         Ok(table
             .iter()
             .find(|flow| flow.state == "HOST_FORWARD" && flow.to_port == guest_port)
             .map(|f| f.from_port))
-    }
-
-    /// The connections that QEMU's user-mode network carries.
-    pub(crate) async fn user_network(&self) -> Result<Vec<Flow>, VmError> {
-        let answer = self.control("human-monitor-command", json!({ "command-line": "info usernet" })).await?;
-        Ok(flows(answer.as_str().unwrap_or_default()))
     }
 
     /// Asks the guest to shut down and gives it `grace`; then ends QEMU in order, then kills it.
@@ -238,26 +236,17 @@ impl Qemu {
             .map_err(|_| VmError::Control(format!("process {} does not end after SIGKILL", self.pid())))?
     }
 
-    /// What QEMU itself said last.
-    pub(crate) fn last_words(&self) -> String {
-        quoted_log(&self.files)
-    }
-
-    /// The right to talk to the guest's agent.
-    pub(crate) async fn agent_channel(&self) -> OwnedMutexGuard<()> {
-        Arc::clone(&self.turns.agent).lock_owned().await
-    }
-
-    /// The right to decide whether the guest runs.
-    pub(crate) async fn run_turn(&self) -> OwnedMutexGuard<()> {
-        Arc::clone(&self.turns.run).lock_owned().await
-    }
-
     /// Gives one command. Takes its turn among all that do.
     pub(crate) async fn control(&self, command: &str, arguments: Value) -> Result<Value, VmError> {
         let _turn = self.turns.command.lock().await;
         Qmp::connect(&self.files.qmp_socket()).await?.execute(command, arguments).await
     }
+}
+
+/// The connections that QEMU's user-mode network carries.
+pub(crate) async fn user_network(vm: &Qemu) -> Result<Vec<Flow>, VmError> {
+    let answer = vm.control("human-monitor-command", json!({ "command-line": "info usernet" })).await?;
+    Ok(flows(answer.as_str().unwrap_or_default()))
 }
 
 /// Milliseconds since the UNIX epoch.
@@ -321,7 +310,7 @@ async fn launch(files: &VmFiles, arguments: &[String]) -> Result<(), VmError> {
     };
     match tokio::time::timeout(START_TIMEOUT, launcher.wait()).await {
         Ok(Ok(status)) if status.success() => Ok(()),
-        Ok(Ok(_)) => Err(VmError::Refused(quoted_log(files))),
+        Ok(Ok(_)) => Err(VmError::Refused(last_words(files))),
         Ok(Err(error)) => Err(VmError::file(QEMU)(error)),
         Err(_) => {
             if let Some(process) = Process::of_pidfile(&files.pidfile()) {
@@ -330,14 +319,15 @@ async fn launch(files: &VmFiles, arguments: &[String]) -> Result<(), VmError> {
             let seconds = START_TIMEOUT.as_secs();
             Err(VmError::Refused(format!(
                 "it did not open its disk within {seconds} s. {}",
-                quoted_log(files)
+                last_words(files)
             )))
         }
     }
 }
 
 /// The end of what QEMU said, safe to print.
-fn quoted_log(files: &VmFiles) -> String {
+/// What QEMU itself said last.
+pub(crate) fn last_words(files: &VmFiles) -> String {
     let bytes = fs::read(files.log()).unwrap_or_default();
     let end = &bytes[bytes.len().saturating_sub(QUOTED_BYTES)..];
     let text = printable(&String::from_utf8_lossy(end));
@@ -388,9 +378,9 @@ mod tests {
     fn what_qemu_said_is_quoted_without_control_characters() {
         let dir = tempfile::tempdir().unwrap();
         let files = VmFiles::new(dir.path().to_owned());
-        assert_eq!(quoted_log(&files), "it did not say why");
+        assert_eq!(last_words(&files), "it did not say why");
         fs::write(files.log(), b"qemu: no\x1b[31m\xff\n").unwrap();
-        assert_eq!(quoted_log(&files), "qemu: no [31m\u{fffd}");
+        assert_eq!(last_words(&files), "qemu: no [31m\u{fffd}");
     }
 
     #[test]

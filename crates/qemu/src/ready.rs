@@ -20,6 +20,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
 use super::process::wait_readable;
+use super::qemu::user_network;
 use super::{Qemu, VmError};
 
 /// Bytes of console text that a match may span. More than a screen, and little enough to search again each
@@ -102,7 +103,7 @@ impl Ready {
         let ready = async {
             match self {
                 Ready::Console(regex) => console_matches(vm, regex).await,
-                Ready::Agent => Ok(vm.agent_answers().await?),
+                Ready::Agent => Ok(vm.agent().answers().await?),
                 Ready::Tcp(port) => port_accepts(vm, *port).await,
             }
         };
@@ -118,7 +119,7 @@ impl Ready {
 }
 
 async fn console_matches(vm: &Qemu, regex: &Regex) -> Result<(), ReadyError> {
-    let path = vm.files().console_log();
+    let path = vm.files.console_log();
     Ok(file_matches(&path, regex).await.map_err(VmError::file(path))?)
 }
 
@@ -232,7 +233,7 @@ async fn guest_accepts(vm: &Qemu, stream: &TcpStream, port: u16) -> Result<bool,
             // A byte is the guest's greeting; an end or an error is its refusal.
             return Ok(peeked.is_ok_and(|bytes| bytes > 0));
         }
-        let table = vm.user_network().await?;
+        let table = user_network(vm).await?;
         if table.iter().any(|flow| flow.to_port == port && flow.state == "ESTABLISHED") {
             return Ok(true);
         }

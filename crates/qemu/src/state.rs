@@ -62,42 +62,42 @@ impl Qemu {
     /// has it. If QEMU does not let it go on in time, [`supervise`](Self::supervise) goes on trying, and
     /// [`standstill`](Self::standstill) says so.
     pub async fn resume(&self) -> Result<(), VmError> {
-        let _turn = self.run_turn().await;
-        self.resume_in_turn().await
-    }
-
-    /// The same for who has the turn.
-    pub(crate) async fn resume_in_turn(&self) -> Result<(), VmError> {
-        let resumed = self.continue_when_settled().await;
-        match &resumed {
-            Ok(()) => {
-                self.standing().finish(Recovery::Resume);
-                self.standing().see(None);
-            }
-            // Its process has ended: there is nothing that could go on.
-            Err(VmError::Gone) => {}
-            Err(error) => self.standing().request(Recovery::Resume, Some(error.to_string())),
-        }
-        resumed
-    }
-
-    /// `cont`, given again while QEMU refuses it for a moment, as it does right after a migration.
-    async fn continue_when_settled(&self) -> Result<(), VmError> {
-        let mut settling = Settling::begin();
-        loop {
-            match self.control("cont", json!({})).await {
-                Ok(_) => return Ok(()),
-                Err(error) => settling.wait_after(error).await?,
-            }
-        }
+        let _turn = self.turns.run().await;
+        resume_in_turn(self).await
     }
 
     /// Pauses the guest once what it asked its disk for is done. One that waits for room goes on doing that.
     #[cfg(test)]
     pub async fn pause(&self) -> Result<(), VmError> {
-        let _turn = self.run_turn().await;
+        let _turn = self.turns.run().await;
         self.control("stop", json!({})).await?;
         Ok(())
+    }
+}
+
+/// Lets the guest go on, for who has the turn; see [`Qemu::resume`].
+pub(crate) async fn resume_in_turn(vm: &Qemu) -> Result<(), VmError> {
+    let resumed = continue_when_settled(vm).await;
+    match &resumed {
+        Ok(()) => {
+            vm.standing.finish(Recovery::Resume);
+            vm.standing.see(None);
+        }
+        // Its process has ended: there is nothing that could go on.
+        Err(VmError::Gone) => {}
+        Err(error) => vm.standing.request(Recovery::Resume, Some(error.to_string())),
+    }
+    resumed
+}
+
+/// `cont`, given again while QEMU refuses it for a moment, as it does right after a migration.
+async fn continue_when_settled(vm: &Qemu) -> Result<(), VmError> {
+    let mut settling = Settling::begin();
+    loop {
+        match vm.control("cont", json!({})).await {
+            Ok(_) => return Ok(()),
+            Err(error) => settling.wait_after(error).await?,
+        }
     }
 }
 

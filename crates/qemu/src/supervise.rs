@@ -44,8 +44,9 @@ impl Qemu {
     /// For as long as the VM's process lives: does each [`Recovery`] that is due, and resumes the guest whenever it
     /// stands still for want of room, once `room` says that there is some. One such call at a time for each VM.
     pub async fn supervise(&self, room: impl Fn() -> bool) {
+        let supervisor = Supervisor { vm: self };
         tokio::select! {
-            () = self.watch(room) => {}
+            () = supervisor.watch(room) => {}
             ended = self.exited() => if let Err(error) = ended {
                 tracing::warn!(vm = %self.name(), %error, "guest_not_watched");
             }
@@ -55,13 +56,20 @@ impl Qemu {
     /// Has [`supervise`](Self::supervise) put right what an earlier daemon may have left half-way when it died: a
     /// migration under way, or a guest with frozen file systems. For a guest that belongs to this node.
     pub fn recover(&self) {
-        self.standing().request(Recovery::EndMigration, None);
-        if self.files().frozen().exists() {
+        self.standing.request(Recovery::EndMigration, None);
+        if self.files.frozen().exists() {
             let reason = "the daemon that froze them has ended".to_owned();
-            self.standing().request(Recovery::Thaw, Some(reason));
+            self.standing.request(Recovery::Thaw, Some(reason));
         }
     }
+}
 
+/// What lets one guest go on.
+struct Supervisor<'a> {
+    vm: &'a Qemu,
+}
+
+impl Supervisor<'_> {
     async fn watch(&self, room: impl Fn() -> bool) {
         let mut patience = Patience::default();
         let mut retry_after = RETRY_INTERVAL;
@@ -70,13 +78,13 @@ impl Qemu {
             // Before the look, so that nothing happens unseen in between. Whatever the reason is for which there
             // are no events, it is tried again after the next look.
             if events.is_none() {
-                events = Qmp::connect(&self.files().events_socket()).await.ok();
+                events = Qmp::connect(&self.vm.files.events_socket()).await.ok();
             }
             self.recover_due().await;
             if let Err(error) = self.resume_if_full(&room, &mut patience).await {
-                tracing::debug!(vm = %self.name(), %error, "cannot ask for a guest's state");
+                tracing::debug!(vm = %self.vm.name(), %error, "cannot ask for a guest's state");
             }
-            let is_due = self.standing().is_any_due();
+            let is_due = self.vm.standing.is_any_due();
             let look_again = if is_due { retry_after } else { LOOK_INTERVAL };
             retry_after = if is_due { (retry_after * 2).min(AGAIN_AFTER_MAX) } else { RETRY_INTERVAL };
             let stopped = async {
@@ -90,7 +98,7 @@ impl Qemu {
                     events = None;
                     tokio::time::sleep(ROOM_INTERVAL).await;
                 },
-                () = self.standing().requested() => {}
+                () = self.vm.standing.requested() => {}
             }
         }
     }
@@ -98,20 +106,20 @@ impl Qemu {
     /// Tries each recovery that is due, once.
     async fn recover_due(&self) {
         for recovery in Recovery::ALL {
-            if !self.standing().is_due(recovery) {
+            if !self.vm.standing.is_due(recovery) {
                 continue;
             }
             let done = match recovery {
                 Recovery::EndMigration => self.end_migration_left_over().await,
                 Recovery::Resume => self.resume_once_more().await,
                 Recovery::Thaw => {
-                    self.thaw_if_frozen(THAW_TIMEOUT).await.map(drop).map_err(|e| e.to_string())
+                    self.vm.agent().thaw_if_frozen(THAW_TIMEOUT).await.map(drop).map_err(|e| e.to_string())
                 }
             };
-            let vm = self.name();
+            let vm = self.vm.name();
             match done {
                 Ok(()) => tracing::debug!(%vm, ?recovery, "guest_recovered"),
-                Err(reason) if self.standing().failed(recovery, reason.clone()) => {
+                Err(reason) if self.vm.standing.failed(recovery, reason.clone()) => {
                     tracing::error!(%vm, ?recovery, reason, "guest_stands_still: it is tried again and again");
                 }
                 Err(reason) => tracing::debug!(%vm, ?recovery, reason, "the guest still stands still"),
@@ -120,40 +128,40 @@ impl Qemu {
     }
 
     async fn resume_once_more(&self) -> Result<(), String> {
-        let _turn = self.run_turn().await;
+        let _turn = self.vm.turns.run().await;
         // A migration may have taken it over meanwhile.
-        if !self.standing().is_due(Recovery::Resume) {
+        if !self.vm.standing.is_due(Recovery::Resume) {
             return Ok(());
         }
         let resumed = async {
-            if self.state().await? != RunState::Running {
-                self.control("cont", json!({})).await?;
+            if self.vm.state().await? != RunState::Running {
+                self.vm.control("cont", json!({})).await?;
             }
             Ok::<_, VmError>(())
         };
         resumed.await.map_err(|error| error.to_string())?;
-        self.standing().finish(Recovery::Resume);
-        tracing::info!(vm = %self.name(), "guest_resumed: QEMU let it go on at last");
+        self.vm.standing.finish(Recovery::Resume);
+        tracing::info!(vm = %self.vm.name(), "guest_resumed: QEMU let it go on at last");
         Ok(())
     }
 
     /// Ends what is left of a migration that nobody drives, and lets the guest go on if its memory had left: it
     /// belongs to this node.
     async fn end_migration_left_over(&self) -> Result<(), String> {
-        let _turn = self.run_turn().await;
+        let _turn = self.vm.turns.run().await;
         // Another migration may have taken it over meanwhile.
-        if !self.standing().is_due(Recovery::EndMigration) {
+        if !self.vm.standing.is_due(Recovery::EndMigration) {
             return Ok(());
         }
         let ended = async {
-            end_migration(self).await?;
-            if self.state().await? == RunState::PostMigrate {
-                self.control("cont", json!({})).await?;
+            end_migration(self.vm).await?;
+            if self.vm.state().await? == RunState::PostMigrate {
+                self.vm.control("cont", json!({})).await?;
             }
             Ok::<_, VmError>(())
         };
         ended.await.map_err(|error| error.to_string())?;
-        self.standing().finish(Recovery::EndMigration);
+        self.vm.standing.finish(Recovery::EndMigration);
         Ok(())
     }
 
@@ -161,18 +169,18 @@ impl Qemu {
         if self.look().await? != RunState::IoError {
             return Ok(());
         }
-        tracing::info!(vm = %self.name(), "guest_paused: there is no room for what it writes to its disk");
+        tracing::info!(vm = %self.vm.name(), "guest_paused: there is no room for what it writes to its disk");
         tokio::time::sleep(patience.after_pause(Instant::now())).await;
         while !room() {
             tokio::time::sleep(ROOM_INTERVAL).await;
         }
         // From the look to the command nobody else may decide otherwise, above all no migration.
-        let _turn = self.run_turn().await;
-        if self.state().await? == RunState::IoError {
-            self.control("cont", json!({})).await?;
+        let _turn = self.vm.turns.run().await;
+        if self.vm.state().await? == RunState::IoError {
+            self.vm.control("cont", json!({})).await?;
             patience.resumed(Instant::now());
-            self.standing().see(None);
-            tracing::info!(vm = %self.name(), "guest_resumed: there is room for its disk again");
+            self.vm.standing.see(None);
+            tracing::info!(vm = %self.vm.name(), "guest_resumed: there is room for its disk again");
         }
         Ok(())
     }
@@ -180,13 +188,13 @@ impl Qemu {
     /// Asks for the state, and notes whether it is one in which the guest stands still though nobody wants it to.
     async fn look(&self) -> Result<RunState, VmError> {
         // Who resumes the guest notes that too, with the turn.
-        let _turn = self.run_turn().await;
-        let state = self.state().await?;
+        let _turn = self.vm.turns.run().await;
+        let state = self.vm.state().await?;
         match &state {
-            RunState::Running => self.standing().see(None),
-            RunState::IoError => self.standing().see(Some(Cause::NoRoom)),
-            RunState::Paused => self.standing().see(Some(Cause::Halted("paused".to_owned()))),
-            RunState::Other(word) => self.standing().see(Some(Cause::Halted(word.clone()))),
+            RunState::Running => self.vm.standing.see(None),
+            RunState::IoError => self.vm.standing.see(Some(Cause::NoRoom)),
+            RunState::Paused => self.vm.standing.see(Some(Cause::Halted("paused".to_owned()))),
+            RunState::Other(word) => self.vm.standing.see(Some(Cause::Halted(word.clone()))),
             // Steps of a start, a migration or an end; for what fails in these a recovery is due.
             RunState::Prelaunch
             | RunState::InMigrate

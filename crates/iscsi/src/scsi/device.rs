@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use super::nexus::{Interrupt, Nexus};
 use super::opcodes::{Command, Entry};
 use super::sense::{Fault, Sense, Status};
-use super::unit::{Interrupt, Nexus, Unit};
+use super::unit::Unit;
 use super::{Begin, Reply, inquiry, number, truncated};
 use crate::pdu::Cdb;
 

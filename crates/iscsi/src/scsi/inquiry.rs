@@ -2,8 +2,8 @@
 
 use sha2::{Digest, Sha256};
 
+use super::nexus::{Identity, Nexus};
 use super::sense::Sense;
-use super::unit::{Identity, Nexus};
 use super::{LOGICAL_BLOCK_BYTES, PHYSICAL_BLOCK_EXPONENT, number, truncated};
 use crate::limits::{
     CLEAR_BLOCKS_MAX, COMPARE_AND_WRITE_BLOCKS_MAX, TRANSFER_BYTES_MAX, UNMAP_DESCRIPTORS_MAX,

@@ -1,9 +1,9 @@
 //! Commands that need the medium or data from the initiator, checked as far as that is possible before.
 
 use super::mode::Form;
+use super::nexus::Era;
 use super::opcodes::Command;
 use super::sense::Sense;
-use super::unit::Era;
 use super::{LOGICAL_BLOCK_BYTES, number};
 use crate::limits::{
     CLEAR_BLOCKS_MAX, LBA_STATUS_BYTES, PARAMETERS_BYTES_MAX, STEP_BYTES, TRANSFER_BYTES_MAX,

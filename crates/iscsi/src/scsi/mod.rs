@@ -15,6 +15,7 @@ mod device;
 mod inquiry;
 mod media;
 mod mode;
+mod nexus;
 mod opcodes;
 mod persistent;
 mod run;
@@ -23,10 +24,11 @@ mod unit;
 
 pub use device::{Device, lun_of_wire, wire_of_lun};
 pub use media::{Range, Work};
-pub use sense::{Fault, Sense, Status};
-pub use unit::{
-    Aborting, Era, Identity, InitiatorPort, Interrupt, Nexus, NexusId, SERIAL_BYTES_MAX, TargetPort, Unit,
+pub use nexus::{
+    Aborting, Era, Identity, InitiatorPort, Interrupt, Nexus, NexusId, SERIAL_BYTES_MAX, TargetPort,
 };
+pub use sense::{Fault, Sense, Status};
+pub use unit::Unit;
 
 /// Size of a logical block in bytes: what every initiator takes.
 pub const LOGICAL_BLOCK_BYTES: u32 = 512;

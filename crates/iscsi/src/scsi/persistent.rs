@@ -3,9 +3,9 @@
 //! They outlive a session but not the target: APTPL is refused, so that no initiator counts on more. The
 //! table is bounded by [`REGISTRATIONS_MAX`].
 
+use super::nexus::{InitiatorPort, Nexus, attention};
 use super::opcodes::Effect;
 use super::sense::{Fault, Sense};
-use super::unit::{InitiatorPort, Nexus, attention};
 use super::{number, truncated};
 use crate::limits::REGISTRATIONS_MAX;
 use crate::pdu::Cdb;

@@ -3,8 +3,9 @@
 use block::{DiskError, ExtentKind, TryIo};
 
 use super::media::{Compare, Force, Kind, Range, Work};
+use super::nexus::Nexus;
 use super::sense::{Fault, Sense};
-use super::unit::{Nexus, Unit};
+use super::unit::Unit;
 use super::{LOGICAL_BLOCK_BYTES, Reply, number, truncated};
 use crate::limits::{CLEAR_BLOCKS_MAX, STEP_BYTES, UNMAP_DESCRIPTORS_MAX};
 

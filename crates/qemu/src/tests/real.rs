@@ -13,7 +13,7 @@ const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i | dd of=/root/n conv
 
 /// Gives one command to the guest's agent and returns its answer.
 async fn ask_agent(vm: &Qemu, request: serde_json::Value) -> serde_json::Value {
-    let mut stream = UnixStream::connect(vm.files().agent_socket()).await.unwrap();
+    let mut stream = UnixStream::connect(vm.files.agent_socket()).await.unwrap();
     stream.write_all(format!("{request}\n").as_bytes()).await.unwrap();
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).await.unwrap();
@@ -53,10 +53,10 @@ async fn a_debian_guest_is_frozen_and_thawed_and_moves_while_it_writes() {
     assert_eq!(frozen.thaw(PATIENCE).await.unwrap(), filesystems);
     // A daemon that dies in between leaves this.
     ask_agent(&source, serde_json::json!({ "execute": "guest-fsfreeze-freeze" })).await;
-    assert_eq!(source.thaw_if_frozen(PATIENCE).await.unwrap(), Some(filesystems));
-    assert_eq!(source.thaw_if_frozen(PATIENCE).await.unwrap(), None);
+    assert_eq!(source.agent().thaw_if_frozen(PATIENCE).await.unwrap(), Some(filesystems));
+    assert_eq!(source.agent().thaw_if_frozen(PATIENCE).await.unwrap(), None);
     drop(source.freeze(PATIENCE).await.unwrap());
-    assert_eq!(source.thaw_if_frozen(PATIENCE).await.unwrap(), None, "who forgets it thaws it");
+    assert_eq!(source.agent().thaw_if_frozen(PATIENCE).await.unwrap(), None, "who forgets it thaws it");
 
     // Cloud-init is done with the console by then.
     wait_for(&source, "^guest-7 login:").await.unwrap();
