@@ -268,7 +268,7 @@ mod tests {
 
     fn code(result: Result<Identity, EnrollError>) -> String {
         match result {
-            Err(EnrollError::Client(ClientError::Refused(error))) => error.code.into_owned(),
+            Err(EnrollError::Client(ClientError::Refused(error))) => error.code.word().to_owned(),
             other => panic!("expected a refusal, got {other:?}"),
         }
     }

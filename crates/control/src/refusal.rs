@@ -160,6 +160,7 @@ codes! {
         TooManyLayers "too_many_layers",
         TooManyTokens "too_many_tokens",
         UnknownMachine "unknown_machine",
+        WrongKind "wrong_kind",
         VmExists "vm_exists",
     }
     Unavailable {

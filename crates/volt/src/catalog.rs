@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kept_profile::KeptProfile;
 use control::api::unix_ms;
-use control::api::volt::ImageRecord;
+use control::api::volt::{ImageKind, ImageRecord};
 use identity::{CERTIFICATE_LIFETIME, Grant, JoinRefusal, SecretHash};
 
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
@@ -62,6 +62,9 @@ pub(crate) enum CatalogError {
     /// The name is taken by another image.
     #[error("the name '{name}' belongs to image {id}")]
     NameTaken { name: ImageName, id: String },
+    /// The same bytes are known as an image of another kind.
+    #[error("image '{name}' has the same bytes and is of kind {kind}")]
+    OtherKind { name: ImageName, kind: ImageKind },
     /// No image of this name or id.
     #[error("there is no image '{0}' in the catalog")]
     NoImage(String),
@@ -141,13 +144,17 @@ impl Catalog {
         let txn = self.db.begin_write()?;
         let record = {
             let mut table = txn.open_table(IMAGES)?;
+            let others = records_of(&table, &image.id)?;
+            if let Some(other) = others.iter().find(|other| other.kind != image.kind) {
+                return Err(CatalogError::OtherKind { name: other.name.clone(), kind: other.kind });
+            }
             let mut record = match get::<ImageRecord>(&table, image.name.as_str())? {
                 Some(old) if old.id != image.id => {
                     return Err(CatalogError::NameTaken { name: old.name, id: old.id.to_string() });
                 }
                 Some(old) => old,
                 None => {
-                    let other = records_of(&table, &image.id)?.into_iter().next();
+                    let other = others.into_iter().next();
                     ImageRecord { shaping: other.and_then(|other| other.shaping), ..image.clone() }
                 }
             };
@@ -395,6 +402,7 @@ mod tests {
         ImageRecord {
             name: name.parse().unwrap(),
             id: ImageId::of_root_page(root),
+            kind: ImageKind::Disk,
             root_page: String::new(),
             size_bytes: 1,
             chunks: 1,
@@ -403,6 +411,19 @@ mod tests {
             origins: vec![],
             shaping: None,
         }
+    }
+
+    #[test]
+    fn the_same_bytes_are_of_one_kind_and_records_of_before_are_disks() {
+        let (_dir, catalog) = catalog();
+        let origin: NodeName = "o".parse().unwrap();
+        let memory = ImageRecord { kind: ImageKind::Memory, ..record("b:1", b"a") };
+        assert_eq!(catalog.add_image(&record("a:1", b"a"), &origin).unwrap().kind, ImageKind::Disk);
+        let refused = catalog.add_image(&memory, &origin).unwrap_err();
+        assert!(matches!(&refused, CatalogError::OtherKind { kind: ImageKind::Disk, .. }), "{refused}");
+        let mut old = serde_json::to_value(record("c:1", b"c")).unwrap();
+        old.as_object_mut().unwrap().remove("kind");
+        assert_eq!(serde_json::from_value::<ImageRecord>(old).unwrap().kind, ImageKind::Disk);
     }
 
     #[test]

@@ -113,6 +113,7 @@ async fn register_image(
     let record = ImageRecord {
         name,
         id: root.id(),
+        kind: request.kind,
         root_page: request.root_page,
         size_bytes: root.size_bytes(),
         chunks: root.chunk_count(),
@@ -410,6 +411,7 @@ impl From<CatalogError> for Refusal {
         match error {
             CatalogError::NameTaken { .. } => Refusal::new(Code::NameTaken, text)
                 .with_hint("use another tag, or remove the name first with 'virtman image remove'"),
+            CatalogError::OtherKind { .. } => Refusal::new(Code::WrongKind, text),
             CatalogError::NoImage(_) => Refusal::new(Code::NoSuchImage, text)
                 .with_hint("'virtman image list' shows those that there are"),
             CatalogError::NoNode(_) => Refusal::new(Code::NoSuchNode, text)

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 
 use super::export::{ChapSecret, IscsiAccess};
 use super::profile::NodeProfile;
+use super::volt::ImageKind;
 
 /// Makes a node the origin of an image.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -75,6 +76,9 @@ pub struct NodeImage {
     /// BLAKE3 of its root page.
     #[schema(value_type = String)]
     pub id: ImageId,
+    /// What it is of.
+    #[serde(default)]
+    pub kind: ImageKind,
     /// Virtual size.
     pub size_bytes: u64,
     /// Chunks that cover it.

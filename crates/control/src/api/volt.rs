@@ -1,11 +1,33 @@
 //! The bodies of Volt's API.
 
+use std::fmt;
+
 use block::{ChunkHash, ImageId, ImageName, NodeName};
 use planner::{Location, Placement, Role, Shape, Shaping};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::profile::ProfileOffer;
+
+/// What an image is of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageKind {
+    /// A disk: VMs' disks can stand on it. What all images were once.
+    #[default]
+    Disk,
+    /// The memory of a guest.
+    Memory,
+}
+
+impl fmt::Display for ImageKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ImageKind::Disk => "disk",
+            ImageKind::Memory => "memory",
+        })
+    }
+}
 
 /// An image in the catalog.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -16,6 +38,9 @@ pub struct ImageRecord {
     /// BLAKE3 of the root page, 64 hexadecimal digits.
     #[schema(value_type = String)]
     pub id: ImageId,
+    /// What it is of.
+    #[serde(default)]
+    pub kind: ImageKind,
     /// The root page itself, base64.
     pub root_page: String,
     /// Virtual size.
@@ -49,6 +74,9 @@ pub struct TuneImage {
 pub struct RegisterImage {
     /// The root page, base64. Its hash is the image's id.
     pub root_page: String,
+    /// What it is of.
+    #[serde(default)]
+    pub kind: ImageKind,
 }
 
 /// Asks for a join token.

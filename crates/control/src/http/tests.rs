@@ -315,7 +315,7 @@ async fn lines_that_are_refused_or_wrong_say_so() {
     let server = Server::start(|_| Router::new().route("/text", get(async || "1\ntwo\n3\n")));
     let client = server.client();
     let Err(error) = client.stream_lines::<u32>("/nowhere").await else { panic!("there is no such path") };
-    assert_eq!(refusal(error).code, "no_such_path");
+    assert_eq!(refusal(error).code.word(), "no_such_path");
     let mut text = client.stream_lines::<u32>("/text").await.unwrap();
     assert_eq!(text.next().await.unwrap().unwrap(), 1);
     assert!(matches!(text.next().await, Some(Err(ClientError::BadAnswer { .. }))));

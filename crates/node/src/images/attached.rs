@@ -17,10 +17,13 @@ use super::retention::{Holders, IdleTimeout, Retention, Usage};
 use super::upstream::{SwappableUpstream, Upstream};
 use crate::nbd_socket::{Clients, NbdSocket};
 use control::api::compute::NodeImage;
+use control::api::volt::ImageKind;
 
 /// One attached image.
 pub(crate) struct Attached {
     pub(crate) id: ImageId,
+    /// What it is of.
+    pub(crate) kind: ImageKind,
     pub(crate) root: RootPage,
     pub(crate) volume: Arc<ImageVolume>,
     /// Connections from outside that have it open over NBD.
@@ -168,6 +171,7 @@ impl Attached {
         NodeImage {
             names: state.names.iter().cloned().collect(),
             id: self.id,
+            kind: self.kind,
             size_bytes: self.root.size_bytes(),
             chunks: self.root.chunk_count(),
             zero_chunks: self.root.zero_chunks(),

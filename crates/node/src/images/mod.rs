@@ -43,7 +43,7 @@ use crate::nbd_socket::{Clients, NbdSocket};
 use crate::state::{self, Layout};
 use control::api::compute::NodeImage;
 use control::api::profile::ProfileOffer;
-use control::api::volt::ImageRecord;
+use control::api::volt::{ImageKind, ImageRecord};
 use control::refusal::{Code, Refusal};
 use control::units::ByteSize;
 
@@ -106,6 +106,8 @@ impl Drop for Attaching<'_> {
 #[derive(Serialize, Deserialize)]
 struct AttachedRecord {
     names: BTreeSet<ImageName>,
+    #[serde(default)]
+    kind: ImageKind,
     root_page: String,
     placement: Placement,
     #[serde(default, rename = "fill")]
@@ -222,7 +224,7 @@ impl Images {
                 attached.profile.offer(profile);
                 attached
             }
-            None => self.make(root, placement, profile, asked)?,
+            None => self.make(root, record.kind, placement, profile, asked)?,
         };
         self.add_name(&attached, record.name.clone())?;
         // A push that overtook Volt's answer is newer than the answer. Under the lock, a push either finds
@@ -345,6 +347,7 @@ impl Images {
     fn make(
         &self,
         root: RootPage,
+        kind: ImageKind,
         placement: Placement,
         profile: ProfileOffer,
         asked: Instant,
@@ -376,6 +379,7 @@ impl Images {
         });
         Ok(Arc::new(Attached {
             id,
+            kind,
             root,
             volume,
             clients: Clients::default(),
@@ -443,6 +447,7 @@ impl Images {
             let state = attached.state();
             AttachedRecord {
                 names: state.names.clone(),
+                kind: attached.kind,
                 root_page: BASE64.encode(attached.root.encode()),
                 placement: state.placement.clone(),
                 prefetch: state.prefetch.is_some(),

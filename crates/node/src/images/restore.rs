@@ -43,7 +43,8 @@ fn waits_for_base(images: &Images, file: &Path) -> bool {
 fn restore_one(images: &Images, file: &Path) -> Result<(), String> {
     let record: AttachedRecord = state::read_record(file)?;
     let root = decode_root(&record.root_page)?;
-    let attached = images.make(root, record.placement, ProfileOffer::default(), Instant::now())?;
+    let attached =
+        images.make(root, record.kind, record.placement, ProfileOffer::default(), Instant::now())?;
     for name in record.names {
         images.add_name(&attached, name)?;
     }

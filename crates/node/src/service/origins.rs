@@ -19,7 +19,7 @@ use crate::layers::{self, Layers};
 use crate::tasks::{blocking, run_uncancelled};
 use crate::volt::{VoltLink, from_volt};
 use control::api::compute::{AddImage, ImageVerified, KeepImage, NodeImage};
-use control::api::volt::{ImageRecord, RegisterImage};
+use control::api::volt::{ImageKind, ImageRecord, RegisterImage};
 use control::http::ClientError;
 use control::refusal::{Code, Refusal};
 
@@ -139,7 +139,7 @@ impl OriginService {
     }
 
     async fn serve_made(&self, name: &ImageName, made: &MadeImage) -> Result<Arc<Attached>, Refusal> {
-        let request = RegisterImage { root_page: BASE64.encode(made.root.encode()) };
+        let request = RegisterImage { root_page: BASE64.encode(made.root.encode()), kind: ImageKind::Disk };
         let record = self.volt.register_image(name.as_str(), &request).await.map_err(from_volt)?;
         let _attaching = self.images.expect_pushes();
         let asked = tokio::time::Instant::now();

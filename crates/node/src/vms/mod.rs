@@ -34,6 +34,7 @@ use crate::nbd_socket::NbdSocket;
 use crate::state::{self, Layout};
 use crate::tasks::blocking;
 use control::api::compute::{Vm as VmView, VmPaused, VmState};
+use control::api::volt::ImageKind;
 use control::api::{now_unix_ms, unix_ms};
 use control::refusal::{Code, Refusal};
 use store::durable::{NewFile, UnsyncedFile};
@@ -104,6 +105,15 @@ impl Vms {
         size_bytes: Option<u64>,
         asked: Instant,
     ) -> Result<VmView, Refusal> {
+        if attached.kind != ImageKind::Disk {
+            return Err(Refusal::new(
+                Code::WrongKind,
+                format!(
+                    "'{image}' is an image of kind {}, and a VM's disk needs one of kind disk",
+                    attached.kind
+                ),
+            ));
+        }
         let _one_at_a_time = self.lock(name).lock().await;
         let image_bytes = attached.root.size_bytes();
         if let Ok(vm) = self.get(name) {
