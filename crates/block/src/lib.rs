@@ -3,12 +3,14 @@
 //! - [`ChunkHash`], [`Chunk`], [`ImageId`], [`ChunkIndex`], [`Geometry`]: what an image is made of.
 //! - [`NodeName`], [`VmName`], [`SnapshotName`], [`ImageName`]: names that came from outside and passed the allow-list.
 //! - [`ChunkSource`]: verified, immutable chunks. [`Disk`]: a byte-addressed virtual disk.
+//! - [`Backoff`]: pauses between attempts.
 //! - [`limits`]: every bound that more than one crate must agree on.
 //!
 //! Invariants:
 //! - A [`Chunk`] exists only if its bytes hash to its name. Holding one *is* the proof of verification.
 //! - Nothing here knows sockets, files, clocks or an async runtime.
 
+mod backoff;
 mod chunk;
 mod disk;
 mod geometry;
@@ -16,6 +18,7 @@ pub mod limits;
 mod name;
 mod source;
 
+pub use backoff::Backoff;
 pub use chunk::{Chunk, ChunkHash, ImageId, ParseHashError, WrongChunk};
 pub use disk::{Access, Disk, DiskError, Extent, ExtentKind, TryIo};
 pub use futures_util::future::BoxFuture;

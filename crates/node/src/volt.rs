@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use block::{ImageId, ImageName, NodeName};
+use block::{Backoff, ImageId, ImageName, NodeName};
 use futures_util::StreamExt;
 use image::BootProfile;
 use link::Report;
@@ -146,9 +146,9 @@ impl VoltLink {
 
     /// Stays connected until dropped.
     pub(crate) async fn run(&self, introduction: &Introduction, images: &Images) {
-        let mut pause = RETRY_MIN;
+        let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
         loop {
-            let error = match self.session(introduction, images, &mut pause).await {
+            let error = match self.session(introduction, images, &mut backoff).await {
                 Ok(()) => "Volt ended the connection".to_owned(),
                 Err(error) => error.to_string(),
             };
@@ -157,8 +157,7 @@ impl VoltLink {
             } else {
                 tracing::info!(error, "volt_unreachable");
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY_MAX);
+            tokio::time::sleep(backoff.pause()).await;
         }
     }
 
@@ -166,7 +165,7 @@ impl VoltLink {
         &self,
         introduction: &Introduction,
         images: &Images,
-        pause: &mut Duration,
+        backoff: &mut Backoff,
     ) -> Result<(), ClientError> {
         let me = RegisterNode {
             address: introduction.address.clone(),
@@ -188,7 +187,7 @@ impl VoltLink {
             images.offer_profile(&attached.id, answer.profile);
         }
         self.connected.store(true, Ordering::Relaxed);
-        *pause = RETRY_MIN;
+        backoff.reset();
         tracing::info!("volt_connected");
 
         let mut beat = tokio::time::interval(lease / BEATS_PER_LEASE);

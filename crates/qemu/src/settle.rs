@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use block::Backoff;
 use tokio::time::Instant;
 
 use super::VmError;
@@ -68,12 +69,15 @@ impl VmError {
 /// ```
 pub(crate) struct Settling {
     until: Instant,
-    pause: Duration,
+    backoff: Backoff,
 }
 
 impl Settling {
     pub(crate) fn begin() -> Settling {
-        Settling { until: Instant::now() + SETTLE_TIMEOUT, pause: AGAIN_AFTER }
+        Settling {
+            until: Instant::now() + SETTLE_TIMEOUT,
+            backoff: Backoff::new(AGAIN_AFTER, AGAIN_AFTER_MAX),
+        }
     }
 
     /// Waits if the command may be given again, else gives the error back.
@@ -81,8 +85,7 @@ impl Settling {
         if !error.may_pass() || Instant::now() >= self.until {
             return Err(error);
         }
-        tokio::time::sleep(self.pause).await;
-        self.pause = (self.pause * 2).min(AGAIN_AFTER_MAX);
+        tokio::time::sleep(self.backoff.pause()).await;
         Ok(())
     }
 }

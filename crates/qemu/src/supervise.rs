@@ -10,6 +10,7 @@
 
 use std::time::Duration;
 
+use block::Backoff;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -72,7 +73,7 @@ struct Supervisor<'a> {
 impl Supervisor<'_> {
     async fn watch(&self, room: impl Fn() -> bool) {
         let mut patience = Patience::default();
-        let mut retry_after = RETRY_INTERVAL;
+        let mut backoff = Backoff::new(RETRY_INTERVAL, AGAIN_AFTER_MAX);
         let mut events = None;
         loop {
             // Before the look, so that nothing happens unseen in between. Whatever the reason is for which there
@@ -85,8 +86,12 @@ impl Supervisor<'_> {
                 tracing::debug!(vm = %self.vm.name(), %error, "cannot ask for a guest's state");
             }
             let is_due = self.vm.standing.is_any_due();
-            let look_again = if is_due { retry_after } else { LOOK_INTERVAL };
-            retry_after = if is_due { (retry_after * 2).min(AGAIN_AFTER_MAX) } else { RETRY_INTERVAL };
+            let look_again = if is_due {
+                backoff.pause()
+            } else {
+                backoff.reset();
+                LOOK_INTERVAL
+            };
             let stopped = async {
                 match &mut events {
                     Some(events) => events.happened("STOP").await,
@@ -207,20 +212,24 @@ impl Supervisor<'_> {
 }
 
 /// How long a guest that is paused waits before it is resumed: ever longer if that did not help the last time.
-#[derive(Default)]
 struct Patience {
-    interval: Duration,
+    backoff: Backoff,
     resumed: Option<Instant>,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience { backoff: Backoff::new(ROOM_INTERVAL, AGAIN_AFTER_MAX), resumed: None }
+    }
 }
 
 impl Patience {
     fn after_pause(&mut self, now: Instant) -> Duration {
         let in_vain = self.resumed.is_some_and(|resumed| now.duration_since(resumed) < RAN_LONG);
-        self.interval = match in_vain {
-            true => (self.interval * 2).min(AGAIN_AFTER_MAX),
-            false => ROOM_INTERVAL,
-        };
-        self.interval
+        if !in_vain {
+            self.backoff.reset();
+        }
+        self.backoff.pause()
     }
 
     fn resumed(&mut self, now: Instant) {

@@ -372,7 +372,7 @@ async fn report(
             volt.apply(Event::Lost { by: node, parent });
         }
         NodeReport::Back { parent } => {
-            tracing::info!(by = %node, %parent, "parent_reachable: a node reaches its parent again")
+            tracing::info!(by = %node, %parent, "parent_reachable: a node reaches its parent again");
         }
     }
     Ok(StatusCode::NO_CONTENT)

@@ -1,9 +1,8 @@
 //! The connection to a logical unit, from the first dial through every loss to the logout.
 
 use std::io;
-use std::time::Duration;
 
-use block::DiskError;
+use block::{Backoff, DiskError};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -126,18 +125,13 @@ pub(super) async fn run(connector: Connector, first: Wire, unit: Unit, mut jobs:
 /// drops the connection at the first command is not dialled in a tight loop.
 struct Away {
     since: Instant,
-    pause: Duration,
+    backoff: Backoff,
 }
 
 impl Default for Away {
     fn default() -> Away {
-        Away { since: Instant::now(), pause: Duration::ZERO }
+        Away { since: Instant::now(), backoff: Backoff::at_once(BACKOFF_FIRST, BACKOFF_MAX) }
     }
-}
-
-/// The pause after this one.
-pub(super) fn longer(pause: Duration) -> Duration {
-    (pause * 2).clamp(BACKOFF_FIRST, BACKOFF_MAX)
 }
 
 /// Logs in until there is a session with the same unit.
@@ -148,13 +142,12 @@ async fn reconnect(
     pending: &mut Vec<Job>,
     jobs: &mut mpsc::Receiver<Job>,
 ) -> Result<Wire, End> {
-    if away.pause.is_zero() {
+    if away.backoff.is_fresh() {
         away.since = Instant::now();
     }
     let mut told = None;
     loop {
-        let pause = away.pause;
-        away.pause = longer(pause);
+        let pause = away.backoff.pause();
         let attempt = async {
             tokio::time::sleep(pause).await;
             connector.connect().await

@@ -3,13 +3,12 @@
 
 use std::sync::{Arc, OnceLock};
 
-use block::{Access, DiskError, Extent, ExtentKind};
+use block::{Access, Backoff, DiskError, Extent, ExtentKind};
 use tokio::sync::{RwLock, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::Retry;
-use super::connection::longer;
-use super::limits::{ATTENTIONS_MAX, BACKOFF_FIRST};
+use super::limits::{ATTENTIONS_MAX, BACKOFF_FIRST, BACKOFF_MAX};
 use super::scsi::{self, Unmapping, Verdict, classify};
 use super::session::{Command, Hold, Job, Reply};
 use super::unit::{Clearing, Unit};
@@ -124,7 +123,7 @@ impl UnitClient {
         hold: Option<&Hold>,
     ) -> Result<Known, DiskError> {
         let since = Instant::now();
-        let (mut attentions, mut pause) = (0, BACKOFF_FIRST);
+        let (mut attentions, mut backoff) = (0, Backoff::new(BACKOFF_FIRST, BACKOFF_MAX));
         loop {
             let reply = waiting.await.map_err(|_| ended())??;
             let later = match classify(&reply) {
@@ -152,8 +151,7 @@ impl UnitClient {
                 {
                     return Err(DiskError::Io(why));
                 }
-                tokio::time::sleep(pause).await;
-                pause = longer(pause);
+                tokio::time::sleep(backoff.pause()).await;
             }
             waiting = self.hand_over(command.clone(), hold.cloned()).await?;
         }

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use block::Backoff;
+
 use crate::limits::{BAN, REDIAL_MAX, REDIAL_MIN};
 
 /// Whether requests may go to a parent.
@@ -87,7 +89,7 @@ impl LinkState {
 
     /// The dial failed, or the link was lost.
     pub fn failed(&mut self, now: Duration) {
-        let wait = REDIAL_MIN.saturating_mul(1 << self.failures.min(16)).min(REDIAL_MAX);
+        let wait = Backoff::after(REDIAL_MIN, REDIAL_MAX, self.failures);
         // Between 75 and 100 percent of the wait, different each time.
         let part = self.salt.rotate_left(self.failures.wrapping_mul(7)) % 256;
         let wait = wait - wait * u32::try_from(part).expect("less than 256") / 1024;

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use block::Priority;
+use block::{Backoff, Priority};
 
 use super::paths::{Grade, PathId, Paths};
 use crate::limits::{
@@ -275,7 +275,7 @@ impl RequestPolicy {
         if self.hopeless_rounds >= NOT_HERE_ROUNDS_MAX {
             return Decision::GiveUp;
         }
-        let wait = ROUND_WAIT_MIN.saturating_mul(1 << self.round.min(16)).min(ROUND_WAIT_MAX);
+        let wait = Backoff::after(ROUND_WAIT_MIN, ROUND_WAIT_MAX, self.round);
         self.round = self.round.saturating_add(1);
         self.failed.clear();
         self.not_here = 0;
@@ -284,7 +284,7 @@ impl RequestPolicy {
 
     fn patience(&self) -> Duration {
         let first = if self.priority == Priority::Guest { PATIENCE_GUEST } else { PATIENCE_OTHERS };
-        first.saturating_mul(1 << self.round.min(16)).min(PATIENCE_MAX)
+        Backoff::after(first, PATIENCE_MAX, self.round)
     }
 
     /// The chunk came from `path`. The request is over; it is to be withdrawn from all others.

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
+use block::Backoff;
 use bytes::{Buf, BufMut, Bytes};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
@@ -139,12 +139,12 @@ pub(super) async fn run(
 /// connection and drops it at the first request is not dialled in a tight loop.
 struct Away {
     since: Instant,
-    pause: Duration,
+    backoff: Backoff,
 }
 
 impl Default for Away {
     fn default() -> Away {
-        Away { since: Instant::now(), pause: Duration::ZERO }
+        Away { since: Instant::now(), backoff: Backoff::at_once(BACKOFF_FIRST, BACKOFF_MAX) }
     }
 }
 
@@ -155,12 +155,11 @@ async fn reconnect(
     pending: &mut Pending,
     jobs: &mut mpsc::Receiver<Job>,
 ) -> Option<(BoxStream, Agreed)> {
-    if away.pause.is_zero() {
+    if away.backoff.is_fresh() {
         away.since = Instant::now();
     }
     loop {
-        let pause = away.pause;
-        away.pause = (pause * 2).clamp(BACKOFF_FIRST, BACKOFF_MAX);
+        let pause = away.backoff.pause();
         let attempt = async {
             tokio::time::sleep(pause).await;
             connector.connect().await
