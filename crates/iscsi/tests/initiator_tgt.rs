@@ -55,7 +55,7 @@ async fn tgt_and_the_initiator_prove_themselves_to_each_other() {
     assert!(matches!(gone, Err(ConnectError::NoUnit)), "{gone:?}");
     let controller = Initiator::connect(&address(&tgt, 0), secrets, Options::default()).await;
     assert!(
-        matches!(&controller, Err(ConnectError::Unusable(why)) if why.contains("no disk")),
+        matches!(&controller, Err(ConnectError::Unusable(why)) if why.contains("not a disk")),
         "{controller:?}"
     );
     let seen =
