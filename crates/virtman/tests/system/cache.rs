@@ -199,7 +199,7 @@ fn cache_refusals_say_what_to_do_and_change_nothing() {
     for (path, size, words) in [
         (&dir, "1G", &["Is a directory", "name a file"][..]),
         (&small, "100K", &["too small", "102400", "131072 do"]),
-        (&foreign, "1G", &["no VirtMan cache", "erase it first"]),
+        (&foreign, "1G", &["not a VirtMan cache", "erase it first"]),
         (&theirs, "2G", &["in use by another process", "another file"]),
         (&first, "3G", &["there already", "3221225472", "virtman cache remove"]),
         (&cluster.path("no/such/place"), "1G", &["No such file", "directory that is there"]),

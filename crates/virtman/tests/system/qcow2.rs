@@ -279,7 +279,7 @@ fn qcow2_refusals_leave_nothing_behind_and_say_what_to_do() {
         cluster.refused(&[&["--node", "n", "create", vm, "--image", "disk:1", "--from"], rest].concat())
     };
     says(&create("x", &[&path("whole.qcow2")]), &["whole.qcow2", "whole disk", "virtman image add"]);
-    says(&create("x", &[&path("source")]), &["source", "no qcow2 file", "virtman image add"]);
+    says(&create("x", &[&path("source")]), &["source", "not a qcow2 file", "virtman image add"]);
     says(&create("x", &[&path("small.qcow2")]), &["small.qcow2", "12582912", "25165824", "qemu-img resize"]);
     says(&create("x", &[&path("cut.qcow2")]), &["cut.qcow2", "truncated", "copy it again"]);
     says(&create("x", &[&path("missing")]), &[&path("missing"), "No such file"]);

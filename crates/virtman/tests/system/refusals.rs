@@ -73,7 +73,7 @@ fn refusals_a_token_works_once_and_a_name_is_given_once() {
     says(&used, &["cannot listen on", cluster.volt_address(), "--listen"]);
     says(&join(&good, "x"), &["used before", "virtman volt token"]);
 
-    says(&join("nonsense", "x"), &["no join token", "virtman volt token"]);
+    says(&join("nonsense", "x"), &["not a join token", "virtman volt token"]);
     let for_z = cluster.ok(&["volt", "token", "--for", "z"]);
     says(&join(for_z.trim(), "x"), &["'z'", "'x'"]);
     says(&join(&token(), "../x"), &["'../x'", "node name"]);
@@ -194,7 +194,7 @@ fn refusals_commands_say_which_daemon_is_missing_and_how_to_start_it() {
         ("/x=5Q", &["'5Q'", "such as 20G"]),
         ("/nowhere/at/all/x=1G", &["/nowhere/at/all/x", "No such file"]),
         (&format!("{small}=1"), &[small, "too small"]),
-        (&foreign, &["foreign", "no VirtMan cache", "erase it first"]),
+        (&foreign, &["foreign", "not a VirtMan cache", "erase it first"]),
     ] {
         says(&cluster.refused(&[&compute[..], &["--cache", cache]].concat()), words);
     }
