@@ -139,7 +139,7 @@ async fn remove_image(State(volt): Shared, peer: Peer, Path(name): Path<String>)
     if let Peer::Remote(Principal::Node(node)) = &peer
         && !record.origins.contains(node)
     {
-        return Err(Refusal::new(Code::OriginUnknown, "a node can only remove images whose origin it is"));
+        return Err(Refusal::new(Code::NotItsOrigin, "a node can only remove images whose origin it is"));
     }
     let record = volt.catalog.remove_image(&name)?;
     if matches!(volt.catalog.image(&record.id.to_string()), Err(CatalogError::NoImage(_))) {
@@ -308,7 +308,7 @@ async fn attach(
         && !volt.catalog.images()?.iter().any(|image| image.id == id && image.origins.contains(&node))
     {
         return Err(Refusal::new(
-            Code::OriginUnknown,
+            Code::NotItsOrigin,
             format!("node {node} is not an origin of {}: it must register the image first", request.image),
         ));
     }

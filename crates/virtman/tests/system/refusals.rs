@@ -320,7 +320,7 @@ fn refusals_a_node_brings_no_vm_that_no_administrator_named() {
         s_client_asks(target, Some(&node), &request(method, path, body))
     };
     let expect = format!("{{\"from\":\"n\",\"address\":\"{}\"}}", cluster.node_address("n"));
-    says(&asks("PUT", "/v1/incoming/x", &expect), &["HTTP/1.1 403", "no administrator"]);
+    says(&asks("PUT", "/v1/incoming/x", &expect), &["HTTP/1.1 403", "not an administrator"]);
     says(
         &asks("POST", "/v1/incoming/x/receive", &offer),
         &["HTTP/1.1 403", "no administrator said that 'x' may come from n"],

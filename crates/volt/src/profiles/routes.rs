@@ -102,7 +102,7 @@ async fn add_record(
     must_fit(&request.file, &image)?;
     if volt.cluster.placement(&node, &id).is_none() {
         let message = format!("node {node} has not attached '{}', so it cannot have booted it", image.name);
-        return Err(Refusal::new(Code::NotAttachedThere, message));
+        return Err(Refusal::new(Code::NotAttached, message));
     }
     let chunks = request.file.0.chunks().len();
     if change(&volt, &id, |kept| kept.record(&node, request.file, now_unix_ms()))? == Recorded::Merged {
