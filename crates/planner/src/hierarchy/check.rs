@@ -98,8 +98,9 @@ impl Plan {
                 } else if forest.excess(key) > 0 && stage == Stage::Planning {
                     let open = forest.best_open(key, |_| true).filter(|&place| forest.is_rooted(place));
                     let movable = |place: Key| {
-                        // Whom a guest stands for can change without its host's doing.
-                        let own = children.iter().filter(|&&child| self.face(stripe, child).is_none());
+                        // Whom a guest stands for can change, or leave it empty, without its host's doing: the host's
+                        // plan is looked at again with the next tick.
+                        let own = children.iter().filter(|child| self.units[child].kind != Kind::Guest);
                         let mut ways = own.filter(|&&child| !forest.is_within(place, child));
                         ways.any(|&child| !self.avoids(members, stripe, child, place))
                     };

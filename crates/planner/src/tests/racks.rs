@@ -239,3 +239,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_rack_that_its_last_relay_left_may_be_one_too_many_below_a_root() {
+    let mut cluster = Cluster::new(2, 1);
+    cluster.join("n", Role::Relay);
+    cluster.apply(Event::Quarantine { node: name("o") });
+    cluster.apply(Event::Quarantine { node: name("n") });
+    cluster.join("o", Role::Origin);
+    cluster.up("n", "z");
+    cluster.up("o", "z");
+    cluster.join("m", Role::Relay);
+    cluster.apply(Event::Lost { by: name("n"), parent: name("m") });
+    // Its rack has nobody any more who would avoid the relay in the other.
+    cluster.now = LEASE;
+    cluster.up("n", "z/r");
+    cluster.planner.check();
+    cluster.pass(Millis(1));
+}
