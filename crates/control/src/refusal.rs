@@ -114,6 +114,7 @@ codes! {
         WrongName "wrong_name",
     }
     NotFound {
+        NoSuchDisk "no_such_disk",
         NoSuchExport "no_such_export",
         NoSuchImage "no_such_image",
         NoSuchMedium "no_such_medium",
@@ -153,6 +154,7 @@ codes! {
         RegisterAgain "register_again",
         Running "running",
         Settling "settling",
+        SeveralDisks "several_disks",
         SnapshotExists "snapshot_exists",
         TargetExists "target_exists",
         TooManyLayers "too_many_layers",

@@ -1,7 +1,7 @@
 //! A node: `virtman compute`.
 //!
-//! From below: [`state`] says where it keeps what; [`images`] are attached, fetched and served; [`layers`] are what disks
-//! are made of; [`vms`] have disks, snapshots and guests; [`exports`] let others open them; [`service`] and
+//! From below: [`state`] says where it keeps what; [`images`] are attached, fetched and served; [`layers`] are what
+//! [`disks`] are made of; [`vms`] have disks, snapshots and guests; [`exports`] let others open them; [`service`] and
 //! [`migration`] are what a node does when it is asked, by way of [`routes`]. [`volt`] keeps in touch with Volt, and
 //! [`cache`] keeps what was fetched. Each knows those below it and none above.
 //!
@@ -10,6 +10,7 @@
 
 mod cache;
 pub mod config;
+mod disks;
 mod exports;
 #[cfg(feature = "faults")]
 pub mod fault;

@@ -88,9 +88,7 @@ pub(crate) async fn restore(vms: &Vms, guests: &Guests, outgoing: &OutgoingVms) 
 
 fn open(vms: &Vms, record: VmRecord) -> Result<Arc<Vm>, String> {
     let dir = vms.dir(&record.name);
-    let socket = vms.disk_socket(&record.name);
-    let top = vms.layers.open_top(record.top)?;
-    let vm = Vm::open(record, &dir, top, &socket)?;
+    let vm = vms.open(record)?;
     if let Some(guest) = Qemu::adopt(&dir) {
         tracing::info!(vm = %vm.name(), pid = guest.pid(), "guest_adopted: it still runs");
         guest.recover();

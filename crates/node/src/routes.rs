@@ -11,7 +11,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use block::{ImageName, SnapshotName, VmName};
+use block::{DiskId, ImageName, SnapshotName, VmName};
 use futures_util::{Stream, stream};
 use image::ImportProgress;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,7 @@ use control::api::compute::{
     SnapshotView, StartVm, StopVm, TakeSnapshot, Vm, VmReady, VmStarted, WaitReady,
 };
 use control::api::details::VmDetails;
+use control::api::disk::DiskView;
 use control::api::export::{ExportAccess, ExportName, ExportView};
 use control::api::openapi_document;
 use control::api::qcow2::{ExportSnapshot, ImportVm, SnapshotExported, VmImported};
@@ -56,6 +57,8 @@ pub(crate) fn routes() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(vms))
         .routes(routes!(vm, create_vm, destroy_vm))
         .routes(routes!(vm_details))
+        .routes(routes!(disks))
+        .routes(routes!(disk))
         .routes(routes!(import_vm))
         .routes(routes!(last_start, start_vm))
         .routes(routes!(wait_vm))
@@ -232,6 +235,21 @@ async fn vms(State(node): Shared, peer: Peer) -> Answer<Vec<Vm>> {
 async fn vm(State(node): Shared, peer: Peer, Path(name): Path<VmName>) -> Answer<Vm> {
     peer.must_be_admin()?;
     Ok(Json(node.vms.describe(&*node.vms.get(&name)?)))
+}
+
+/// The disks of all VMs.
+#[utoipa::path(get, path = "/v1/disks", responses((status = 200, body = Vec<DiskView>)))]
+async fn disks(State(node): Shared, peer: Peer) -> Answer<Vec<DiskView>> {
+    peer.must_be_admin()?;
+    Ok(Json(node.vms.all().iter().flat_map(|vm| node.vms.describe_disks(vm)).collect()))
+}
+
+/// One disk, by its id.
+#[utoipa::path(get, path = "/v1/disks/{disk}", params(("disk" = String, Path,)),
+    responses((status = 200, body = DiskView), (status = 404)))]
+async fn disk(State(node): Shared, peer: Peer, Path(id): Path<DiskId>) -> Answer<DiskView> {
+    peer.must_be_admin()?;
+    node.vms.describe_disk(&id).map(Json)
 }
 
 /// Everything about one VM.

@@ -24,13 +24,19 @@ const TCG_BUFFER_MIB: u32 = 128;
 /// Longest path of a UNIX socket in bytes: the system's 108 with a zero at the end.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
+/// Longest serial number of a virtio disk (VIRTIO 1.2, section 5.2.6).
+const SERIAL_BYTES_MAX: usize = 20;
+
 /// What one VM is to be. With its seed and its disk at other paths it is the same machine on another node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSpec {
     /// The VM's name; also decides its hardware address.
     pub name: VmName,
-    /// Its system disk.
+    /// The disk that it boots from.
     pub disk: VmDisk,
+    /// Its other disks.
+    #[serde(default)]
+    pub further_disks: Vec<VmDisk>,
     /// A NoCloud seed disk, attached read-only.
     pub seed: Option<PathBuf>,
     /// Memory in MiB.
@@ -71,6 +77,9 @@ pub struct VmDisk {
     pub socket: PathBuf,
     /// The name of the export.
     pub export: String,
+    /// The serial number that the guest sees; of longer ones the first 20 bytes. None is shown if absent.
+    #[serde(default)]
+    pub serial: Option<String>,
 }
 
 /// A kernel that QEMU loads itself.
@@ -223,28 +232,7 @@ fn add_channels(line: &mut CommandLine, files: &VmFiles) -> Result<(), VmError> 
 }
 
 fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
-    let disk = json!({
-        "driver": "nbd",
-        "node-name": "disk",
-        "server": { "type": "unix", "path": qemu_socket_path(&spec.disk.socket)? },
-        "export": spec.disk.export,
-        "reconnect-delay": NBD_RECONNECT_SECONDS,
-        "discard": "unmap",
-        "cache": { "direct": false, "no-flush": false },
-    });
-    line.add_json("-blockdev", &disk);
-    // Index 0 is that of a kernel given from outside, and QEMU takes no index twice.
-    let write_error = match spec.on_full {
-        // Which is: pause if there is no room, and report every other error.
-        OnFull::Pause => "enospc",
-        OnFull::Report => "report",
-    };
-    let device = json!({
-        "driver": "virtio-blk-pci", "drive": "disk", "id": "disk0", "bootindex": 1,
-        "discard": true, "write-zeroes": true, "write-cache": "on",
-        "werror": write_error, "rerror": "report",
-    });
-    line.add_json("-device", &device);
+    add_disk(line, spec, 0, &spec.disk)?;
     if let Some(seed) = &spec.seed {
         let disk = json!({
             "driver": "raw", "node-name": "seed", "read-only": true,
@@ -253,6 +241,43 @@ fn add_disks(line: &mut CommandLine, spec: &VmSpec) -> Result<(), VmError> {
         line.add_json("-blockdev", &disk);
         line.add_json("-device", &json!({ "driver": "virtio-blk-pci", "drive": "seed", "id": "seed0" }));
     }
+    // After the seed, which has its place on the bus since machines had one disk only.
+    for (index, disk) in (1..).zip(&spec.further_disks) {
+        add_disk(line, spec, index, disk)?;
+    }
+    Ok(())
+}
+
+fn add_disk(line: &mut CommandLine, spec: &VmSpec, index: usize, disk: &VmDisk) -> Result<(), VmError> {
+    let node = if index == 0 { "disk".to_owned() } else { format!("disk-{index}") };
+    let backend = json!({
+        "driver": "nbd",
+        "node-name": node,
+        "server": { "type": "unix", "path": qemu_socket_path(&disk.socket)? },
+        "export": disk.export,
+        "reconnect-delay": NBD_RECONNECT_SECONDS,
+        "discard": "unmap",
+        "cache": { "direct": false, "no-flush": false },
+    });
+    line.add_json("-blockdev", &backend);
+    let write_error = match spec.on_full {
+        // Which is: pause if there is no room, and report every other error.
+        OnFull::Pause => "enospc",
+        OnFull::Report => "report",
+    };
+    let mut device = json!({
+        "driver": "virtio-blk-pci", "drive": node, "id": format!("disk{index}"),
+        "discard": true, "write-zeroes": true, "write-cache": "on",
+        "werror": write_error, "rerror": "report",
+    });
+    if index == 0 {
+        // Index 0 is that of a kernel given from outside, and QEMU takes no index twice.
+        device["bootindex"] = json!(1);
+    }
+    if let Some(serial) = &disk.serial {
+        device["serial"] = json!(serial.get(..SERIAL_BYTES_MAX).unwrap_or(serial));
+    }
+    line.add_json("-device", &device);
     Ok(())
 }
 
@@ -328,7 +353,8 @@ mod tests {
     fn spec() -> VmSpec {
         VmSpec {
             name: "vm-1".parse().unwrap(),
-            disk: VmDisk { socket: "/run/nbd.sock".into(), export: "vm-1".to_owned() },
+            disk: VmDisk { socket: "/run/nbd.sock".into(), export: "vm-1".to_owned(), serial: None },
+            further_disks: Vec::new(),
             seed: None,
             memory_mib: 512,
             cpus: 1,

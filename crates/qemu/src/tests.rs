@@ -120,7 +120,8 @@ impl Bench {
     fn spec(&self) -> VmSpec {
         VmSpec {
             name: "vm-1".parse().unwrap(),
-            disk: VmDisk { socket: self.path("nbd.sock"), export: "vm-1".to_owned() },
+            disk: VmDisk { socket: self.path("nbd.sock"), export: "vm-1".to_owned(), serial: None },
+            further_disks: Vec::new(),
             seed: None,
             memory_mib: 32,
             cpus: 1,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use block::{ImageId, ImageName, NodeName, SnapshotName, VmName};
+use block::{DiskId, ImageId, ImageName, NodeName, SnapshotName, VmName};
 use clap::ValueEnum;
 use qemu::{Accel, Platform};
 use serde::{Deserialize, Serialize};
@@ -139,6 +139,9 @@ pub struct CreateVm {
     pub image: ImageName,
     /// Size of the disk; the image's if absent. May be larger, not smaller.
     pub size_bytes: Option<u64>,
+    /// Disks beside the one that its guest boots from.
+    #[serde(default)]
+    pub further_disks: Vec<CreateDisk>,
     /// Who may open it over iSCSI; nobody if absent.
     #[serde(default)]
     pub iscsi: Option<IscsiAccess>,
@@ -147,6 +150,16 @@ pub struct CreateVm {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub settle_on: Option<ImageName>,
+}
+
+/// A disk that is as an image.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreateDisk {
+    /// The image's name with tag.
+    #[schema(value_type = String)]
+    pub image: ImageName,
+    /// Size of the disk; the image's if absent. May be larger, not smaller.
+    pub size_bytes: Option<u64>,
 }
 
 /// Clones a VM's disk on its own node.
@@ -529,28 +542,39 @@ pub struct MigrateVm {
 /// What a node tells another of a VM that it brings.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct HandOver {
-    /// The image below its disk.
+    /// Its disks, the one that its guest boots from first.
+    pub disks: Vec<HandOverDisk>,
+    /// Its snapshots, from old to new.
+    #[serde(default)]
+    pub snapshots: Vec<HandOverSnapshot>,
+    /// When it was created.
+    pub created_unix_ms: u64,
+    /// How its guest was started last.
+    pub start: Option<StartVm>,
+    /// What its guest runs on, if it runs.
+    pub live: Option<LiveGuest>,
+}
+
+/// A disk that a node brings to another.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct HandOverDisk {
+    /// Its identity.
+    #[schema(value_type = String)]
+    pub id: DiskId,
+    /// The image below it.
     #[schema(value_type = String)]
     pub image: ImageName,
     /// That image's id.
     #[schema(value_type = String)]
     pub image_id: ImageId,
-    /// Its snapshots, older ones before those that stand on them.
-    #[serde(default)]
-    pub snapshots: Vec<HandOverSnapshot>,
-    /// What it wrote.
-    #[serde(flatten)]
-    pub state: HandOverState,
-    /// Size of its disk.
+    /// Its size.
     pub size_bytes: u64,
-    /// When it was created.
-    pub created_unix_ms: u64,
-    /// The disk's serial number.
-    pub serial: String,
-    /// How its guest was started last.
-    pub start: Option<StartVm>,
-    /// What its guest runs on, if it runs.
-    pub live: Option<LiveGuest>,
+    /// What it was at the VM's snapshots, older ones before those that stand on them.
+    #[serde(default)]
+    #[schema(value_type = Object)]
+    pub snapshots: Vec<(SnapshotName, HandOverState)>,
+    /// What it is.
+    pub state: HandOverState,
 }
 
 /// A state of a disk that a node brings to another.
@@ -565,7 +589,7 @@ pub struct HandOverState {
     pub on: Option<SnapshotName>,
 }
 
-/// A snapshot of a disk that a node brings to another.
+/// A snapshot that a node brings to another with its VM.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct HandOverSnapshot {
     /// Its name.
@@ -575,9 +599,6 @@ pub struct HandOverSnapshot {
     pub created_unix_ms: u64,
     /// Whether the guest had its file systems frozen.
     pub quiesced: bool,
-    /// What was written before.
-    #[serde(flatten)]
-    pub state: HandOverState,
 }
 
 /// What a running guest runs on.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::compute::{CacheStatus, NodeImage, SnapshotView, Vm};
+use super::disk::DiskView;
 use super::export::ExportView;
 
 /// Everything about a VM.
@@ -14,11 +15,14 @@ pub struct VmDetails {
     pub vm: Vm,
     /// The serial number of its disk.
     pub serial: String,
+    /// All its disks: first the one that its guest boots from, which the rest of this is about.
+    #[serde(default)]
+    pub disks: Vec<DiskView>,
     /// The layers of its disk, from top to bottom.
     pub layers: Vec<LayerView>,
-    /// Bytes in layers that only this VM needs.
+    /// Bytes in layers of all disks that only this VM needs.
     pub own_bytes: u64,
-    /// Bytes in layers that other VMs or images need too.
+    /// Bytes in layers of all disks that other VMs or images need too.
     pub shared_bytes: u64,
     /// Its snapshots, from old to new.
     pub snapshots: Vec<SnapshotView>,

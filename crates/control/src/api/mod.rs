@@ -5,6 +5,7 @@
 
 pub mod compute;
 pub mod details;
+pub mod disk;
 pub mod export;
 pub mod profile;
 pub mod qcow2;

@@ -56,7 +56,7 @@ impl Alpn {
         match self {
             Self::Http => b"http/1.1",
             Self::Link => b"virtman-link/1",
-            Self::Move => b"virtman-move/1",
+            Self::Move => b"virtman-move/2",
             Self::Join => b"virtman-join/1",
         }
     }

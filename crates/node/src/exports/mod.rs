@@ -68,7 +68,8 @@ impl Disks {
         match name {
             ExportName::Vm(name) => {
                 let vm = self.vms.get(name).ok()?;
-                Some(Exported { disk: Arc::clone(&vm.disk) as _, serial: vm.record().serial })
+                let disk = vm.boot_disk();
+                Some(Exported { disk: Arc::clone(&disk.io) as _, serial: disk.id.to_string() })
             }
             ExportName::Image(name) => {
                 let attached = self.images.by_name(name)?;

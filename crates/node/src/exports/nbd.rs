@@ -65,15 +65,19 @@ impl nbd::Exports for NodeExports {
         if name.contains(':') {
             return Some(self.0.images.by_name(&name.parse().ok()?)?.export(name));
         }
-        let vm = self.0.vms.get(&name.parse().ok()?).ok()?;
-        Some(Export { description: name.to_owned(), ..Export::new(Arc::clone(&vm.disk) as _) })
+        // A VM's further disks are called after it.
+        let vm = name.split_once('+').map_or(name, |(vm, _)| vm);
+        let vm = self.0.vms.get(&vm.parse().ok()?).ok()?;
+        let disk = vm.disks().iter().find(|disk| disk.name() == name)?;
+        Some(Export { description: name.to_owned(), ..Export::new(Arc::clone(&disk.io) as _) })
     }
 
     fn list(&self) -> Vec<Listing> {
         let images = self.0.images.all().into_iter().flat_map(|image| image.names());
         let listing = |name: String| Listing { name, description: String::new() };
-        let vms = self.0.vms.all().into_iter().map(|vm| vm.name().to_string());
-        vms.chain(images.map(|name| name.to_string())).map(listing).collect()
+        let all = self.0.vms.all();
+        let disks = all.iter().flat_map(|vm| vm.disks()).map(|disk| disk.name().to_owned());
+        disks.chain(images.map(|name| name.to_string())).map(listing).collect()
     }
 }
 

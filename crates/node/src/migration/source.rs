@@ -8,21 +8,23 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use block::{Disk, NodeName, VmName};
+use block::{Disk, NodeName, SnapshotName, VmName};
 use image::ImportProgress;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::target::Stream;
 use super::wire::{self, Cargo, Sender};
 use super::{Peers, reached};
+use crate::disks::DiskRecord;
 use crate::exports::Exports;
 use crate::layers::{HeldLayer, Layer};
 use crate::service::clones::{Clones, Purpose, transfer_name, union};
 use crate::service::origins::OriginService;
 use crate::vms::snapshots::{Quiesce, Snapshots};
-use crate::vms::{Member, Snapshot, Vm, VmRecord, Vms};
+use crate::vms::{Member, Vm, VmRecord, Vms};
 use control::api::compute::{
-    HandOver, HandOverSnapshot, HandOverState, LiveGuest, MigrateVm, Migrated, MovingState, Vm as VmView,
+    HandOver, HandOverDisk, HandOverSnapshot, HandOverState, LiveGuest, MigrateVm, Migrated, MovingState,
+    Vm as VmView,
 };
 use control::http::{Client, ClientError};
 use control::refusal::{Code, Refusal};
@@ -133,7 +135,7 @@ impl OutgoingVms {
         }
         self.moved().insert(name.clone(), record);
         self.vms.remove(name);
-        vm.close_export();
+        vm.close_exports();
         if let Some(guest) = vm.running()
             && let Err(error) = guest.kill().await
         {
@@ -189,57 +191,68 @@ impl Move<'_> {
 
     async fn carry_out(&self, progress: Arc<ImportProgress>) -> Result<Migrated, Refusal> {
         let guest = self.vm.running();
-        let snapshots = self.carry_snapshots(&progress).await?;
-        // All that is above this layer is still to be sent. It is held, so that it is not merged.
+        let mut snapshots = Vec::new();
+        for disk in &self.vm.record().disks {
+            snapshots.push(self.carry_snapshots(disk, &progress).await?);
+        }
+        // All that is above these layers is still to be sent. They are held, so that they are not merged.
         let mut since = self.freeze().await?;
-        let done = async {
-            let state = self.carry(&since, Arc::clone(&progress)).await?;
-            self.reached("carried");
-            let offer = self.offer(guest.as_deref(), snapshots, state)?;
-            self.with_target(guest.as_deref(), &offer, &mut since, &progress).await
-        };
-        done.await
+        let mut disks = Vec::new();
+        for ((disk, snapshots), layer) in self.vm.record().disks.into_iter().zip(snapshots).zip(&since) {
+            let state = self.carry(&disk, layer, Arc::clone(&progress)).await?;
+            let DiskRecord { id, image, image_id, size_bytes, .. } = disk;
+            disks.push(HandOverDisk { id, image, image_id, size_bytes, snapshots, state });
+        }
+        self.reached("carried");
+        let offer = self.offer(guest.as_deref(), disks)?;
+        self.with_target(guest.as_deref(), &offer, &mut since, &progress).await
     }
 
     fn reached(&self, step: &str) {
         reached(&self.outgoing.vms.layout, step);
     }
 
-    /// Freezes the disk as it is.
-    async fn freeze(&self) -> Result<HeldLayer, Refusal> {
+    /// Freezes the disks as they are.
+    async fn freeze(&self) -> Result<Vec<HeldLayer>, Refusal> {
         let _one_at_a_time = self.outgoing.vms.lock(self.name()).lock().await;
-        Ok(self.outgoing.services.snapshots.freeze(self.vm, Quiesce::No, None).await?.layer)
+        Ok(self.outgoing.services.snapshots.freeze(self.vm, Quiesce::No, None).await?.layers)
     }
 
-    /// Makes images that carry the snapshots.
+    /// Makes images that carry what a disk was at the snapshots.
     async fn carry_snapshots(
         &self,
+        disk: &DiskRecord,
         progress: &Arc<ImportProgress>,
-    ) -> Result<Vec<HandOverSnapshot>, Refusal> {
+    ) -> Result<Vec<(SnapshotName, HandOverState)>, Refusal> {
         let mut carried = Vec::new();
-        for Snapshot { name, created_unix_ms, quiesced, .. } in self.vm.record().snapshots {
-            let (_, frozen) = self.outgoing.services.snapshots.hold(self.name(), &name).await?;
-            let state = self.carry(&frozen, Arc::clone(progress)).await?;
-            carried.push(HandOverSnapshot { name, created_unix_ms, quiesced, state });
+        for snapshot in self.vm.record().snapshots {
+            if !snapshot.layers.contains_key(&disk.id) {
+                continue;
+            }
+            let snapshots = &self.outgoing.services.snapshots;
+            let frozen = snapshots.hold(self.name(), &snapshot.name, &disk.id).await?;
+            let state = self.carry(disk, &frozen, Arc::clone(progress)).await?;
+            carried.push((snapshot.name, state));
         }
         Ok(carried)
     }
 
-    /// Makes an image that carries a frozen layer and what is below it, if that differs from the VM's own.
+    /// Makes an image that carries a frozen layer of a disk and what is below it, if that differs from the disk's own.
     async fn carry(
         &self,
+        disk: &DiskRecord,
         frozen: &HeldLayer,
         progress: Arc<ImportProgress>,
     ) -> Result<HandOverState, Refusal> {
         let snapshots = self.vm.record().snapshots;
-        let snapshot_of = |layer: &Arc<Layer>| snapshots.iter().find(|known| known.layer == layer.id());
+        let snapshot_of = |layer: &Arc<Layer>| snapshots.iter().find(|known| known.names(layer.id()));
         let on = frozen.chain().0[1..].iter().find_map(snapshot_of).map(|snapshot| snapshot.name.clone());
         let services = &self.outgoing.services;
         let held = self.outgoing.vms.layers.keep(frozen);
         let held = held.ok_or_else(|| Refusal::internal(format!("layer {} is gone", frozen.id())))?;
         let name = transfer_name("move")?;
         let image = services.clones.make_image(held, &name, Purpose::Transfer, progress).await?;
-        if image.id == self.vm.record().image_id {
+        if image.id == disk.image_id {
             return Ok(HandOverState { carried: None, on });
         }
         Ok(HandOverState { carried: Some(services.origins.name_for_others(&image, &name).await?), on })
@@ -249,7 +262,7 @@ impl Move<'_> {
         &self,
         guest: Option<&Qemu>,
         offer: &HandOver,
-        since: &mut HeldLayer,
+        since: &mut Vec<HeldLayer>,
         progress: &ImportProgress,
     ) -> Result<Migrated, Refusal> {
         let path = format!("/v1/incoming/{}", self.name());
@@ -268,12 +281,7 @@ impl Move<'_> {
         moved
     }
 
-    fn offer(
-        &self,
-        guest: Option<&Qemu>,
-        snapshots: Vec<HandOverSnapshot>,
-        state: HandOverState,
-    ) -> Result<HandOver, Refusal> {
+    fn offer(&self, guest: Option<&Qemu>, disks: Vec<HandOverDisk>) -> Result<HandOver, Refusal> {
         let record = self.vm.record();
         let live = match guest {
             None => None,
@@ -287,23 +295,24 @@ impl Move<'_> {
                 Some(LiveGuest { accel, platform })
             }
         };
+        let snapshots = record.snapshots.into_iter().map(|snapshot| HandOverSnapshot {
+            name: snapshot.name,
+            created_unix_ms: snapshot.created_unix_ms,
+            quiesced: snapshot.quiesced,
+        });
         Ok(HandOver {
-            image: record.image,
-            image_id: record.image_id,
-            snapshots,
-            state,
-            size_bytes: record.size_bytes,
+            disks,
+            snapshots: snapshots.collect(),
             created_unix_ms: record.created_unix_ms,
-            serial: record.serial,
             start: record.start,
             live,
         })
     }
 
     /// Moves a VM whose guest does not run.
-    async fn still(&self, since: &mut HeldLayer) -> Result<Migrated, Refusal> {
-        // Whoever has the disk open otherwise must not write any more.
-        self.vm.close_export();
+    async fn still(&self, since: &mut Vec<HeldLayer>) -> Result<Migrated, Refusal> {
+        // Whoever has a disk open otherwise must not write any more.
+        self.vm.close_exports();
         let began = Instant::now();
         let mut sent = Sent::default();
         let moved = async {
@@ -314,8 +323,7 @@ impl Move<'_> {
             Ok(vm) => Ok(self.migrated(vm, began.elapsed(), &sent, 0)),
             Err(error) => {
                 if self.outgoing.vms.get(self.name()).is_ok() {
-                    let socket = self.outgoing.vms.disk_socket(self.name());
-                    self.vm.export_at(&socket).map_err(Refusal::internal)?;
+                    self.vm.export().map_err(Refusal::internal)?;
                 }
                 Err(error)
             }
@@ -326,7 +334,7 @@ impl Move<'_> {
     async fn live(
         &self,
         guest: &Qemu,
-        since: &mut HeldLayer,
+        since: &mut Vec<HeldLayer>,
         progress: &ImportProgress,
     ) -> Result<Migrated, Refusal> {
         let failed = |e: qemu::VmError| {
@@ -369,8 +377,8 @@ impl Move<'_> {
         moved.map(|vm| self.migrated(vm, began.elapsed(), &sent, memory.transferred_bytes))
     }
 
-    /// Sends what was written after the layer `since`, until there is little left.
-    async fn rounds_until_small(&self, since: &mut HeldLayer, sent: &mut Sent) -> Result<(), Refusal> {
+    /// Sends what was written after the layers `since`, until there is little left.
+    async fn rounds_until_small(&self, since: &mut Vec<HeldLayer>, sent: &mut Sent) -> Result<(), Refusal> {
         let mut last = u64::MAX;
         loop {
             let before = sent.bytes;
@@ -384,25 +392,22 @@ impl Move<'_> {
         }
     }
 
-    /// Freezes the disk and sends what was written after the layer `since`, which becomes the one that was frozen.
-    async fn round(&self, since: &mut HeldLayer, sent: &mut Sent) -> Result<(), Refusal> {
+    /// Freezes the disks and sends what was written after the layers `since`, which become those that were frozen.
+    async fn round(&self, since: &mut Vec<HeldLayer>, sent: &mut Sent) -> Result<(), Refusal> {
         let frozen = self.freeze().await?;
-        let (layers, _) = frozen.chain();
-        let newer = layers.iter().take_while(|layer| layer.id() != since.id());
-        let ranges = union(newer.map(|layer| layer.overlay().own_ranges()));
-        match self.send(&frozen, &ranges).await {
-            Ok(bytes) => {
-                sent.bytes += bytes;
-                sent.rounds += 1;
-                *since = frozen;
-                Ok(())
-            }
-            Err(error) => Err(self.lost(&error)),
+        for (index, (frozen, since)) in (0..).zip(frozen.iter().zip(&*since)) {
+            let (layers, _) = frozen.chain();
+            let newer = layers.iter().take_while(|layer| layer.id() != since.id());
+            let ranges = union(newer.map(|layer| layer.overlay().own_ranges()));
+            sent.bytes += self.send(index, frozen, &ranges).await.map_err(|error| self.lost(&error))?;
         }
+        sent.rounds += 1;
+        *since = frozen;
+        Ok(())
     }
 
-    async fn send(&self, layer: &Arc<Layer>, ranges: &[Range<u64>]) -> std::io::Result<u64> {
-        let mut stream = self.connect(Cargo::Blocks).await?;
+    async fn send(&self, index: u8, layer: &Arc<Layer>, ranges: &[Range<u64>]) -> std::io::Result<u64> {
+        let mut stream = self.connect(Cargo::Blocks(index)).await?;
         let mut sender = Sender::new(&mut stream);
         let mut buf = Vec::new();
         for range in ranges {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block::{Disk, ImageId, NodeName, VmName};
+use block::{Disk, ImageId, NodeName, SnapshotName, VmName};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::wire::{self, Cargo};
 use super::{Peers, reached};
+use crate::disks::DiskRecord;
 use crate::images::ImageGuard;
 use crate::layers::{Below, HeldLayer, LayerId, Older};
 use crate::service::clones::Clones;
@@ -22,8 +23,10 @@ use crate::service::images::ImageService;
 use crate::state;
 use crate::vms::guests::Guests;
 use crate::vms::snapshots::Snapshots;
-use crate::vms::{Member, Snapshot, Vm, VmRecord, Vms, watch};
-use control::api::compute::{ExpectVm, HandOver, HandOverSnapshot, HandOverState, MovingState, Vm as VmView};
+use crate::vms::{DISKS_MAX, Member, Snapshot, Vm, VmRecord, Vms, watch};
+use control::api::compute::{
+    ExpectVm, HandOver, HandOverDisk, HandOverSnapshot, HandOverState, MovingState, Vm as VmView,
+};
 use control::http::{OnConnection, Peer};
 use control::refusal::{Code, Refusal};
 use identity::Principal;
@@ -64,9 +67,16 @@ pub(crate) struct Services {
     pub(crate) peers: Peers,
 }
 
-/// A snapshot that came with its VM.
-struct ImportedSnapshot {
-    snapshot: Snapshot,
+/// A disk that is coming, with its layers, which no record names yet.
+struct IncomingDisk {
+    record: DiskRecord,
+    top: HeldLayer,
+    snapshots: Vec<IncomingSnapshot>,
+}
+
+/// What a disk was at a snapshot.
+struct IncomingSnapshot {
+    name: SnapshotName,
     layer: HeldLayer,
     /// The image that it came as.
     came_as: ImageId,
@@ -133,10 +143,9 @@ impl IncomingVms {
     pub(crate) fn restore(&self, coming: IncomingRecord) -> Result<(), String> {
         let IncomingRecord { from, record, .. } = coming;
         let vms = &self.services.vms;
-        let (name, dir, socket) = (record.name.clone(), vms.dir(&record.name), vms.disk_socket(&record.name));
-        let top = vms.layers.open_top(record.top)?;
-        let vm = Vm::open(record, &dir, top, &socket)?;
-        let coming = Coming::new(from, vm, Qemu::adopt(&dir), Phase::Ready);
+        let name = record.name.clone();
+        let vm = vms.open(record)?;
+        let coming = Coming::new(from, vm, Qemu::adopt(&vms.dir(&name)), Phase::Ready);
         coming.arrived.send_replace(Some(Ok(())));
         self.coming().insert(name, Arc::new(coming));
         Ok(())
@@ -236,7 +245,11 @@ async fn bring(
     }
     match cargo {
         Cargo::Memory => coming.bring_memory(stream).await,
-        Cargo::Blocks => wire::receive(stream, &*coming.vm.disk).await.map_err(|e| e.to_string()),
+        Cargo::Blocks(index) => {
+            let disk = coming.vm.disks().get(usize::from(index));
+            let disk = disk.ok_or_else(|| format!("'{vm}' has no disk {index}"))?;
+            wire::receive(stream, &*disk.io).await.map_err(|e| e.to_string())
+        }
     }
 }
 
@@ -275,8 +288,8 @@ impl IncomingVms {
         })?;
         let _one_at_a_time = self.deciding.lock().await;
         self.services.vms.must_be_free(name)?;
-        let (record, top, _snapshots) = self.make_incoming(name, &request).await?;
-        let coming = match self.open_incoming(from, record.clone(), &top, &request).await {
+        let (record, disks) = self.make_incoming(name, &request).await?;
+        let coming = match self.open_incoming(from, record.clone(), &disks, &request).await {
             Ok(coming) => coming,
             Err(error) => {
                 let dir = self.services.vms.dir(name);
@@ -293,72 +306,76 @@ impl IncomingVms {
         Ok(())
     }
 
-    /// Makes the disk of a VM that is coming: its record, its top, and what else its record names.
+    /// Makes the disks of a VM that is coming: its record, and all layers that this names.
     async fn make_incoming(
         &self,
         name: &VmName,
         request: &HandOver,
-    ) -> Result<(VmRecord, HeldLayer, Vec<ImportedSnapshot>), Refusal> {
-        let own = self.services.images.attach(&request.image).await?;
-        if own.id != request.image_id {
-            let message = format!(
-                "'{}' is image {} here, not {}",
-                request.image,
-                own.id.short(),
-                request.image_id.short()
-            );
-            return Err(Refusal::new(Code::OtherImage, message));
+    ) -> Result<(VmRecord, Vec<IncomingDisk>), Refusal> {
+        let HandOver { disks, snapshots, created_unix_ms, start, .. } = request;
+        if disks.is_empty() || disks.len() > DISKS_MAX {
+            let message = format!("a VM has 1 to {DISKS_MAX} disks, not {}", disks.len());
+            return Err(Refusal::new(Code::BadVm, message));
         }
-        let (top, imported) = self.make_layers(request, &own).await?;
+        let mut made = Vec::new();
+        for disk in disks {
+            made.push(self.make_disk(disk).await?);
+        }
+        let snapshots = snapshots.iter().map(|HandOverSnapshot { name, created_unix_ms, quiesced }| {
+            let layer_of = |disk: &IncomingDisk| {
+                let older = disk.snapshots.iter().find(|older| older.name == *name)?;
+                Some((disk.record.id, older.layer.id()))
+            };
+            Snapshot {
+                name: name.clone(),
+                layers: made.iter().filter_map(layer_of).collect(),
+                created_unix_ms: *created_unix_ms,
+                quiesced: *quiesced,
+            }
+        });
         let record = VmRecord {
             name: name.clone(),
-            image: request.image.clone(),
-            image_id: request.image_id,
-            size_bytes: request.size_bytes,
-            created_unix_ms: request.created_unix_ms,
-            serial: request.serial.clone(),
-            top: top.id(),
-            snapshots: imported.iter().map(|imported| imported.snapshot.clone()).collect(),
-            start: request.start.clone(),
+            created_unix_ms: *created_unix_ms,
+            disks: made.iter().map(|disk| disk.record.clone()).collect(),
+            snapshots: snapshots.collect(),
+            start: start.clone(),
             moved_to: None,
             arrived: false,
         };
-        Ok((record, top, imported))
+        Ok((record, made))
     }
 
-    /// Makes the layers of a disk that is coming: its top, and those of its snapshots.
-    async fn make_layers(
-        &self,
-        request: &HandOver,
-        own: &ImageGuard,
-    ) -> Result<(HeldLayer, Vec<ImportedSnapshot>), Refusal> {
-        let snapshots = &self.services.snapshots;
-        let mut imported = Vec::new();
-        for HandOverSnapshot { name, created_unix_ms, quiesced, state } in &request.snapshots {
-            let (layer, came_as) = match self.below_incoming(state, own, &imported).await? {
+    /// Makes the layers of a disk that is coming: its top, and those that it was at snapshots.
+    async fn make_disk(&self, disk: &HandOverDisk) -> Result<IncomingDisk, Refusal> {
+        let HandOverDisk { id, image, image_id, size_bytes, .. } = disk;
+        let own = self.services.images.attach(image).await?;
+        if own.id != *image_id {
+            let message = format!("'{image}' is image {} here, not {}", own.id.short(), image_id.short());
+            return Err(Refusal::new(Code::OtherImage, message));
+        }
+        let services = &self.services.snapshots;
+        let mut snapshots = Vec::new();
+        for (name, state) in &disk.snapshots {
+            let (layer, came_as) = match self.below_incoming(state, &own, &snapshots).await? {
                 Some(ImportLayer { layer, came_as }) => (layer, came_as),
                 None => {
-                    let below = Below::Image(Arc::clone(own));
-                    let layer = snapshots.make_above(LayerId::draw(), below, request.size_bytes).await?;
+                    let below = Below::Image(Arc::clone(&own));
+                    let layer = services.make_above(LayerId::draw(), below, *size_bytes).await?;
                     layer.overlay().set_frozen();
                     (layer, own.id)
                 }
             };
-            let snapshot = Snapshot {
-                name: name.clone(),
-                layer: layer.id(),
-                created_unix_ms: *created_unix_ms,
-                quiesced: *quiesced,
-            };
-            imported.push(ImportedSnapshot { snapshot, layer, came_as });
+            snapshots.push(IncomingSnapshot { name: name.clone(), layer, came_as });
         }
-        let import = self.below_incoming(&request.state, own, &imported).await?;
+        let import = self.below_incoming(&disk.state, &own, &snapshots).await?;
         let below = match &import {
             Some(import) => Below::Layer(Arc::clone(&import.layer)),
-            None => Below::Image(Arc::clone(own)),
+            None => Below::Image(Arc::clone(&own)),
         };
-        let top = snapshots.make_above(LayerId::draw(), below, request.size_bytes).await?;
-        Ok((top, imported))
+        let top = services.make_above(LayerId::draw(), below, *size_bytes).await?;
+        let (image, image_id, size_bytes) = (image.clone(), *image_id, *size_bytes);
+        let record = DiskRecord { id: *id, image, image_id, size_bytes, top: top.id() };
+        Ok(IncomingDisk { record, top, snapshots })
     }
 
     /// The layer that takes over a state of a disk that is coming; [`None`] if that is as its image.
@@ -366,15 +383,15 @@ impl IncomingVms {
         &self,
         state: &HandOverState,
         own: &ImageGuard,
-        imported: &[ImportedSnapshot],
+        older: &[IncomingSnapshot],
     ) -> Result<Option<ImportLayer>, Refusal> {
         let Some(carried) = &state.carried else { return Ok(None) };
         let on = match &state.on {
             None => None,
             Some(name) => {
-                let older = imported
+                let older = older
                     .iter()
-                    .find(|older| older.snapshot.name == *name)
+                    .find(|older| older.name == *name)
                     .ok_or_else(|| Refusal::new(Code::BadVm, format!("no snapshot '{name}' comes before")))?;
                 Some(Older { layer: older.layer.id(), image: older.came_as })
             }
@@ -388,23 +405,20 @@ impl IncomingVms {
         &self,
         from: Member,
         record: VmRecord,
-        top: &HeldLayer,
+        disks: &[IncomingDisk],
         request: &HandOver,
     ) -> Result<Coming, Refusal> {
         let name = record.name.clone();
         let dir = self.services.vms.dir(&name);
         fs::create_dir(&dir).map_err(|e| Refusal::internal(format!("{}: {e}", dir.display())))?;
         save(&dir, &from, Phase::Arriving, &record)?;
-        let vm = Vm::open(record, &dir, Arc::clone(top), &self.services.vms.disk_socket(&name))
-            .map_err(Refusal::internal)?;
+        let tops = disks.iter().map(|disk| Arc::clone(&disk.top)).collect();
+        let vm = Vm::open(record, &dir, tops, &self.services.vms.layout.disks());
+        let vm = vm.map_err(Refusal::internal)?;
         let qemu = match (&request.live, &request.start) {
             (Some(live), Some(start)) => {
-                let spec = self.services.guests.spec(
-                    &vm.record(),
-                    start,
-                    live.accel,
-                    Some(live.platform.clone()),
-                )?;
+                let platform = Some(live.platform.clone());
+                let spec = self.services.guests.spec(&vm, start, live.accel, platform)?;
                 let started = Qemu::start_incoming(&dir, &spec).await;
                 Some(started.map_err(|e| {
                     Refusal::new(
@@ -430,7 +444,9 @@ impl IncomingVms {
                 format!("'{name}' cannot go on at node {}: {reason}", self.services.node),
             )
         })?;
-        coming.vm.disk.flush().await?;
+        for disk in coming.vm.disks() {
+            disk.io.flush().await?;
+        }
         let _one_at_a_time = self.deciding.lock().await;
         // It may have been forgotten meanwhile.
         self.of(name, &coming.from.node)?;
@@ -499,7 +515,7 @@ impl IncomingVms {
         {
             tracing::warn!(vm = %name, %error, "guest_not_ended: its move was given up");
         }
-        coming.vm.close_export();
+        coming.vm.close_exports();
         remove_dir(&self.services.vms.dir(name));
         if let Err(error) = self.services.vms.release_refs(coming.vm.record().layers().collect()).await {
             tracing::warn!(vm = %name, %error, "leftovers_kept: layers of a VM that does not come stay until the next start");

@@ -29,8 +29,8 @@ const FAILED: u8 = 1;
 pub(super) enum Cargo {
     /// The guest's memory, in both directions as QEMU wants it.
     Memory,
-    /// Blocks of the disk.
-    Blocks,
+    /// Blocks of the disk of this number, from 0.
+    Blocks(u8),
 }
 
 /// Says what a connection brings.
@@ -40,27 +40,27 @@ pub(super) async fn write_greeting(
     cargo: Cargo,
 ) -> io::Result<()> {
     let name = vm.as_str().as_bytes();
-    let kind = match cargo {
-        Cargo::Memory => 1,
-        Cargo::Blocks => 2,
-    };
     let len = u8::try_from(name.len()).map_err(io::Error::other)?;
-    stream.write_all(&[&[kind, len], name].concat()).await?;
+    let greeting = match cargo {
+        Cargo::Memory => [&[1, len], name].concat(),
+        Cargo::Blocks(disk) => [&[2, len], name, &[disk]].concat(),
+    };
+    stream.write_all(&greeting).await?;
     stream.flush().await
 }
 
 /// Reads what a connection brings.
 pub(super) async fn read_greeting(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<(VmName, Cargo)> {
     let kind = stream.read_u8().await?;
-    let cargo = match kind {
-        1 => Cargo::Memory,
-        2 => Cargo::Blocks,
-        other => return Err(invalid(format!("nothing of a VM is of kind {other}"))),
-    };
     let mut name = vec![0; usize::from(stream.read_u8().await?)];
     stream.read_exact(&mut name).await?;
     let name = std::str::from_utf8(&name).ok().and_then(|name| name.parse().ok());
-    Ok((name.ok_or_else(|| invalid("it names no VM".to_owned()))?, cargo))
+    let name = name.ok_or_else(|| invalid("it names no VM".to_owned()))?;
+    match kind {
+        1 => Ok((name, Cargo::Memory)),
+        2 => Ok((name, Cargo::Blocks(stream.read_u8().await?))),
+        other => Err(invalid(format!("nothing of a VM is of kind {other}"))),
+    }
 }
 
 /// Sends blocks, and hashes what it sends.
@@ -237,11 +237,11 @@ mod tests {
     #[tokio::test]
     async fn a_greeting_has_its_golden_bytes_and_comes_back() {
         let mut bytes = Vec::new();
-        write_greeting(&mut bytes, &"web1".parse().unwrap(), Cargo::Blocks).await.unwrap();
-        assert_eq!(bytes, b"\x02\x04web1");
+        write_greeting(&mut bytes, &"web1".parse().unwrap(), Cargo::Blocks(3)).await.unwrap();
+        assert_eq!(bytes, b"\x02\x04web1\x03");
         let (vm, cargo) = read_greeting(&mut &bytes[..]).await.unwrap();
-        assert_eq!((vm.as_str(), cargo), ("web1", Cargo::Blocks));
-        assert!(read_greeting(&mut &b"\x02\x04../x"[..]).await.is_err());
+        assert_eq!((vm.as_str(), cargo), ("web1", Cargo::Blocks(3)));
+        assert!(read_greeting(&mut &b"\x02\x04../x\x00"[..]).await.is_err());
     }
 
     #[tokio::test]

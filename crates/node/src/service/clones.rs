@@ -25,7 +25,7 @@ use crate::images::{Attached, ImageGuard, Images};
 use crate::layers::{self, Below, HeldLayer, Layer, LayerId, Layers, Older, Parent};
 use crate::tasks::{blocking, run_uncancelled};
 use crate::vms::snapshots::{Quiesce, Snapshots};
-use crate::vms::{NewVm, Vms};
+use crate::vms::{NewDisk, NewVm, Vms};
 use control::api::compute::{CloneVm, CommitVm, NodeImage, Vm as VmView};
 use control::refusal::{Code, Refusal};
 
@@ -65,23 +65,19 @@ impl Clones {
         Clones { images, service, origins, vms, layers, snapshots, deciding: tokio::sync::Mutex::new(()) }
     }
 
-    /// Clones a VM's disk on this node.
+    /// Clones a VM's disks on this node.
     pub(crate) async fn clone_here(&self, name: &VmName, request: &CloneVm) -> Result<Vec<VmView>, Refusal> {
         let asked = Instant::now();
         for clone in &request.clones {
             self.vms.must_be_free(clone)?;
         }
-        let (record, layer) = self.snapshots.freeze_for_clones(name, Quiesce::of(request.quiesce)).await?;
+        let (record, frozen) = self.snapshots.freeze_for_clones(name, Quiesce::of(request.quiesce)).await?;
         let mut vms = Vec::new();
         let mut failure = None;
         for clone in &request.clones {
-            let new = NewVm {
-                name: clone.clone(),
-                image: record.image.clone(),
-                image_id: record.image_id,
-                size_bytes: record.size_bytes,
-            };
-            match self.vms.create_on(new, Arc::clone(&layer), asked).await {
+            let new = NewVm::like(&record, clone.clone());
+            let below = frozen.iter().map(|layer| Arc::clone(layer)).collect();
+            match self.vms.create_on(new, below, asked).await {
                 Ok(vm) => vms.push(vm),
                 Err(error) => {
                     failure = Some(error);
@@ -92,7 +88,7 @@ impl Clones {
         failure.map_or(Ok(vms), Err)
     }
 
-    /// Makes an image of the present state of a VM's disk.
+    /// Makes an image of the present state of a VM's disk. Refused for a VM with several: an image has one.
     pub(crate) async fn commit(
         self: &Arc<Self>,
         name: &VmName,
@@ -105,10 +101,16 @@ impl Clones {
             return Err(Refusal::new(Code::NameTaken, format!("there is an image '{image}' already"))
                 .with_hint("choose another name"));
         }
+        if self.vms.get(name)?.disks().len() > 1 {
+            let message = format!("'{name}' has several disks, and an image is made of one");
+            return Err(Refusal::new(Code::SeveralDisks, message)
+                .with_hint("clone it on its own node, or move it to another"));
+        }
         let (snapshots, vm) = (Arc::clone(&self.snapshots), name.clone());
         let frozen =
             run_uncancelled(async move { snapshots.freeze_for_clones(&vm, Quiesce::of(quiesce)).await });
-        let (_, layer) = frozen.await?;
+        let (_, mut layers) = frozen.await?;
+        let layer = layers.remove(0);
         let purpose = if passing { Purpose::Transfer } else { Purpose::Kept };
         let attached = self.make_image(layer, &image, purpose, progress).await?;
         Ok(self.service.describe(&attached))
@@ -213,9 +215,9 @@ impl Clones {
             }
             None => self.import_layer(&from, &to, None).await?,
         };
-        let size_bytes = from.root.size_bytes();
-        let new = NewVm { name: name.clone(), image: own.clone(), image_id: to.id, size_bytes };
-        self.vms.create_on(new, Arc::clone(&import), asked).await
+        let disk = NewDisk { image: own.clone(), image_id: to.id, size_bytes: from.root.size_bytes() };
+        let new = NewVm { name: name.clone(), disks: vec![disk] };
+        self.vms.create_on(new, vec![Arc::clone(&import)], asked).await
     }
 
     /// The layer that takes over a disk which comes as the image `from`, and is to stand on its image `to`, or `on` an

@@ -106,27 +106,32 @@ impl Details {
     /// Everything about a VM. Blocks.
     pub(crate) fn of_vm(&self, name: &VmName) -> Result<VmDetails, Refusal> {
         let vm = self.vms.get(name)?;
-        let (record, top) = (vm.record(), vm.top());
-        let attached = self.images.images.by_id(&record.image_id).ok_or_else(|| {
-            Refusal::internal(format!("image '{}' of '{name}' is not attached", record.image))
+        let record = vm.record();
+        let disk = record.boot_disk();
+        let attached = self.images.images.by_id(&disk.image_id).ok_or_else(|| {
+            Refusal::internal(format!("image '{}' of '{name}' is not attached", disk.image))
         })?;
-        let (chain, _) = top.chain();
-        let layers = self.layer_views(&record, &chain);
-        let bytes =
-            |shared| layers.iter().filter(|layer| layer.shared == shared).map(|layer| layer.bytes).sum();
+        let chains: Vec<_> = vm.disks().iter().map(|disk| disk.top().chain().0).collect();
+        let mut layers: Vec<_> = chains.iter().map(|chain| self.layer_views(&record, chain)).collect();
+        let bytes = |shared| {
+            let of_all = layers.iter().flatten().filter(|layer| layer.shared == shared);
+            of_all.map(|layer| layer.bytes).sum()
+        };
+        let (own_bytes, shared_bytes) = (bytes(false), bytes(true));
         let export = ExportName::Vm(name.clone());
         Ok(VmDetails {
             vm: self.vms.describe(&vm),
-            serial: record.serial,
-            own_bytes: bytes(false),
-            shared_bytes: bytes(true),
-            layers,
+            serial: disk.id.to_string(),
+            disks: self.vms.describe_disks(&vm),
+            layers: layers.swap_remove(0),
+            own_bytes,
+            shared_bytes,
             snapshots: self.snapshots.list(name)?,
-            taking_over: chain.last().and_then(|lowest| carried(lowest)),
+            taking_over: chains.iter().find_map(|chain| carried(chain.last()?)),
             exports: self.exports.describe().into_iter().filter(|view| view.name == export).collect(),
             image: self.images.describe(&attached),
             cache: self.cache_status(),
-            io: vm.disk.io(),
+            io: vm.boot_disk().io.io(),
             boot: boot_timeline(&vm),
         })
     }
@@ -140,7 +145,7 @@ impl Details {
             made_unix_ms: self.vms.layers.made_unix_ms(layer.id()).unwrap_or_default(),
             state: if layer.overlay().is_frozen() { LayerState::Frozen } else { LayerState::Writable },
             snapshots: {
-                let named = record.snapshots.iter().filter(|snapshot| snapshot.layer == layer.id());
+                let named = record.snapshots.iter().filter(|snapshot| snapshot.names(layer.id()));
                 named.map(|snapshot| snapshot.name.clone()).collect()
             },
             shared: shared.contains(&layer.id()),
@@ -161,7 +166,7 @@ fn boot_timeline(vm: &Vm) -> BootTimeline {
     let started_unix_ms = vm.running().map(|guest| unix_ms(guest.started()));
     let ready = vm.last_ready();
     let since_start = |at: u64| started_unix_ms.map(|started| at.saturating_sub(started));
-    let first_read_ms = vm.disk.first_read_unix_ms().and_then(since_start);
+    let first_read_ms = vm.boot_disk().io.first_read_unix_ms().and_then(since_start);
     BootTimeline {
         disk_ms: vm.disk_ms(),
         started_unix_ms,

@@ -1,4 +1,5 @@
-//! Snapshots as qcow2 files for other programs, and VMs' disks from such files.
+//! Snapshots as qcow2 files for other programs, and VMs' disks from such files. Of a VM with several disks it is the one
+//! that its guest boots from.
 //!
 //! A snapshot is written whole, or as what its layers hold over the image that its disk stands on. A disk from a file is
 //! one new layer on the image that the file was made on.
@@ -24,11 +25,12 @@ use tokio::runtime::Handle;
 use super::clones::union;
 use super::images::ImageService;
 use super::vms::VmService;
+use crate::disks::DiskRecord;
 use crate::exports::Exports;
 use crate::images::Attached;
 use crate::layers::{Below, HeldLayer, Layer, LayerId};
 use crate::vms::snapshots::{Quiesce, Snapshots};
-use crate::vms::{NewVm, VmRecord, Vms};
+use crate::vms::{NewDisk, NewVm, Vms};
 use control::api::compute::Vm as VmView;
 use control::api::export::{ExportAccess, ExportName};
 use control::api::qcow2::{
@@ -70,9 +72,11 @@ impl Qcow2Files {
             Some(take) => Some(self.snapshots.take(name, snapshot, Quiesce::of(take.quiesce)).await?),
             None => None,
         };
-        let (record, layer) = self.snapshots.hold(name, snapshot).await?;
+        let record = self.vms.get(name)?.record();
+        let disk = record.boot_disk();
+        let layer = self.snapshots.hold(name, snapshot, &disk.id).await?;
         let id = layer.id();
-        let written = self.write_layer(&record, &layer, to.clone(), &backing, progress).await;
+        let written = self.write_layer(disk, &layer, to.clone(), &backing, progress).await;
         // As long as the layer is held, the snapshot is no other.
         if written.is_err()
             && taken.is_some()
@@ -124,7 +128,7 @@ impl Qcow2Files {
 
     async fn write_layer(
         &self,
-        record: &VmRecord,
+        record: &DiskRecord,
         layer: &HeldLayer,
         path: PathBuf,
         choice: &ExportBacking,
@@ -142,8 +146,8 @@ impl Qcow2Files {
         Ok((written.map_err(|error| export_refused(&error))?, backing))
     }
 
-    /// What a file with a VM's disk builds upon.
-    fn backing(&self, record: &VmRecord, choice: &ExportBacking) -> Result<Option<Backing>, Refusal> {
+    /// What a file with a disk builds upon.
+    fn backing(&self, record: &DiskRecord, choice: &ExportBacking) -> Result<Option<Backing>, Refusal> {
         match choice {
             ExportBacking::Nothing => Ok(None),
             ExportBacking::Named { name, format } => {
@@ -193,7 +197,8 @@ impl Qcow2Files {
             .make_above(LayerId::draw(), Below::Image(Arc::clone(&attached)), size_bytes)
             .await?;
         let imported_bytes = take_over(file, &layer, progress).await?;
-        let new = NewVm { name: name.clone(), image: request.image, image_id, size_bytes };
+        let disk = NewDisk { image: request.image, image_id, size_bytes };
+        let new = NewVm { name: name.clone(), disks: vec![disk] };
         let vm = self.create_imported(new, layer, asked).await?;
         if let Some(access) = access {
             self.service.export_created(name, access).await?;
@@ -206,7 +211,7 @@ impl Qcow2Files {
     async fn create_imported(&self, new: NewVm, top: HeldLayer, asked: Instant) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.vms.lock(&new.name).lock().await;
         self.vms.must_be_free(&new.name)?;
-        let vm = self.vms.add(new, top.id(), move |_| Ok(top), asked).await?;
+        let vm = self.vms.add(new, Some(top.id()), move |_| Ok(vec![top]), asked).await?;
         Ok(self.vms.describe(&vm))
     }
 }

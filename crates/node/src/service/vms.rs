@@ -1,19 +1,20 @@
 //! VMs as operations: created on an image, exported if that is asked for, and destroyed with all that is theirs.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use block::VmName;
+use block::{ImageId, VmName};
 
 use super::clones::Clones;
 use super::idle::IdleImages;
 use super::images::ImageService;
 use crate::exports::Exports;
 use crate::images::retention::Destroy;
-use crate::vms::Vms;
+use crate::vms::{DISKS_MAX, ImageDisk, Vms};
 use control::api::compute::{CreateVm, Vm as VmView};
 use control::api::export::{ExportAccess, ExportName, ExportView};
-use control::refusal::Refusal;
+use control::refusal::{Code, Refusal};
 
 /// Creates and destroys the VMs of a node.
 pub(crate) struct VmService {
@@ -44,15 +45,13 @@ impl VmService {
         if let Some(access) = &access {
             self.exports.check(&export, access)?;
         }
-        let held = match &request.settle_on {
-            Some(_) => self.images.attach_transfer(&request.image).await?,
-            None => self.images.attach(&request.image).await?,
-        };
-        let attached = Arc::clone(&held);
         let known = self.vms.get(name).is_ok();
         let vm = match &request.settle_on {
-            Some(own) => self.clones.create_rebasing(name, attached, own, asked).await?,
-            None => self.vms.create(name, &request.image, attached, request.size_bytes, asked).await?,
+            Some(own) => {
+                let carried = self.images.attach_transfer(&request.image).await?;
+                self.clones.create_rebasing(name, Arc::clone(&carried), own, asked).await?
+            }
+            None => self.create_on_images(name, request, asked).await?,
         };
         match access {
             Some(access) if known => drop(self.exports.start(&export, access).await?),
@@ -60,6 +59,27 @@ impl VmService {
             None => {}
         }
         Ok(vm)
+    }
+
+    async fn create_on_images(
+        &self,
+        name: &VmName,
+        request: &CreateVm,
+        asked: Instant,
+    ) -> Result<VmView, Refusal> {
+        let CreateVm { image, size_bytes, further_disks, .. } = request;
+        if further_disks.len() >= DISKS_MAX {
+            let message = format!("a VM has at most {DISKS_MAX} disks, not {}", further_disks.len() + 1);
+            return Err(Refusal::new(Code::BadVm, message));
+        }
+        let further = further_disks.iter().map(|disk| (&disk.image, disk.size_bytes));
+        let (mut held, mut disks) = (Vec::new(), Vec::new());
+        for (image, size_bytes) in std::iter::once((image, *size_bytes)).chain(further) {
+            let guard = self.images.attach(image).await?;
+            disks.push(ImageDisk { image: image.clone(), attached: Arc::clone(&guard), size_bytes });
+            held.push(guard);
+        }
+        self.vms.create(name, disks, asked).await
     }
 
     /// Exports the disk of a VM that was just created. The VM goes again if that fails.
@@ -87,15 +107,20 @@ impl VmService {
 
     /// Removes a VM with its disk and its exports. A running guest is ended.
     pub(crate) async fn destroy(&self, name: &VmName, destroy: Destroy) -> Result<(), Refusal> {
-        let image = self.vms.get(name)?.top().chain().1.id;
+        let images: BTreeSet<ImageId> =
+            self.vms.get(name)?.disks().iter().map(|disk| disk.top().chain().1.id).collect();
         self.exports.stop(&ExportName::Vm(name.clone())).await?;
         // Before nobody uses it.
         if destroy == Destroy::InstanceOnly {
-            self.idle.note_destroy(&image, destroy).await;
+            for image in &images {
+                self.idle.note_destroy(image, destroy).await;
+            }
         }
         self.remove(name).await?;
         if destroy == Destroy::WithImage {
-            self.idle.note_destroy(&image, destroy).await;
+            for image in &images {
+                self.idle.note_destroy(image, destroy).await;
+            }
         }
         Ok(())
     }

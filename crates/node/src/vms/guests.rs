@@ -8,6 +8,7 @@ use std::time::Duration;
 use block::VmName;
 
 use super::{Vm, VmRecord, Vms, watch};
+use crate::disks::Disk;
 use control::api::compute::{StartVm, Vm as VmView, VmReady, VmStarted};
 use control::api::unix_ms;
 use control::refusal::{Code, Refusal};
@@ -36,7 +37,7 @@ impl Guests {
             return Ok(VmStarted { vm: self.vms.describe(&vm), accelerator });
         }
         let dir = self.vms.dir(name);
-        let spec = self.spec(&vm.record(), request, accel.accel, None)?;
+        let spec = self.spec(&vm, request, accel.accel, None)?;
         vm.reset_boot_stats();
         let qemu = Qemu::start(&dir, &spec).await.map_err(|e| match e {
             VmError::Unfit(why) => Refusal::new(Code::BadVm, why),
@@ -52,16 +53,23 @@ impl Guests {
     /// The machine that a VM's guest runs on, as it was asked for. Writes its seed disk.
     pub(crate) fn spec(
         &self,
-        record: &VmRecord,
+        vm: &Vm,
         request: &StartVm,
         accel: Accel,
         platform: Option<Platform>,
     ) -> Result<VmSpec, Refusal> {
-        let name = &record.name;
-        let seed = write_seed(&self.vms.dir(name).join("seed.img"), record, request)?;
+        let name = vm.name();
+        let seed = write_seed(&self.vms.dir(name).join("seed.img"), &vm.record(), request)?;
+        let disk = |disk: &Arc<Disk>| VmDisk {
+            socket: disk.socket().to_owned(),
+            export: disk.name().to_owned(),
+            serial: Some(disk.id.to_string()),
+        };
         Ok(VmSpec {
             name: name.clone(),
-            disk: VmDisk { socket: self.vms.disk_socket(name), export: name.to_string() },
+            // Guests that are moved from an older build see no serial number here.
+            disk: VmDisk { serial: None, ..disk(vm.boot_disk()) },
+            further_disks: vm.disks()[1..].iter().map(disk).collect(),
             seed: Some(seed),
             memory_mib: request.memory_mib,
             cpus: request.cpus,
@@ -106,7 +114,7 @@ impl Guests {
             Refusal::new(Code::NotReady, format!("'{name}': {e}; see {}", log.display()))
         })?;
         let started = unix_ms(guest.started());
-        let first_read_ms = vm.disk.first_read_unix_ms().map(|ms| ms.saturating_sub(started));
+        let first_read_ms = vm.boot_disk().io.first_read_unix_ms().map(|ms| ms.saturating_sub(started));
         let ready_ms = u64::try_from(ready.as_millis()).unwrap_or(u64::MAX);
         let ready = VmReady { first_read_ms, ready_ms };
         vm.note_ready(ready);

@@ -2,7 +2,7 @@
 //!
 //! A VM is a directory. It exists once its `vm.json` is there, which is written last, and is gone once
 //! `vm.json` is removed, which is done first; what lies around without one is swept away at the next
-//! start. Its disk's [layers](crate::layers) lie elsewhere, since VMs share them. Operations on one VM are
+//! start. The [layers](crate::layers) of its disks lie elsewhere, since VMs share them. Operations on one VM are
 //! serialized by a lock that is picked by its name; others go on.
 //!
 //! Consistency: a record on disk keeps the layers that it names. They are held or counted before it is written, and no
@@ -12,7 +12,7 @@
 
 pub(crate) mod guests;
 pub(crate) mod merge;
-mod metered_disk;
+mod record;
 pub(crate) mod snapshots;
 mod vm;
 
@@ -23,17 +23,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use block::{ImageId, ImageName, NodeName, VmName};
+use block::{DiskId, ImageId, ImageName, NodeName, VmName};
 
+pub(crate) use self::record::{Member, Snapshot, VmRecord, differences};
 use self::vm::Guest;
-pub(crate) use self::vm::{Member, Snapshot, Vm, VmRecord, watch};
+pub(crate) use self::vm::{Vm, watch};
+use crate::disks::{Disk, DiskRecord};
 use crate::images::Attached;
 use crate::images::profile::BootTap;
 use crate::layers::{Below, HeldLayer, Layer, LayerId, Layers};
-use crate::nbd_socket::NbdSocket;
 use crate::state::{self, Layout};
 use crate::tasks::blocking;
 use control::api::compute::{Vm as VmView, VmPaused, VmState};
+use control::api::disk::DiskView;
 use control::api::volt::ImageKind;
 use control::api::{now_unix_ms, unix_ms};
 use control::refusal::{Code, Refusal};
@@ -44,6 +46,9 @@ const LOCKS: usize = 64;
 
 /// What is remembered of a VM, in its directory.
 pub(crate) const RECORD: &str = "vm.json";
+
+/// Most disks of one VM. Each takes a socket here, and a device in its guest.
+pub(crate) const DISKS_MAX: usize = 16;
 
 /// All VMs of a node.
 pub(crate) struct Vms {
@@ -93,86 +98,92 @@ impl Vms {
 
     /// How many VM disks stand on an image.
     pub(crate) fn count_on(&self, id: &ImageId) -> usize {
-        self.all().iter().filter(|vm| vm.top().chain().1.id == *id).count()
+        let all = self.all();
+        let disks = all.iter().flat_map(|vm| vm.disks());
+        disks.filter(|disk| disk.top().chain().1.id == *id).count()
     }
 
-    /// Creates a VM's disk on an attached image. Creating it again changes nothing.
+    /// Creates a VM whose disks, at most [`DISKS_MAX`], stand on attached images. Creating it again changes nothing.
     pub(crate) async fn create(
         &self,
         name: &VmName,
-        image: &ImageName,
-        attached: Arc<Attached>,
-        size_bytes: Option<u64>,
+        disks: Vec<ImageDisk>,
         asked: Instant,
     ) -> Result<VmView, Refusal> {
-        if attached.kind != ImageKind::Disk {
-            return Err(Refusal::new(
-                Code::WrongKind,
-                format!(
-                    "'{image}' is an image of kind {}, and a VM's disk needs one of kind disk",
-                    attached.kind
-                ),
-            ));
+        for ImageDisk { image, attached, .. } in &disks {
+            if attached.kind != ImageKind::Disk {
+                let kind = attached.kind;
+                let message =
+                    format!("'{image}' is an image of kind {kind}, and a VM's disk needs one of kind disk");
+                return Err(Refusal::new(Code::WrongKind, message));
+            }
         }
         let _one_at_a_time = self.lock(name).lock().await;
-        let image_bytes = attached.root.size_bytes();
         if let Ok(vm) = self.get(name) {
-            vm.must_be(attached.id, size_bytes)?;
+            let disks: Vec<_> = disks.iter().map(|disk| (disk.attached.id, disk.size_bytes)).collect();
+            vm.must_be(&disks)?;
             return Ok(self.describe(&vm));
         }
         self.layout.check_socket_name_len(name.as_str())?;
-        let size_bytes = size_bytes.unwrap_or(image_bytes);
-        if size_bytes < image_bytes {
-            return Err(Refusal::new(
-                Code::DiskTooSmall,
-                format!(
-                    "a disk of {size_bytes} bytes is smaller than image '{image}' of {image_bytes} bytes; leave --size out or use a larger one"
-                ),
-            ));
-        }
-        let new = NewVm { name: name.clone(), image: image.clone(), image_id: attached.id, size_bytes };
-        // Only a new disk on an image shows a first boot.
-        let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
+        let new = NewVm {
+            name: name.clone(),
+            disks: disks.iter().map(ImageDisk::describe).collect::<Result<_, _>>()?,
+        };
         let layers = Arc::clone(&self.layers);
-        let below = Below::Image(attached);
-        let make = move |id| layers.make_over(id, below, size_bytes, Arc::new(base));
-        let vm = self.add(new, LayerId::draw(), make, asked).await?;
+        let make = move |tops: &[DiskRecord]| {
+            let make_top = |(index, (top, disk)): (usize, (&DiskRecord, ImageDisk))| {
+                let below = Below::Image(Arc::clone(&disk.attached));
+                if index > 0 {
+                    return layers.make(top.top, below, top.size_bytes);
+                }
+                // Only a new disk on an image shows a first boot.
+                let attached = &disk.attached;
+                let base = BootTap::new(Arc::clone(&attached.volume), Arc::clone(&attached.profile));
+                layers.make_over(top.top, below, top.size_bytes, Arc::new(base))
+            };
+            tops.iter().zip(disks).enumerate().map(make_top).collect()
+        };
+        let vm = self.add(new, None, make, asked).await?;
         Ok(self.describe(&vm))
     }
 
-    /// Creates a VM's disk on a frozen layer.
+    /// Creates a VM whose disks stand on frozen layers, one for each.
     pub(crate) async fn create_on(
         &self,
         new: NewVm,
-        below: Arc<Layer>,
+        below: Vec<Arc<Layer>>,
         asked: Instant,
     ) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.lock(&new.name).lock().await;
         if let Ok(vm) = self.get(&new.name) {
-            vm.must_be(new.image_id, Some(new.size_bytes))?;
+            let disks: Vec<_> = new.disks.iter().map(|disk| (disk.image_id, Some(disk.size_bytes))).collect();
+            vm.must_be(&disks)?;
             return Ok(self.describe(&vm));
         }
         self.layout.check_socket_name_len(new.name.as_str())?;
-        let (layers, size_bytes) = (Arc::clone(&self.layers), new.size_bytes);
-        let make = move |id| layers.make(id, Below::Layer(below), size_bytes);
-        let vm = self.add(new, LayerId::draw(), make, asked).await?;
+        let layers = Arc::clone(&self.layers);
+        let make = move |tops: &[DiskRecord]| {
+            let make_top =
+                |(top, below): (&DiskRecord, _)| layers.make(top.top, Below::Layer(below), top.size_bytes);
+            tops.iter().zip(below).map(make_top).collect()
+        };
+        let vm = self.add(new, None, make, asked).await?;
         Ok(self.describe(&vm))
     }
 
-    /// Makes a VM with the layer `top`, which `make` makes, as the top of its disk. The caller has the lock of its name
-    /// and knows that it is free.
+    /// Makes a VM. `make` makes the top of each disk, of the name that its record says: that of the only disk is `top`,
+    /// if that is given. The caller has the lock of the VM's name and knows that it is free.
     pub(crate) async fn add(
         &self,
         new: NewVm,
-        top: LayerId,
-        make: impl FnOnce(LayerId) -> Result<HeldLayer, String> + Send + 'static,
+        top: Option<LayerId>,
+        make: impl FnOnce(&[DiskRecord]) -> Result<Vec<HeldLayer>, String> + Send + 'static,
         asked: Instant,
     ) -> Result<Arc<Vm>, Refusal> {
         let name = new.name.clone();
-        let (dir, socket) = (self.dir(&name), self.disk_socket(&name));
-        let (record, layers) = (new.record(&self.node, top), Arc::clone(&self.layers));
-        let made =
-            tokio::task::spawn_blocking(move || add_files(&dir, record, || make(top), &socket, &layers));
+        let (dir, sockets, layers) = (self.dir(&name), self.layout.disks(), Arc::clone(&self.layers));
+        let record = new.record(&self.node, top);
+        let made = tokio::task::spawn_blocking(move || add_files(&dir, record, make, &sockets, &layers));
         let vm = made
             .await
             .map_err(|e| Refusal::internal(format!("creating '{name}' was interrupted: {e}")))?
@@ -198,8 +209,7 @@ impl Vms {
 
     /// A VM as the API shows it.
     pub(crate) fn describe(&self, vm: &Vm) -> VmView {
-        let record = vm.record();
-        let (layers, _) = vm.top().chain();
+        let (record, disk) = (vm.record(), vm.boot_disk());
         let running = vm.running();
         let state = match *vm.guest() {
             Guest::None => VmState::Disk,
@@ -209,13 +219,13 @@ impl Vms {
         VmView {
             name: record.name.clone(),
             node: self.node.clone(),
-            image: record.image,
-            image_id: record.image_id,
-            size_bytes: record.size_bytes,
-            private_bytes: layers.iter().map(|layer| layer.overlay().allocated_bytes()).sum(),
-            layers: layers.len(),
+            image: record.boot_disk().image.clone(),
+            image_id: record.boot_disk().image_id,
+            size_bytes: record.boot_disk().size_bytes,
+            private_bytes: vm.disks().iter().map(|disk| disk.private_bytes()).sum(),
+            layers: disk.top().chain().0.len(),
             snapshots: record.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),
-            disk: NbdSocket::uri(&self.disk_socket(&record.name), record.name.as_str()),
+            disk: disk.uri(),
             state,
             paused: running.as_ref().and_then(|guest| guest.standstill()).map(|standstill| VmPaused {
                 since_unix_ms: unix_ms(standstill.since),
@@ -226,6 +236,32 @@ impl Vms {
             disk_ms: vm.disk_ms(),
             created_unix_ms: record.created_unix_ms,
         }
+    }
+
+    /// A VM's disks as the API shows them.
+    pub(crate) fn describe_disks(&self, vm: &Vm) -> Vec<DiskView> {
+        let record = vm.record();
+        let view = |(disk, record): (&Arc<Disk>, &DiskRecord)| DiskView {
+            id: disk.id,
+            node: self.node.clone(),
+            vm: vm.name().clone(),
+            image: record.image.clone(),
+            image_id: record.image_id,
+            size_bytes: record.size_bytes,
+            private_bytes: disk.private_bytes(),
+            layers: disk.top().chain().0.len(),
+            nbd: disk.uri(),
+        };
+        vm.disks().iter().zip(&record.disks).map(view).collect()
+    }
+
+    /// The disk of this id as the API shows it.
+    pub(crate) fn describe_disk(&self, id: &DiskId) -> Result<DiskView, Refusal> {
+        let disks = self.all().into_iter().flat_map(|vm| self.describe_disks(&vm));
+        disks.into_iter().find(|disk| disk.id == *id).ok_or_else(|| {
+            Refusal::new(Code::NoSuchDisk, format!("there is no disk {id} on node {}", self.node))
+                .with_hint("'virtman show VM' prints the id of a VM's disk as its serial number")
+        })
     }
 
     /// Whether a new VM can have this name here.
@@ -285,6 +321,14 @@ impl Vms {
         .await
     }
 
+    /// Opens the disks of a VM that has a record. Blocks.
+    pub(crate) fn open(&self, record: VmRecord) -> Result<Arc<Vm>, String> {
+        let tops = record.disks.iter().map(|disk| self.layers.open_top(disk.top));
+        let tops = tops.collect::<Result<_, _>>()?;
+        let dir = self.dir(&record.name);
+        Vm::open(record, &dir, tops, &self.layout.disks())
+    }
+
     /// Knows a VM from now on.
     pub(crate) fn insert(&self, vm: Arc<Vm>) {
         let name = vm.name().clone();
@@ -301,11 +345,6 @@ impl Vms {
         self.layout.vms().join(name.as_str())
     }
 
-    /// Where a VM's disk is open over NBD.
-    pub(crate) fn disk_socket(&self, name: &VmName) -> PathBuf {
-        self.layout.disks().join(format!("{name}.sock"))
-    }
-
     /// Held while something is done with the VM of this name.
     pub(crate) fn lock(&self, name: &VmName) -> &tokio::sync::Mutex<()> {
         let mut hasher = DefaultHasher::new();
@@ -314,46 +353,71 @@ impl Vms {
     }
 }
 
-/// The layers that only the record `after` names, and those that only `before` does.
-pub(crate) fn differences(before: &VmRecord, after: &VmRecord) -> (Vec<LayerId>, Vec<LayerId>) {
-    let only = |one: &VmRecord, other: &VmRecord| {
-        let mut others: Vec<LayerId> = other.layers().collect();
-        let is_new = |id: &LayerId| match others.iter().position(|known| known == id) {
-            Some(at) => {
-                others.swap_remove(at);
-                false
-            }
-            None => true,
-        };
-        one.layers().filter(is_new).collect()
-    };
-    (only(after, before), only(before, after))
+/// A new disk that is as an image.
+pub(crate) struct ImageDisk {
+    pub(crate) image: ImageName,
+    pub(crate) attached: Arc<Attached>,
+    /// The image's if absent.
+    pub(crate) size_bytes: Option<u64>,
+}
+
+impl ImageDisk {
+    fn describe(&self) -> Result<NewDisk, Refusal> {
+        let ImageDisk { image, attached, size_bytes } = self;
+        let image_bytes = attached.root.size_bytes();
+        let size_bytes = size_bytes.unwrap_or(image_bytes);
+        if size_bytes < image_bytes {
+            return Err(Refusal::new(
+                Code::DiskTooSmall,
+                format!(
+                    "a disk of {size_bytes} bytes is smaller than image '{image}' of {image_bytes} bytes; leave --size out or use a larger one"
+                ),
+            ));
+        }
+        Ok(NewDisk { image: image.clone(), image_id: attached.id, size_bytes })
+    }
 }
 
 /// What a VM is made from.
 pub(crate) struct NewVm {
     pub(crate) name: VmName,
+    /// One at least.
+    pub(crate) disks: Vec<NewDisk>,
+}
+
+/// What a VM's disk is made from.
+pub(crate) struct NewDisk {
     pub(crate) image: ImageName,
     pub(crate) image_id: ImageId,
     pub(crate) size_bytes: u64,
 }
 
 impl NewVm {
-    /// The record of a VM of this node whose disk has this top.
-    pub(crate) fn record(self, node: &NodeName, top: LayerId) -> VmRecord {
-        let NewVm { name, image, image_id, size_bytes } = self;
+    /// The same disks for a VM of another name.
+    pub(crate) fn like(record: &VmRecord, name: VmName) -> NewVm {
+        let disk = |disk: &DiskRecord| NewDisk {
+            image: disk.image.clone(),
+            image_id: disk.image_id,
+            size_bytes: disk.size_bytes,
+        };
+        NewVm { name, disks: record.disks.iter().map(disk).collect() }
+    }
+
+    /// The record of a new VM of this node. If `top` is given, its first disk has it.
+    fn record(self, node: &NodeName, mut top: Option<LayerId>) -> VmRecord {
+        let NewVm { name, disks } = self;
         let created_unix_ms = now_unix_ms();
-        // A VM that is destroyed and created anew has another disk.
-        let identity = format!("{node}/{name}/{image_id}/{created_unix_ms}");
-        let serial = blake3::hash(identity.as_bytes()).to_hex()[..32].to_owned();
+        let mut record = |(index, disk): (usize, NewDisk)| {
+            let NewDisk { image, image_id, size_bytes } = disk;
+            // A VM that is destroyed and created anew has other disks.
+            let id = DiskId::derive(&format!("{node}/{name}/{index}/{image_id}/{created_unix_ms}"));
+            DiskRecord { id, image, image_id, size_bytes, top: top.take().unwrap_or_else(LayerId::draw) }
+        };
+        let disks = disks.into_iter().enumerate().map(&mut record).collect();
         VmRecord {
             name,
-            image,
-            image_id,
-            size_bytes,
             created_unix_ms,
-            serial,
-            top,
+            disks,
             snapshots: Vec::new(),
             start: None,
             moved_to: None,
@@ -362,25 +426,26 @@ impl NewVm {
     }
 }
 
-/// Makes a VM's directory with its record, the top of its disk, which `make` makes, and its export. Leaves nothing
+/// Makes a VM's directory with its record, the tops of its disks, which `make` makes, and their exports. Leaves nothing
 /// behind if it fails.
 fn add_files(
     dir: &Path,
     record: VmRecord,
-    make: impl FnOnce() -> Result<HeldLayer, String>,
-    socket: &Path,
+    make: impl FnOnce(&[DiskRecord]) -> Result<Vec<HeldLayer>, String>,
+    sockets: &Path,
     layers: &Layers,
 ) -> Result<Arc<Vm>, String> {
     // A directory that is there belongs to a VM that could not be opened: it is not ours to touch.
     fs::create_dir(dir).map_err(|e| format!("{}: {e}; see the node's log", dir.display()))?;
     // Kept until nothing on disk names it, if this fails.
-    let mut top = None;
+    let mut tops = Vec::new();
     let add = || {
         let file = dir.join(RECORD);
         let failed = |e: std::io::Error| format!("{}: {e}", file.display());
-        // Begun before the layer, so that making that durable covers most of it.
+        // Begun before the layers, so that making those durable covers most of it.
         let unsynced = state::start_record(&file, &record).map_err(failed)?;
-        let vm = Vm::open(record, dir, Arc::clone(top.insert(make()?)), socket)?;
+        tops = make(&record.disks)?;
+        let vm = Vm::open(record, dir, tops.iter().map(|top| Arc::clone(top)).collect(), sockets)?;
         unsynced.sync().and_then(NewFile::put_durably).map_err(failed)?;
         let parent = dir.parent().unwrap_or(dir);
         state::sync_dir(parent).map_err(|e| format!("{}: {e}", parent.display()))?;
@@ -392,8 +457,8 @@ fn add_files(
         && let Err(error) = fs::remove_dir_all(dir)
     {
         tracing::warn!(dir = %dir.display(), %error, "leftovers_kept: an unfinished VM cannot be removed");
-        // Its record may be there, and names the layer.
-        layers.add_refs(top.map(|top| top.id()));
+        // Its record may be there, and names the layers.
+        layers.add_refs(tops.iter().map(|top| top.id()));
     }
     added
 }

@@ -1,19 +1,21 @@
 //! Snapshots of VMs' disks: taken of running guests, gone back to, and given up.
 //!
-//! A snapshot is a frozen layer with a name. Taking one holds up the guest's changes for as long as it takes to put
-//! the VM's new record where the old one was; reads go on. What is not durable then becomes so while the guest goes on,
+//! A snapshot is a frozen layer of each of the VM's disks, with a name. Taking one holds up the guest's changes for as
+//! long as it takes to put the VM's new record where the old one was; reads go on. What is not durable then becomes so while the guest goes on,
 //! before its next flush is answered and before the snapshot is.
 //!
-//! Consistency: a snapshot is crash-consistent: it holds all changes that were answered before it was taken. Quiesced,
+//! Consistency: a snapshot is crash-consistent, over all disks: it holds all changes that were answered before it was
+//! taken, and none that was begun after. Quiesced,
 //! the guest has written out its file systems before. Crash: the VM's record says what is true.
 //! Cancellation: the caller runs these to their end. Retries: none.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{SnapshotName, VmName};
+use block::{DiskId, SnapshotName, VmName};
 
 use super::{Snapshot, Vm, VmRecord, Vms, differences};
+use crate::disks::{Disk, freeze_all};
 use crate::layers::{Below, DEPTH_MAX, HeldLayer, Layer, LayerId, Layers};
 use crate::tasks::blocking;
 use control::api::compute::{SnapshotTaken, SnapshotView, Vm as VmView};
@@ -24,9 +26,10 @@ use qemu::FrozenGuest;
 /// How long the guest may take to write out its file systems, and to go on afterwards.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A layer that was frozen.
-pub(crate) struct FrozenLayer {
-    pub(crate) layer: HeldLayer,
+/// A VM's disks at one point.
+pub(crate) struct FrozenDisks {
+    /// The layer of each disk that takes no changes any more.
+    pub(crate) layers: Vec<HeldLayer>,
     /// How long the guest's changes waited.
     pub(crate) pause: Duration,
 }
@@ -60,7 +63,7 @@ impl Snapshots {
         Snapshots { vms, layers }
     }
 
-    /// Takes a snapshot of a VM's disk.
+    /// Takes a snapshot of a VM's disks.
     pub(crate) async fn take(
         &self,
         name: &VmName,
@@ -86,49 +89,57 @@ impl Snapshots {
         })
     }
 
-    /// Freezes a VM's disk for others to stand on.
+    /// Freezes a VM's disks for others to stand on.
     pub(crate) async fn freeze_for_clones(
         &self,
         name: &VmName,
         quiesce: Quiesce,
-    ) -> Result<(VmRecord, HeldLayer), Refusal> {
+    ) -> Result<(VmRecord, Vec<HeldLayer>), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
         let frozen = self.freeze(&vm, quiesce, None).await?;
         tracing::info!(vm = %name, pause = ?frozen.pause, "disk_frozen: for clones");
-        Ok((vm.record(), frozen.layer))
+        Ok((vm.record(), frozen.layers))
     }
 
-    /// Freezes the top of a VM's disk and puts a new one above. With a name it is a snapshot. The caller has the VM's
-    /// lock.
+    /// Freezes the tops of a VM's disks and puts new ones above. With a name they are a snapshot. The caller has the
+    /// VM's lock.
     pub(crate) async fn freeze(
         &self,
         vm: &Vm,
         quiesce: Quiesce,
         snapshot: Option<&SnapshotName>,
-    ) -> Result<FrozenLayer, Refusal> {
-        let (record, top) = (vm.record(), vm.top());
-        let name = &record.name;
-        if self.layers.depth(top.id()) >= DEPTH_MAX {
+    ) -> Result<FrozenDisks, Refusal> {
+        let mut record = vm.record();
+        if record.disks.iter().any(|disk| self.layers.depth(disk.top) >= DEPTH_MAX) {
+            let name = &record.name;
             return Err(Refusal::new(
                 Code::TooManyLayers,
                 format!("the disk of '{name}' has {DEPTH_MAX} layers already, and no more are taken"),
             )
             .with_hint(format!("delete some of its snapshots: 'virtman snapshot list {name}'")));
         }
-        let mut changed = VmRecord { top: LayerId::draw(), ..record };
         if let Some(snapshot) = snapshot {
-            changed.snapshots.push(Snapshot {
+            record.snapshots.push(Snapshot {
                 name: snapshot.clone(),
-                layer: top.id(),
+                layers: record.disks.iter().map(|disk| (disk.id, disk.top)).collect(),
                 created_unix_ms: now_unix_ms(),
                 quiesced: quiesce == Quiesce::Yes,
             });
         }
-        let layer =
-            self.layers.keep(&top).ok_or_else(|| Refusal::internal(format!("layer {} is gone", top.id())))?;
-        let pause = self.put_on_top(vm, changed, Below::Layer(top), quiesce).await?;
-        Ok(FrozenLayer { layer, pause })
+        let tops: Vec<Arc<Layer>> = vm.disks().iter().map(|disk| disk.top()).collect();
+        let keep = |top: &Arc<Layer>| {
+            let kept = self.layers.keep(top);
+            kept.ok_or_else(|| Refusal::internal(format!("layer {} is gone", top.id())))
+        };
+        let layers = tops.iter().map(keep).collect::<Result<_, _>>()?;
+        let below = record.disks.iter_mut().zip(tops).map(|(disk, top)| {
+            disk.top = LayerId::draw();
+            Some(Below::Layer(top))
+        });
+        let below = below.collect();
+        let pause = self.put_on_top(vm, record, below, quiesce).await?;
+        Ok(FrozenDisks { layers, pause })
     }
 
     /// Makes an empty layer of this new name.
@@ -142,32 +153,35 @@ impl Snapshots {
         blocking(move || layers.make(id, below, size_bytes)).await
     }
 
-    /// Freezes what is on top, writes `record` and lets the top that this names take the changes, a new layer on
-    /// `below`. Says how long those waited.
+    /// Freezes what is on top of the disks for which something is given in `below`, writes `record` and lets the tops
+    /// that this names take the changes, new layers on what is below. Says how long those waited.
     async fn put_on_top(
         &self,
         vm: &Vm,
         record: VmRecord,
-        below: Below,
+        below: Vec<Option<Below>>,
         quiesce: Quiesce,
     ) -> Result<Duration, Refusal> {
-        // Begun before the layer, so that making that durable covers most of it.
+        // Begun before the layers, so that making those durable covers most of it.
         let unsynced = self.vms.start_record(&record).await?;
-        let next = self.make_above(record.top, below, record.size_bytes).await?;
+        let mut next = Vec::new();
+        let mut tops: Vec<(Arc<Disk>, Arc<Layer>)> = Vec::new();
+        for ((disk, known), below) in vm.disks().iter().zip(&record.disks).zip(below) {
+            let Some(below) = below else { continue };
+            let layer = self.make_above(known.top, below, known.size_bytes).await?;
+            tops.push((Arc::clone(disk), Arc::clone(&layer)));
+            next.push(layer);
+        }
         let new =
             blocking(move || unsynced.sync().map_err(|e| format!("cannot write a VM's record: {e}"))).await?;
         let quiet = quiesced(vm, quiesce).await?;
         let (added, removed) = differences(&vm.record(), &record);
         self.layers.add_refs(added.iter().copied());
-        let disk = vm.disk.inner();
-        let put = async {
-            blocking(move || new.put().map_err(|e| format!("cannot replace a VM's record: {e}"))).await?;
-            Ok::<_, Refusal>(Arc::clone(next.overlay()))
-        };
-        let frozen = disk.freeze(put).await;
+        let put = blocking(move || new.put().map_err(|e| format!("cannot replace a VM's record: {e}")));
+        let frozen = freeze_all(&tops, Box::pin(put)).await;
         let counted = match frozen {
             Ok(_) => {
-                vm.set_top(record, Arc::clone(&next));
+                vm.set_record(record);
                 Ok(())
             }
             // The record was not put in its place.
@@ -178,23 +192,25 @@ impl Snapshots {
         {
             tracing::error!(vm = %vm.name(), %error, "guest_not_thawed: it was quiesced; it is tried again and again");
         }
-        let pause = frozen?.pause;
+        let pause = frozen?;
         counted?;
-        // If this fails, the old top stays counted: the old record may come back and name it.
-        disk.settle().await.map_err(|error| {
-            let error = Refusal::from(error);
-            let message = format!(
-                "the disk of '{}' was frozen, and that cannot be made durable: {}",
-                vm.name(),
-                error.message
-            );
-            Refusal { message, ..error }
-        })?;
+        // If this fails, the old tops stay counted: the old record may come back and name them.
+        for (disk, _) in &tops {
+            disk.io.inner().settle().await.map_err(|error| {
+                let error = Refusal::from(error);
+                let message = format!(
+                    "the disks of '{}' were frozen, and that cannot be made durable: {}",
+                    vm.name(),
+                    error.message
+                );
+                Refusal { message, ..error }
+            })?;
+        }
         self.vms.release_refs(removed).await?;
         Ok(pause)
     }
 
-    /// Sets a VM's disk back to a snapshot. What was written since is gone, unless another snapshot has it.
+    /// Sets a VM's disks back to a snapshot. What was written since is gone, unless another snapshot has it.
     pub(crate) async fn revert(&self, name: &VmName, snapshot: &SnapshotName) -> Result<VmView, Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
@@ -205,14 +221,22 @@ impl Snapshots {
             )
             .with_hint(format!("stop it first: 'virtman stop {name}'")));
         }
-        let record = vm.record();
-        let layer = find(&record, snapshot)?.layer;
-        let layer = self.open_frozen(layer).await?;
-        // Whoever has the disk open must see that it is another: its connection ends.
-        vm.close_export();
-        let changed = VmRecord { top: LayerId::draw(), ..record };
-        let done = self.put_on_top(&vm, changed, Below::Layer(layer), Quiesce::No).await;
-        vm.export_at(&self.vms.disk_socket(name)).map_err(Refusal::internal)?;
+        let mut record = vm.record();
+        let frozen = find(&record, snapshot)?.layers.clone();
+        let mut below = Vec::new();
+        for disk in &mut record.disks {
+            // A disk that the VM did not have then stays as it is.
+            let Some(&layer) = frozen.get(&disk.id) else {
+                below.push(None);
+                continue;
+            };
+            below.push(Some(Below::Layer(self.open_frozen(layer).await?)));
+            disk.top = LayerId::draw();
+        }
+        // Whoever has a disk open must see that it is another: the connection ends.
+        vm.close_exports();
+        let done = self.put_on_top(&vm, record, below, Quiesce::No).await;
+        vm.export().map_err(Refusal::internal)?;
         done?;
         tracing::info!(vm = %name, %snapshot, "disk_reverted");
         Ok(self.vms.describe(&vm))
@@ -222,37 +246,37 @@ impl Snapshots {
     pub(crate) async fn delete(&self, name: &VmName, snapshot: &SnapshotName) -> Result<(), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let vm = self.vms.get_at_rest(name)?;
-        let layer = find(&vm.record(), snapshot)?.layer;
-        self.forget(&vm, layer).await
+        find(&vm.record(), snapshot)?;
+        self.forget(&vm, |known| known.name == *snapshot).await
     }
 
-    /// Deletes the snapshot that is this layer, unless somebody else did.
+    /// Deletes the snapshot that names this layer, unless somebody else did.
     pub(crate) async fn delete_if_there(&self, name: &VmName, layer: LayerId) -> Result<(), Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         match self.vms.get(name) {
-            Ok(vm) if vm.record().snapshots.iter().any(|known| known.layer == layer) => {
-                self.forget(&vm, layer).await
+            Ok(vm) if vm.record().snapshots.iter().any(|known| known.names(layer)) => {
+                self.forget(&vm, |known| known.names(layer)).await
             }
             Ok(_) | Err(_) => Ok(()),
         }
     }
 
     /// Takes a snapshot out of a VM's record. The caller has the VM's lock.
-    async fn forget(&self, vm: &Vm, layer: LayerId) -> Result<(), Refusal> {
+    async fn forget(&self, vm: &Vm, which: impl Fn(&Snapshot) -> bool) -> Result<(), Refusal> {
         let mut record = vm.record();
-        record.snapshots.retain(|known| known.layer != layer);
+        record.snapshots.retain(|known| !which(known));
         self.vms.change(vm, record).await
     }
 
-    /// The VM of which a snapshot is this layer.
+    /// The VM of which a snapshot names this layer.
     pub(crate) fn vm_of(&self, layer: LayerId) -> Option<VmName> {
         let all = self.vms.all();
-        let vm = all.iter().find(|vm| vm.record().snapshots.iter().any(|known| known.layer == layer));
+        let vm = all.iter().find(|vm| vm.record().snapshots.iter().any(|known| known.names(layer)));
         vm.map(|vm| vm.name().clone())
     }
 
-    /// Lets the snapshot of a VM that is the layer `old` be `new`, which reads the same, unless it was deleted. Refused
-    /// if others hold `old`.
+    /// Lets the snapshot of a VM that names the layer `old` name `new`, which reads the same, unless it was deleted.
+    /// Refused if others hold `old`.
     pub(crate) async fn replace_layer(
         &self,
         name: &VmName,
@@ -262,13 +286,14 @@ impl Snapshots {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let Ok(vm) = self.vms.get(name) else { return Ok(()) };
         let mut record = vm.record();
-        let Some(snapshot) = record.snapshots.iter_mut().find(|known| known.layer == old) else {
+        let mut named = record.snapshots.iter_mut().flat_map(|known| known.layers.values_mut());
+        let Some(named) = named.find(|layer| **layer == old) else {
             return Ok(());
         };
         if !self.layers.is_held_by(old, 1) {
             return Err(Refusal::new(Code::InUse, format!("layer {old} is in use")));
         }
-        snapshot.layer = new;
+        *named = new;
         self.vms.change(&vm, record).await
     }
 
@@ -282,7 +307,8 @@ impl Snapshots {
         let record = vm.record();
         let found = find(&record, snapshot)?;
         // Open unless the disk was set back to an earlier one.
-        let bytes = self.layers.open_frozen(found.layer).map(|layer| layer.overlay().allocated_bytes());
+        let bytes = |layer: &LayerId| Ok(self.layers.open_frozen(*layer)?.overlay().allocated_bytes());
+        let bytes = found.layers.values().map(bytes).sum::<Result<u64, String>>();
         Ok(SnapshotView {
             vm: record.name.clone(),
             name: found.name.clone(),
@@ -297,16 +323,20 @@ impl Snapshots {
         blocking(move || layers.open_frozen(layer)).await
     }
 
-    /// The layer that a snapshot is, and the record of its VM.
+    /// The layer that a disk was at a snapshot.
     pub(crate) async fn hold(
         &self,
         name: &VmName,
         snapshot: &SnapshotName,
-    ) -> Result<(VmRecord, HeldLayer), Refusal> {
+        disk: &DiskId,
+    ) -> Result<HeldLayer, Refusal> {
         let _one_at_a_time = self.vms.lock(name).lock().await;
         let record = self.vms.get(name)?.record();
-        let layer = find(&record, snapshot)?.layer;
-        Ok((record, self.hold_durable(layer).await?))
+        let layer = find(&record, snapshot)?.layers.get(disk).copied();
+        let layer = layer.ok_or_else(|| {
+            Refusal::internal(format!("snapshot '{snapshot}' of '{name}' does not have disk {disk}"))
+        })?;
+        self.hold_durable(layer).await
     }
 
     /// A frozen layer, which is durable with all below it.

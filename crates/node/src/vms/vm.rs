@@ -1,18 +1,15 @@
-//! One VM of a node: its record, its disk and its guest.
+//! One VM of a node: its record, its disks and its guest.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use block::{ImageId, ImageName, NodeName, SnapshotName, VmName};
-use serde::{Deserialize, Serialize};
-use store::Chain;
+use block::{ImageId, NodeName, VmName};
 
-use super::metered_disk::MeteredDisk;
-use crate::layers::{Layer, LayerId};
-use crate::nbd_socket::{Clients, NbdSocket};
-use crate::state::sync_dir;
-use control::api::compute::{StartVm, VmReady};
+use super::record::VmRecord;
+use crate::disks::{Disk, DiskRecord};
+use crate::layers::Layer;
+use control::api::compute::VmReady;
 use control::refusal::{Code, Refusal};
 use qemu::Qemu;
 
@@ -20,75 +17,19 @@ use qemu::Qemu;
 /// or it would wait again at once.
 const ROOM_BYTES_MIN: u64 = 16 << 20;
 
-/// What is remembered of a VM.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct VmRecord {
-    pub(crate) name: VmName,
-    pub(crate) image: ImageName,
-    pub(crate) image_id: ImageId,
-    pub(crate) size_bytes: u64,
-    pub(crate) created_unix_ms: u64,
-    /// The disk's serial number, which stays with it wherever it goes.
-    pub(crate) serial: String,
-    /// The layer that takes the guest's changes.
-    pub(crate) top: LayerId,
-    /// From old to new.
-    #[serde(default)]
-    pub(crate) snapshots: Vec<Snapshot>,
-    /// How its guest was started last.
-    #[serde(default)]
-    pub(crate) start: Option<StartVm>,
-    /// The VM belongs to another node, which may not know it yet.
-    #[serde(default)]
-    pub(crate) moved_to: Option<Member>,
-    /// Its guest came from another node, and stands still until it is told to go on.
-    #[serde(default)]
-    pub(crate) arrived: bool,
-}
-
-/// A node, and where it is reached.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Member {
-    pub(crate) node: NodeName,
-    pub(crate) address: String,
-}
-
-/// What is remembered of a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Snapshot {
-    pub(crate) name: SnapshotName,
-    pub(crate) layer: LayerId,
-    pub(crate) created_unix_ms: u64,
-    /// Whether the guest had its file systems frozen.
-    pub(crate) quiesced: bool,
-}
-
-impl VmRecord {
-    /// All layers that the record names.
-    pub(crate) fn layers(&self) -> impl Iterator<Item = LayerId> {
-        self.snapshots.iter().map(|snapshot| snapshot.layer).chain([self.top])
-    }
-}
-
-/// One VM with its disk open and exported.
+/// One VM with its disks open and exported.
 pub(crate) struct Vm {
     name: VmName,
-    state: Mutex<CurrentState>,
-    pub(crate) disk: Arc<MeteredDisk<Chain>>,
+    record: Mutex<VmRecord>,
+    /// In the order of the record.
+    disks: Vec<Arc<Disk>>,
     guest: Mutex<Guest>,
     /// How long it took to make the disk, if this daemon did.
     disk_ms: OnceLock<u64>,
     /// How long its last boot took, if anybody waited for it.
     ready: Mutex<Option<VmReady>>,
-    export: Mutex<Option<NbdSocket>>,
     /// Where it is being moved.
     moving: Mutex<Option<NodeName>>,
-}
-
-/// What is on disk of it, and open.
-struct CurrentState {
-    record: VmRecord,
-    top: Arc<Layer>,
 }
 
 /// What became of a VM's guest since it was started.
@@ -102,51 +43,47 @@ pub(crate) enum Guest {
 }
 
 impl Vm {
-    /// The VM of this record in `dir`, whose disk has `top` as its topmost layer. It is exported at `socket`.
+    /// The VM of this record in `dir`, whose disks have these `tops`. They are exported at sockets in `sockets`.
     pub(crate) fn open(
         record: VmRecord,
         dir: &Path,
-        top: Arc<Layer>,
-        socket: &Path,
+        tops: Vec<Arc<Layer>>,
+        sockets: &Path,
     ) -> Result<Arc<Vm>, String> {
-        let (layers, _) = top.chain();
-        let below = layers[1..].iter().map(|layer| Arc::clone(layer.overlay())).collect();
-        let dir = dir.to_owned();
-        let chain = Chain::new(Arc::clone(top.overlay()), below, Box::new(move || sync_dir(&dir)));
-        let disk = Arc::new(MeteredDisk::new(chain));
-        let vm = Vm {
+        let open = |(index, (disk, top)): (usize, (&DiskRecord, Arc<Layer>))| {
+            let name = disk_name(&record.name, index);
+            Ok(Arc::new(Disk::open(disk.id, top, dir, name, sockets)?))
+        };
+        let disks = record.disks.iter().zip(tops).enumerate().map(open).collect::<Result<_, String>>()?;
+        Ok(Arc::new(Vm {
             name: record.name.clone(),
-            state: Mutex::new(CurrentState { record, top }),
-            disk,
+            record: Mutex::new(record),
+            disks,
             guest: Mutex::new(Guest::None),
             disk_ms: OnceLock::new(),
             ready: Mutex::new(None),
-            export: Mutex::new(None),
             moving: Mutex::new(None),
-        };
-        vm.export_at(socket)?;
-        Ok(Arc::new(vm))
+        }))
     }
 
-    /// Exports the disk, if it is not.
-    pub(crate) fn export_at(&self, socket: &Path) -> Result<(), String> {
-        let mut export = self.export.lock().unwrap_or_else(PoisonError::into_inner);
-        if export.is_none() {
-            let opened = NbdSocket::open(
-                socket.to_owned(),
-                self.name.to_string(),
-                Arc::clone(&self.disk) as _,
-                Clients::default(),
-            );
-            let opened = opened.map_err(|e| format!("cannot open the socket {}: {e}", socket.display()))?;
-            *export = Some(opened);
-        }
-        Ok(())
+    /// Its disks, that which its guest boots from first.
+    pub(crate) fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
     }
 
-    /// Ends all connections to the export.
-    pub(crate) fn close_export(&self) {
-        self.export.lock().unwrap_or_else(PoisonError::into_inner).take();
+    /// The disk that its guest boots from.
+    pub(crate) fn boot_disk(&self) -> &Arc<Disk> {
+        self.disks.first().expect("a VM has a disk")
+    }
+
+    /// Exports its disks, if they are not.
+    pub(crate) fn export(&self) -> Result<(), String> {
+        self.disks.iter().try_for_each(|disk| disk.export())
+    }
+
+    /// Ends all connections to its disks.
+    pub(crate) fn close_exports(&self) {
+        self.disks.iter().for_each(|disk| disk.close_export());
     }
 
     /// Notes that the VM is being moved, until the answer is dropped. `None` if it is already.
@@ -173,26 +110,16 @@ impl Vm {
 
     /// What is remembered of it at present.
     pub(crate) fn record(&self) -> VmRecord {
-        self.state().record.clone()
-    }
-
-    /// The layer that takes the changes at present.
-    pub(crate) fn top(&self) -> Arc<Layer> {
-        Arc::clone(&self.state().top)
+        self.lock_record().clone()
     }
 
     /// Knows what is on disk already.
     pub(crate) fn set_record(&self, record: VmRecord) {
-        self.state().record = record;
+        *self.lock_record() = record;
     }
 
-    /// The same, with another layer to take the changes.
-    pub(crate) fn set_top(&self, record: VmRecord, top: Arc<Layer>) {
-        *self.state() = CurrentState { record, top };
-    }
-
-    fn state(&self) -> MutexGuard<'_, CurrentState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_record(&self) -> MutexGuard<'_, VmRecord> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The guest, if it runs.
@@ -217,7 +144,7 @@ impl Vm {
 
     /// Forgets what is known of boots so far: the next one counts.
     pub(crate) fn reset_boot_stats(&self) {
-        self.disk.await_first_read();
+        self.boot_disk().io.await_first_read();
         *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -242,26 +169,31 @@ impl Vm {
         *self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn must_be(&self, image: ImageId, size_bytes: Option<u64>) -> Result<(), Refusal> {
-        let VmRecord { name, image: own, image_id, size_bytes: own_bytes, .. } = self.record();
-        if image_id != image {
-            return Err(Refusal::new(
-                Code::VmExists,
-                format!(
-                    "there is a VM '{name}' already, on image '{own}'; choose another name or destroy it first"
-                ),
-            ));
+    /// Whether its disks stand on these images, with these sizes where they are given.
+    pub(crate) fn must_be(&self, disks: &[(ImageId, Option<u64>)]) -> Result<(), Refusal> {
+        let VmRecord { name, disks: own, .. } = self.record();
+        let refused = |why: String| {
+            let refusal = Refusal::new(Code::VmExists, format!("there is a VM '{name}' already, {why}"));
+            Err(refusal.with_hint("choose another name or destroy it first"))
+        };
+        if own.len() != disks.len() {
+            return refused(format!("with {} disks instead of {}", own.len(), disks.len()));
         }
-        match size_bytes {
-            Some(wanted) if wanted != own_bytes => Err(Refusal::new(
-                Code::VmExists,
-                format!(
-                    "there is a VM '{name}' already, with a disk of {own_bytes} bytes instead of {wanted}"
-                ),
-            )),
-            _ => Ok(()),
+        for (own, (image_id, size_bytes)) in own.iter().zip(disks) {
+            if own.image_id != *image_id {
+                return refused(format!("on image '{}'", own.image));
+            }
+            if let Some(wanted) = size_bytes.filter(|wanted| *wanted != own.size_bytes) {
+                return refused(format!("with a disk of {} bytes instead of {wanted}", own.size_bytes));
+            }
         }
+        Ok(())
     }
+}
+
+/// What a VM's disk is called over NBD: the first as the VM, and `+` is in no VM's name.
+fn disk_name(vm: &VmName, index: usize) -> String {
+    if index == 0 { vm.to_string() } else { format!("{vm}+{index}") }
 }
 
 /// A VM that is being moved; until this is dropped, nobody else changes it.

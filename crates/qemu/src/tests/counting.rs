@@ -83,13 +83,14 @@ impl Site {
     }
 
     pub(super) fn vm_disk(&self) -> VmDisk {
-        VmDisk { socket: self.path("nbd.sock"), export: "vm-1".to_owned() }
+        VmDisk { socket: self.path("nbd.sock"), export: "vm-1".to_owned(), serial: None }
     }
 
     pub(super) fn spec(&self) -> VmSpec {
         VmSpec {
             name: "vm-1".parse().unwrap(),
             disk: self.vm_disk(),
+            further_disks: Vec::new(),
             seed: None,
             memory_mib: 16,
             cpus: 1,

@@ -64,7 +64,7 @@ async fn a_debian_guest_is_frozen_and_thawed_and_moves_while_it_writes() {
     ask_agent(&source, serde_json::json!({ "execute": "guest-exec", "arguments": arguments })).await;
     wait_for(&source, "beat 10$").await.unwrap();
 
-    let disk = VmDisk { socket: here.path("nbd.sock"), export: "vm-1".to_owned() };
+    let disk = VmDisk { socket: here.path("nbd.sock"), export: "vm-1".to_owned(), serial: None };
     let seed = Some(there.path("seed"));
     let spec = VmSpec { disk, seed, ..source.spec().unwrap().clone() };
     let target = Qemu::start_incoming(&there.vm_dir(), &spec).await.unwrap();

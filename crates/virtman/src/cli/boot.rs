@@ -227,7 +227,13 @@ fn plan(args: &BootArgs) -> Outcome<Plan> {
     };
     let timeout_ms = u64::try_from(args.timeout.as_millis()).unwrap_or(u64::MAX);
     Ok(Plan {
-        create: CreateVm { image: args.image.clone(), size_bytes: None, iscsi: None, settle_on: None },
+        create: CreateVm {
+            image: args.image.clone(),
+            size_bytes: None,
+            further_disks: Vec::new(),
+            iscsi: None,
+            settle_on: None,
+        },
         start,
         wait: WaitReady { ready: args.ready.clone(), timeout_ms },
     })

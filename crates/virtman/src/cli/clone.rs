@@ -118,6 +118,7 @@ pub(super) async fn clone(context: &Context, args: &CloneArgs) -> Outcome {
     let create = CreateVm {
         image: came_as,
         size_bytes: Some(vm.size_bytes),
+        further_disks: Vec::new(),
         iscsi: None,
         settle_on: is_changed.then(|| vm.image.clone()),
     };

@@ -43,6 +43,14 @@ fn facts(details: &VmDetails, now: u64) -> Vec<(&'static str, String)> {
         ("image", format!("{} ({})", vm.image, vm.image_id.short())),
         ("parents", parents(details)),
         ("disk", format!("{} ({} bytes), serial {}", ByteSize(vm.size_bytes), vm.size_bytes, details.serial)),
+    ]);
+    for disk in details.disks.iter().skip(1) {
+        let (size, image) = (ByteSize(disk.size_bytes), &disk.image);
+        let shown =
+            format!("{size} ({} bytes) on {image}, serial {}, {}", disk.size_bytes, disk.id, disk.nbd);
+        facts.push(("disk", shown));
+    }
+    facts.extend([
         ("own", ByteSize(details.own_bytes).to_string()),
         ("shared", format!("{} with other VMs or images", ByteSize(details.shared_bytes))),
     ]);

@@ -30,6 +30,7 @@ pub(super) async fn create(context: &Context, args: &CreateArgs) -> Outcome {
         image: args.image.clone(),
         size_bytes: args.size.map(|size| size.0),
         iscsi,
+        further_disks: Vec::new(),
         settle_on: None,
     };
     let vm: Vm = node.client.put(&format!("/v1/vms/{}", args.vm), &body).await?;

@@ -7,12 +7,14 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic like tests")]
 
 mod agent;
+mod api;
 mod cache;
 mod clocks;
 mod clones;
 mod cluster;
 mod daemons;
 mod detach;
+mod disks;
 mod full_disk;
 mod guests;
 mod iscsi;

@@ -1,12 +1,10 @@
 //! A thousand disks on one node.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use crate::api::Api;
 use crate::cluster::Cluster;
 use crate::tools::{STEP_LIMIT, assert_same, make_raw, qemu_io, wait_for};
 
@@ -58,7 +56,7 @@ fn many_a_thousand_disks_are_made_restarted_and_destroyed() {
     assert_same(&cluster.disk("n", "v1"), &source);
     assert_within_bounds(&cluster, "started again", idle);
 
-    each(&cluster, "destroy", |api, number| api.ok("DELETE", &format!("/v1/vms/v{number}"), ""));
+    each(&cluster, "destroy", |api, number| drop(api.ok("DELETE", &format!("/v1/vms/v{number}"), "")));
     for left in ["vms", "layers", "disks"] {
         assert_eq!(fs::read_dir(cluster.node_dir("n").join(left)).unwrap().count(), 0, "{left}");
     }
@@ -71,11 +69,10 @@ fn many_a_thousand_disks_are_made_restarted_and_destroyed() {
 fn each(cluster: &Cluster, what: &str, act: impl Fn(&mut Api, usize) + Sync) {
     let begun = Instant::now();
     let next = AtomicUsize::new(0);
-    let socket = cluster.node_dir("n").join("api.sock");
     std::thread::scope(|scope| {
         for _ in 0..CLIENTS {
             scope.spawn(|| {
-                let mut api = Api::connect(&socket);
+                let mut api = Api::connect(cluster, "n");
                 let numbers = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
                 numbers.take_while(|&number| number < VMS).for_each(|number| act(&mut api, number));
             });
@@ -101,31 +98,4 @@ fn rss_kib(cluster: &Cluster) -> usize {
 
 fn open_files(cluster: &Cluster) -> usize {
     fs::read_dir(format!("/proc/{}/fd", cluster.node_pid("n"))).unwrap().count()
-}
-
-/// A connection to a node's API, as a program on its host would use it.
-struct Api(BufReader<UnixStream>);
-
-impl Api {
-    fn connect(socket: &Path) -> Api {
-        Api(BufReader::new(UnixStream::connect(socket).unwrap()))
-    }
-
-    /// Asks for something that must be done.
-    fn ok(&mut self, method: &str, path: &str, body: &str) {
-        let length = body.len();
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: node\r\ncontent-length: {length}\r\n");
-        let request = format!("{head}content-type: application/json\r\n\r\n{body}");
-        self.0.get_mut().write_all(request.as_bytes()).unwrap();
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            assert_ne!(self.0.read_line(&mut head).unwrap(), 0, "the node hung up: {head}");
-        }
-        let head = head.to_lowercase();
-        let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
-        let mut answer = vec![0; length.map_or(0, |length| length.parse().unwrap())];
-        self.0.read_exact(&mut answer).unwrap();
-        let answer = String::from_utf8_lossy(&answer);
-        assert!(head.starts_with("http/1.1 2"), "{method} {path}: {head}{answer}");
-    }
 }

@@ -311,9 +311,14 @@ fn refusals_a_node_brings_no_vm_that_no_administrator_named() {
         )
     };
     let id = image["id"].as_str().unwrap();
-    let offer = format!(
-        "{{\"image\":\"disk:1\",\"image_id\":\"{id}\",\"size_bytes\":1048576,\"created_unix_ms\":0,\"serial\":\"s\"}}"
-    );
+    let offer = serde_json::json!({
+        "disks": [{
+            "id": "00112233445566778899aabbccddeeff", "image": "disk:1", "image_id": id, "size_bytes": 1 << 20,
+            "state": { "carried": null },
+        }],
+        "created_unix_ms": 0,
+    });
+    let offer = offer.to_string();
     let node = cluster.node_dir("n").join("identity");
     let target = cluster.node_address("o");
     let asks = |method: &str, path: &str, body: &str| {

@@ -85,12 +85,14 @@ impl Site {
 
     /// The directory of the layer that takes a VM's changes.
     fn top(&self, vm: &str) -> String {
-        format!("layers/{}", self.record(vm)["top"].as_str().unwrap())
+        format!("layers/{}", self.record(vm)["disks"][0]["top"].as_str().unwrap())
     }
 
     /// The directory of the layer that is a VM's only snapshot.
     fn snapshot(&self, vm: &str) -> String {
-        format!("layers/{}", self.record(vm)["snapshots"][0]["layer"].as_str().unwrap())
+        let record = self.record(vm);
+        let disk = record["disks"][0]["id"].as_str().unwrap();
+        format!("layers/{}", record["snapshots"][0]["layers"][disk].as_str().unwrap())
     }
 
     fn id(&self, image: &str) -> String {

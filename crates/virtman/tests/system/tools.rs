@@ -138,3 +138,11 @@ pub(crate) fn qemu_io(disk: &str, commands: &[&str]) -> String {
     assert!(!said.contains("Pattern verification failed"), "qemu-io {commands:?}: {said}");
     said
 }
+
+/// A `qemu-io` that has a raw disk open and takes its commands one by one. What it prints is kept in files whose names
+/// begin with `file`.
+pub(crate) fn nbd_writer(disk: &str, file: &Path) -> Background {
+    let mut command = Command::new(testkit::foreign::find("qemu-utils", "qemu-io"));
+    command.args(["-f", "raw", disk]);
+    Background::start(command, file)
+}
